@@ -1,0 +1,97 @@
+"""Opening a SQLCipher database through sqlite-utils, and nothing of what is in it.
+
+sqlite-utils looks for `pysqlite3` before the standard library, so SQLCipher's module is given that name before the
+first import; without it sqlite-utils would catch the wrong exception classes. SQLCipher's own SQLite (3.53) has the
+fix for the WAL-reset corruption that the standard library's engine may lack (fixed in SQLite 3.51.3).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clawloop_shared.errors import KeyMissing, StorageError
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+def sqlcipher() -> Any:
+    """SQLCipher's DB-API module, known to sqlite-utils from now on."""
+    import sqlcipher3
+
+    sys.modules.setdefault("pysqlite3", sqlcipher3)
+    sys.modules.setdefault("pysqlite3.dbapi2", sqlcipher3.dbapi2)
+    return sqlcipher3.dbapi2
+
+
+def open_database(path: Path, key: bytes, *, read_only: bool = False) -> Database:
+    """A connection to the database at `path` under a raw 256-bit key. Made (0600) if it is missing.
+
+    A connection may move between threads, but only one at a time may use it. Transactions are explicit (`transaction`).
+
+    Raises:
+        KeyMissing: the key is not the one that the file was made with, or the file is no database of ours.
+        StorageError: the file cannot be opened.
+    """
+    engine = sqlcipher()
+    from sqlite_utils import Database
+
+    if not path.exists() and not read_only:
+        path.touch(mode=0o600)
+    try:
+        connection = engine.connect(str(path), isolation_level=None, check_same_thread=False)
+    except engine.Error as error:
+        raise StorageError(f"cannot open {path}: {error}") from error
+    try:
+        _prepare(connection, key, read_only=read_only)
+    except engine.DatabaseError as error:
+        connection.close()
+        if "not a database" in str(error):
+            raise KeyMissing(f"{path} does not open with this key; restore the key it was made with") from error
+        raise StorageError(f"cannot open {path}: {error}") from error
+    return Database(connection)
+
+
+def _prepare(connection: Any, key: bytes, *, read_only: bool) -> None:
+    run = connection.execute
+    run("PRAGMA cipher_log_level = NONE")
+    run(f"PRAGMA key = \"x'{key.hex()}'\"")
+    run(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    run("PRAGMA temp_store = MEMORY")
+    run("SELECT count(*) FROM sqlite_master").fetchone()
+    if read_only:
+        run("PRAGMA query_only = ON")
+        return
+    run("PRAGMA journal_mode = WAL")
+    run("PRAGMA synchronous = FULL")
+    run("PRAGMA fullfsync = 1")
+    run("PRAGMA checkpoint_fullfsync = 1")
+    run("PRAGMA secure_delete = ON")
+    run("PRAGMA foreign_keys = ON")
+
+
+@contextmanager
+def transaction(database: Database) -> Iterator[Database]:
+    """One explicit write transaction: all or nothing.
+
+    Raises:
+        StorageError: the disk is full, read-only or broken; nothing of the transaction is kept.
+    """
+    engine = sqlcipher()
+    connection = database.conn
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield database
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+    except engine.OperationalError as error:
+        raise StorageError(f"the database could not be written: {error}; check free disk space and rights") from error

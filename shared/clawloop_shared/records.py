@@ -1,0 +1,163 @@
+"""The records: step, signal, trajectory and what they are made of. Frozen values, checked once at the border.
+
+Law 1 lives here: a step's ids and logprobs are those that the engine consumed and sampled. A logprob that is
+missing or not finite makes the step untrainable; it is never replaced by a number.
+"""
+
+import math
+from enum import StrEnum
+
+import msgspec
+
+from clawloop_shared.errors import RecordError
+
+SCHEMA = 1
+MAX_STEP_TOKENS = 1 << 20
+
+
+class Channel(StrEnum):
+    """Which use a step is for. The two are never mixed."""
+
+    TRAIN = "train"
+    """may be learned from"""
+    VAL = "val"
+    """only evaluates"""
+
+
+class Target(StrEnum):
+    """What a signal judges."""
+
+    STEP = "step"
+    """one model call"""
+    RUN = "run"
+    """one user turn and its tool loop"""
+    SESSION = "session"
+    """one conversation"""
+    TRAJECTORY = "trajectory"
+    """steps that a caller grouped by itself"""
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """A model line at an adapter version. Version 0 is the base without an adapter, and has no adapter hash."""
+
+    line: str
+    version: int = 0
+    adapter_sha256: str = ""
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the response was sampled. The logprobs of a step are those of this distribution (temperature applied)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the sampler cut the distribution, which the logprobs do not show."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One model call, token-exact. All lists of the response have one entry a sampled token, end token included."""
+
+    step_id: str
+    session_id: str
+    run_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response_logprobs: list[float]
+    policy: Policy
+    sampling: Sampling
+    finish_reason: str
+    created_ms: int
+    parent_id: str = ""
+    trajectory_id: str = ""
+    group_id: str = ""
+    channel: Channel = Channel.TRAIN
+    untrainable: str = ""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the server may learn from it; `untrainable` holds the reason if not."""
+        return not self.untrainable
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and response in one list."""
+        return self.prompt_ids + self.response_ids
+
+
+class Signal(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One judgement. Rewards are computed from signals and never stored over them."""
+
+    signal_id: str
+    target: Target
+    target_id: str
+    source: str
+    value: float
+    created_ms: int
+    weight: float = 1.0
+    comment: str = ""
+
+
+class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
+    """An ordered list of steps that is rewarded as one. `reward` and `weight` come from `signals`."""
+
+    trajectory_id: str
+    steps: list[Step]
+    signals: list[Signal]
+    reward: float
+    weight: float
+    group_id: str = ""
+    channel: Channel = Channel.TRAIN
+
+
+class StepBatch(msgspec.Struct, frozen=True, tag="steps.v1"):
+    """What an outbox item of level `full` holds: steps and signals in the order in which they were kept."""
+
+    steps: list[Step] = []
+    signals: list[Signal] = []
+
+
+def check_step(step: Step) -> Step:
+    """Return `step` if it keeps the rules of its record.
+
+    Raises:
+        RecordError: an empty side, a negative id, unequal lengths, or a logprob that is not a finite number <= 0.
+    """
+    where = f"step {step.step_id}"
+    if not step.prompt_ids or not step.response_ids:
+        raise RecordError(
+            f"{where}: {len(step.prompt_ids)} prompt and {len(step.response_ids)} response ids; needs both"
+        )
+    if len(step.prompt_ids) + len(step.response_ids) > MAX_STEP_TOKENS:
+        raise RecordError(f"{where}: more than {MAX_STEP_TOKENS} tokens")
+    if min(step.prompt_ids) < 0 or min(step.response_ids) < 0:
+        raise RecordError(f"{where}: a token id is negative")
+    if len(step.response_logprobs) != len(step.response_ids):
+        raise RecordError(f"{where}: {len(step.response_logprobs)} logprobs for {len(step.response_ids)} response ids")
+    for position, logprob in enumerate(step.response_logprobs):
+        if not math.isfinite(logprob) or logprob > 1e-4:
+            raise RecordError(f"{where}: logprob {logprob} at response position {position} is not a finite number <= 0")
+    if step.sampling.temperature <= 0:
+        raise RecordError(f"{where}: temperature {step.sampling.temperature} gives no distribution to learn from")
+    return step
+
+
+def check_signal(signal: Signal) -> Signal:
+    """Return `signal` if it keeps the rules of its record.
+
+    Raises:
+        RecordError: a value outside [-1, 1], a weight outside (0, 1], or no target.
+    """
+    where = f"signal {signal.signal_id}"
+    if not math.isfinite(signal.value) or not -1.0 <= signal.value <= 1.0:
+        raise RecordError(f"{where}: value {signal.value} is outside [-1, 1]")
+    if not math.isfinite(signal.weight) or not 0.0 < signal.weight <= 1.0:
+        raise RecordError(f"{where}: weight {signal.weight} is outside (0, 1]")
+    if not signal.target_id:
+        raise RecordError(f"{where}: no {signal.target} is named")
+    return signal
