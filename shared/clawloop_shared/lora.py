@@ -62,7 +62,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
         return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
 
 
-_HARMLESS = {
+_HARMLESS: dict[str, set[Any]] = {
     "peft_type": {"LORA"},
     "task_type": {"CAUSAL_LM", None},
     "bias": {"none"},

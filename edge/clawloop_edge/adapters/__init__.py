@@ -1,0 +1,1 @@
+"""An adapter's way in: verify, convert, probe, swap, keep, roll back."""

@@ -1,0 +1,1 @@
+"""The Flower node inside the edge: a fixed set of messages over one transport interface."""

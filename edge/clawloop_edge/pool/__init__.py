@@ -1,0 +1,1 @@
+"""The encrypted database of everything kept on this device."""

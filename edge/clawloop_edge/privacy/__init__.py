@@ -1,0 +1,1 @@
+"""What may leave: consent, the outbox that shows it byte for byte, the audit log."""

@@ -1,0 +1,1 @@
+"""Flower: the SuperLink and its children, and the bridge that carries messages."""

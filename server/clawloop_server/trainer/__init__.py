@@ -1,0 +1,1 @@
+"""The RL update: rows, packing, advantages, losses, one engine."""

@@ -1,0 +1,1 @@
+"""What devices sent, encrypted a device at a time, with its lineage."""
