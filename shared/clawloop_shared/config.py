@@ -26,7 +26,7 @@ def load(path: Path, kind: type[T]) -> T:
         raise ConfigError(f"{path}: {error.strerror}") from error
     try:
         return msgspec.toml.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; compare with docs/configuration.md") from error
 
 

@@ -87,7 +87,7 @@ def parse_config(raw: bytes) -> LoraConfig:
     try:
         fields: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any])
         config = msgspec.convert(fields, LoraConfig)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise AdapterInvalid(f"{CONFIG_FILE}: {error}") from error
     for name, value in fields.items():
         if name in LoraConfig.__struct_fields__ or name in _IGNORED or not value:

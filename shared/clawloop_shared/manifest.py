@@ -100,7 +100,7 @@ def open_manifest(signed: SignedManifest, public_key: bytes) -> Manifest:
     signing.verify(public_key, DOMAIN, payload=signed.body, signature=signed.signature)
     try:
         manifest = msgspec.json.decode(signed.body, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise AdapterInvalid(f"manifest: {error}") from error
     if sorted(f.name for f in manifest.files) != sorted(FILES):
         raise AdapterInvalid(f"manifest names files {[f.name for f in manifest.files]}, expected {list(FILES)}")

@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder} is no model folder: {error}; give a folder with config.json") from error
     return found
 
@@ -81,6 +81,6 @@ def _template(folder: Path) -> bytes:
         return own_file.read_bytes()
     try:
         settings = msgspec.json.decode((folder / "tokenizer_config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder} has no chat template: {error}") from error
     return msgspec.json.encode(settings.get("chat_template"))
