@@ -1,0 +1,133 @@
+"""The user of the demo: asks questions, judges the answers, and tells the edge what was good through /v1/feedback.
+
+`Office` keeps a bounded number of conversations going against one edge, forever, and counts what happened. With
+`shuffle` the judgements go to the wrong conversations: the control that shows that the reward is what teaches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from openai import APIError, AsyncOpenAI
+
+from demoworld import agent, world
+
+RECENT = 320
+
+
+@dataclass
+class Tally:
+    """What one office saw: episodes, the recent rewards, and any call that failed or paused."""
+
+    episodes: int = 0
+    failed: int = 0
+    timings: list[tuple[float, float]] = field(default_factory=list)
+    """(when it ended by the monotonic clock, how long it took) of each model call, in seconds"""
+    acknowledged: list[str] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    @property
+    def reward(self) -> float:
+        """Mean reward of the last `RECENT` episodes; 0 before the first."""
+        return sum(self.recent) / len(self.recent) if self.recent else 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """An evaluation: mean reward, its standard error, and the share of episodes in which a tool was called."""
+
+    episodes: int
+    reward: float
+    standard_error: float
+    called: float
+
+
+class Office:
+    """People at one edge. Knows its base URL and token."""
+
+    def __init__(
+        self, base_url: str, token: str, *, seed: int, temperature: float = 1.0, shuffle: bool = False
+    ) -> None:
+        self.client = AsyncOpenAI(base_url=base_url, api_key=token, max_retries=0, timeout=120)
+        self.temperature, self.shuffle = temperature, shuffle
+        self.tally = Tally()
+        self._rng = random.Random(seed)
+        self._unjudged: list[tuple[str, float]] = []
+
+    async def work(self, stop: asyncio.Event, *, concurrency: int) -> None:
+        """Hold `concurrency` conversations at a time until `stop` is set, then finish those that are open."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(self._desk(stop))
+
+    async def _desk(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            task = world.draw_task(self._rng)
+            try:
+                episode = await self._play(task, temperature=self.temperature, channel="train")
+            except APIError:
+                self.tally.failed += 1
+                await asyncio.sleep(0.2)
+                continue
+            now = time.monotonic()
+            self.tally.timings.extend((now, seconds) for seconds in episode.call_seconds)
+            value = world.reward(task.kind, task.city, calls=episode.calls, answer=episode.answer)
+            self.tally.episodes += 1
+            self.tally.recent.append(value)
+            await self._judge(episode.completion_ids[-1], value)
+
+    async def _play(self, task: world.Task, *, temperature: float, channel: str) -> agent.Episode:
+        return await agent.play(
+            self.client,
+            task.messages(),
+            tools=world.TOOL_SPECS,
+            run_tool=world.tool_result,
+            temperature=temperature,
+            headers={"X-Clawloop-Channel": channel},
+        )
+
+    async def _judge(self, completion_id: str, value: float) -> None:
+        if not self.shuffle:
+            await self._send(completion_id, value)
+            return
+        self._unjudged.append((completion_id, value))
+        if len(self._unjudged) < 64:
+            return
+        batch, self._unjudged = self._unjudged, []
+        values = [v for _, v in batch]
+        self._rng.shuffle(values)
+        for (one, _), other in zip(batch, values, strict=True):
+            await self._send(one, other)
+
+    async def _send(self, completion_id: str, value: float) -> None:
+        body = {"step_id": completion_id, "value": 2 * value - 1, "source": "demo-user"}
+        try:
+            await self.client.post("/feedback", body=body, cast_to=object)
+        except APIError:
+            self.tally.failed += 1
+            return
+        self.tally.acknowledged.append(completion_id)
+
+    async def evaluate(self, *, per_pair: int, greedy: bool = False, concurrency: int = 32) -> Score:
+        """Play every held-out pair `per_pair` times (phrasings in turn); nothing of it is judged or learned from."""
+        todo = [
+            world.Task(kind, city, n % len(world.PHRASINGS))
+            for kind, city in world.pairs(world.Split.HELD)
+            for n in range(per_pair)
+        ]
+        limit = asyncio.Semaphore(concurrency)
+
+        async def one(task: world.Task) -> tuple[float, bool]:
+            async with limit:
+                episode = await self._play(task, temperature=0.0 if greedy else self.temperature, channel="val")
+            value = world.reward(task.kind, task.city, calls=episode.calls, answer=episode.answer)
+            return value, bool(episode.calls)
+
+        played = await asyncio.gather(*(one(task) for task in todo))
+        mean = sum(v for v, _ in played) / len(played)
+        error = (mean * (1 - mean) / len(played)) ** 0.5
+        return Score(len(played), mean, error, sum(c for _, c in played) / len(played))
