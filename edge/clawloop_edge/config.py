@@ -3,6 +3,7 @@
 import msgspec
 
 from clawloop_edge.engine.settings import EngineSettings
+from clawloop_edge.gateway.settings import GatewaySettings
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -11,15 +12,6 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""
     kind: str = "mlx"
     script: str = ""
-
-
-class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where agents reach the edge, and how much they may send."""
-
-    host: str = "127.0.0.1"
-    port: int = 8100
-    max_body_bytes: int = 16 << 20
-    default_max_tokens: int = 4096
 
 
 class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +47,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     model: ModelConfig = ModelConfig()
-    gateway: GatewayConfig = GatewayConfig()
+    gateway: GatewaySettings = GatewaySettings()
     engine: EngineSettings = EngineSettings()
     pool: PoolConfig = PoolConfig()
     privacy: PrivacyConfig = PrivacyConfig()

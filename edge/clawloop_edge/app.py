@@ -1,0 +1,202 @@
+"""`serve`: wires the parts of the edge and runs them until SIGTERM.
+
+One process: the event loop answers agents; the engine, the pool's writer and the node each have a thread of their own.
+What other commands change (level, membership, wanted adapter) is read from the pool by one small watcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from clawloop_edge import state
+from clawloop_edge.adapters.activate import Activator
+from clawloop_edge.adapters.store import AdapterStore
+from clawloop_edge.config import EdgeConfig
+from clawloop_edge.engine.protocol import Engine
+from clawloop_edge.gateway.app import make_app
+from clawloop_edge.handlers import Handlers
+from clawloop_edge.home import EdgeHome
+from clawloop_edge.node.join import Membership
+from clawloop_edge.node.worker import NodeSettings, NodeWorker
+from clawloop_edge.opening import model_folder, open_engine, open_pool
+from clawloop_edge.privacy.consent import ConsentLog
+from clawloop_edge.privacy.outbox import Outbox
+from clawloop_shared.errors import ClawloopError
+from clawloop_shared.model_line import read_shape
+
+if TYPE_CHECKING:
+    from clawloop_edge.pool.store import Pool
+
+_log = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+
+
+class Edge:
+    """The running edge: its parts, and the tasks that tie them together."""
+
+    def __init__(self, home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine) -> None:
+        self.home, self.config, self.pool, self.engine = home, config, pool, engine
+        self.consent = ConsentLog(pool)
+        self.outbox = Outbox(pool, hold_s=config.privacy.hold_s)
+        self.store = AdapterStore(home.adapters, keep=config.adapters.keep)
+        self.shape = read_shape(model_folder(config.model.path))
+        self.node: NodeWorker | None = None
+        self.member: Membership | None = None
+        self.activator: Activator | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._wish_ms = 0
+
+    async def start(self) -> None:
+        """Restore the adapter that was in use, and begin to watch."""
+        await self._follow_membership()
+        wish = state.wanted_adapter(self.pool)
+        self._wish_ms = wish.asked_ms if wish else 0
+        self._tasks = [
+            asyncio.create_task(self._every(WATCH_S, self._watch)),
+            asyncio.create_task(self._every(self.config.privacy.fill_every_s, self._fill)),
+        ]
+
+    async def stop(self) -> None:
+        """End what `start` began, and say goodbye to the server."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stop_node()
+
+    async def status(self, _request: web.Request) -> web.Response:
+        """GET /v1/status: facts for `clawloop-edge status`."""
+        stats = await asyncio.to_thread(self.pool.stats)
+        sent = await asyncio.to_thread(self.outbox.totals)
+        health = self.engine.health()
+        node = self.node.status if self.node else None
+        return web.json_response(
+            {
+                "level": str(await asyncio.to_thread(self.consent.level)),
+                "model_line": self.engine.line.line_id,
+                "adapter_version": self.engine.policy.version,
+                "adapters_installed": self.activator.installed if self.activator else 0,
+                "engine_alive": health.alive,
+                "calls_in_flight": health.in_flight,
+                "versions_loaded": health.versions,
+                "sessions": stats.sessions,
+                "steps": stats.steps,
+                "trainable": stats.trainable,
+                "signals": stats.signals,
+                "refused_by_pool": stats.refused,
+                "outbox_waiting": sent.waiting,
+                "sent_items": sent.items,
+                "sent_bytes": sent.bytes,
+                "server": self.member.url if self.member else "",
+                "server_state": str(node.state) if node else "not joined",
+            }
+        )
+
+    async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await work()
+            except ClawloopError as error:
+                _log.warning("%s; trying again", error)
+            await asyncio.sleep(period_s)
+
+    async def _fill(self) -> None:
+        filled = await asyncio.to_thread(self.outbox.fill)
+        if filled and self.node:
+            self.node.poke()
+
+    async def _watch(self) -> None:
+        await self._follow_membership()
+        wish = await asyncio.to_thread(state.wanted_adapter, self.pool)
+        if wish is None or wish.asked_ms == self._wish_ms or self.activator is None:
+            return
+        self._wish_ms = wish.asked_ms
+        if wish.version < 0:
+            await self.activator.rollback()
+        else:
+            await self.activator.use(wish.version)
+
+    async def _follow_membership(self) -> None:
+        member = await asyncio.to_thread(state.membership, self.pool)
+        if member == self.member:
+            return
+        await self._stop_node()
+        self.member = member
+        if member is None:
+            return
+        self.activator = self._make_activator(member)
+        await self.activator.restore()
+        self.node = self._make_node(member, self.activator)
+        self.node.start()
+
+    def _make_activator(self, member: Membership) -> Activator:
+        limits = self.config.adapters
+        return Activator(
+            self.engine,
+            self.store,
+            release_key=member.release_key,
+            shape=self.shape,
+            max_bytes=limits.max_bytes,
+            max_rank=limits.max_rank,
+            probe_tolerance=limits.probe_tolerance,
+        )
+
+    def _make_node(self, member: Membership, activator: Activator) -> NodeWorker:
+        from clawloop_edge.node.flower import FlowerTransport
+
+        handlers = Handlers(
+            self.engine, self.outbox, consent=self.consent, activator=activator, loop=asyncio.get_running_loop()
+        )
+        return NodeWorker(FlowerTransport(member), handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
+
+    async def _stop_node(self) -> None:
+        if self.node is not None:
+            await asyncio.to_thread(self.node.stop)
+            self.node = None
+
+
+async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine) -> None:
+    """Run the edge until SIGTERM or SIGINT, then finish the calls in flight."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    edge = Edge(home, config, pool=pool, engine=engine)
+    app = make_app(engine, pool, settings=config.gateway, token=home.token())
+    app.router.add_get("/v1/status", edge.status)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, config.gateway.host, config.gateway.port)
+    await edge.start()
+    await site.start()
+    _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
+    await stop.wait()
+    _log.info("stopping: finishing %d calls", engine.health().in_flight)
+    await site.stop()
+    await app["drain"]()
+    await edge.stop()
+    await runner.cleanup()
+    await engine.close()
+
+
+def run(home: EdgeHome) -> None:
+    """Open what the home holds, serve, and close it again."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = home.load_config()
+    pool = open_pool(home, writer=True)
+    try:
+        started = time.monotonic()
+        engine = open_engine(config)
+        _log.info("model ready in %.1f s, line %s", time.monotonic() - started, engine.line.line_id)
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(home, config, pool=pool, engine=engine))
+    finally:
+        pool.close()

@@ -1,0 +1,75 @@
+"""What every command shares: the home, an opened pool, and how facts are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clawloop_edge.home import EdgeHome
+
+if TYPE_CHECKING:
+    from clawloop_edge.pool.store import Pool
+
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many at most.")]
+
+
+def home_of(context: typer.Context) -> EdgeHome:
+    """The home that `--home` or the environment names."""
+    found = context.find_object(EdgeHome)
+    return found or EdgeHome.at()
+
+
+@contextmanager
+def opened_pool(context: typer.Context) -> Iterator[Pool]:
+    """The pool of this home, beside a running edge if there is one.
+
+    Raises:
+        ConfigError: no edge was set up here.
+        KeyMissing: the pool's key is not where the configuration says.
+    """
+    from clawloop_edge.opening import open_pool
+
+    pool = open_pool(home_of(context).require(), writer=False)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def print_json(value: Any) -> None:
+    """Facts for a program: one JSON value on stdout."""
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
+    """Facts for a person: a table, or the sentence `empty` if there is nothing."""
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+def when(time_ms: int) -> str:
+    """A time as a person reads it, in the local zone; empty for 0."""
+    return datetime.fromtimestamp(time_ms / 1000).strftime("%Y-%m-%d %H:%M:%S") if time_ms else ""
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, unless `yes`; leave with exit code 1 on a no."""
+    if not yes and not typer.confirm(question):
+        raise typer.Exit(1)

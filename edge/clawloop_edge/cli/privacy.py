@@ -1,0 +1,144 @@
+"""`privacy`, `outbox`, `audit`: what may leave, what will leave, what has left."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clawloop_edge.cli.context import Json, Yes, confirm, console, opened_pool, print_json, print_table, when
+from clawloop_shared.errors import ConfigError
+from clawloop_shared.levels import Level
+
+privacy = typer.Typer(help="Choose what may leave this device.", no_args_is_help=True)
+outbox = typer.Typer(help="See what will leave, byte for byte, and stop it.", no_args_is_help=True)
+audit = typer.Typer(help="See what has left.", no_args_is_help=True)
+
+ItemId = Annotated[str, typer.Argument(help="As `outbox list` prints it.")]
+MEANING = {
+    Level.OFF: "nothing leaves",
+    Level.METRICS: "counters without content",
+    Level.PRIVATE_DELTAS: "LoRA deltas with noise (not built yet)",
+    Level.DELTAS: "LoRA deltas (not built yet)",
+    Level.REDACTED: "conversations with secrets taken out (not built yet)",
+    Level.FULL: "conversations as they are: every prompt, answer and tool result",
+}
+
+
+@privacy.command("show")
+def show_level(context: typer.Context, as_json: Json = False) -> None:
+    """The level in force, and what each level means."""
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    with opened_pool(context) as pool:
+        level = ConsentLog(pool).level()
+    if as_json:
+        print_json({"level": level, "means": MEANING[level]})
+        return
+    rows = [("→" if each is level else "", each, text) for each, text in MEANING.items()]
+    print_table(("", "level", "what leaves"), rows, empty="")
+
+
+@privacy.command("set")
+def set_level(context: typer.Context, level: Level, yes: Yes = False, as_json: Json = False) -> None:
+    """Change the level. A lower one holds at once and empties the queue; a higher one holds for what comes after."""
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    if level is not Level.OFF:
+        confirm(f"Level {level}: {MEANING[level]}. Let it leave from now on?", yes=yes)
+    with opened_pool(context) as pool:
+        receipt = ConsentLog(pool).set_level(level)
+    if as_json:
+        print_json(receipt)
+    else:
+        console.print(f"level [bold]{level}[/bold]: {MEANING[level]} (receipt {receipt.receipt_id})")
+
+
+@privacy.command("receipts")
+def list_receipts(context: typer.Context, as_json: Json = False) -> None:
+    """Every level that was ever given, signed and chained."""
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    with opened_pool(context) as pool:
+        found = ConsentLog(pool).receipts()
+    if as_json:
+        print_json(found)
+        return
+    rows = [(r.receipt_id, r.level, when(r.given_ms), when(r.expires_ms)) for r in found]
+    print_table(("receipt", "level", "given", "expires"), rows, empty="no level was ever given: it is off")
+
+
+@outbox.command("list")
+def list_items(context: typer.Context, as_json: Json = False) -> None:
+    """Items that wait, are held, or were sent."""
+    from clawloop_edge.privacy.outbox import Outbox
+
+    with opened_pool(context) as pool:
+        found = Outbox(pool).list()
+    if as_json:
+        print_json(found)
+        return
+    rows = [(i.item_id, i.state, i.steps, i.signals, i.size_bytes, when(i.release_ms)) for i in found]
+    print_table(("item", "state", "steps", "signals", "bytes", "may leave at"), rows, empty="the outbox is empty")
+
+
+@outbox.command("show")
+def show_item(context: typer.Context, item_id: ItemId) -> None:
+    """Exactly what an item holds, as JSON."""
+    from clawloop_edge.privacy.outbox import Outbox
+    from clawloop_shared import wire
+    from clawloop_shared.records import StepBatch
+
+    with opened_pool(context) as pool:
+        item = Outbox(pool).get(item_id)
+    if item is None:
+        raise ConfigError(f"no item {item_id} in the outbox")
+    print_json(wire.decode(item.body, StepBatch))
+
+
+@outbox.command("approve")
+def approve_item(context: typer.Context, item_id: ItemId) -> None:
+    """Let an item leave now instead of after its hold."""
+    from clawloop_edge.privacy.outbox import Outbox
+
+    with opened_pool(context) as pool:
+        Outbox(pool).approve(item_id)
+
+
+@outbox.command("drop")
+def drop_item(context: typer.Context, item_id: ItemId) -> None:
+    """Take an item out: it never leaves."""
+    from clawloop_edge.privacy.outbox import Outbox
+
+    with opened_pool(context) as pool:
+        Outbox(pool).drop(item_id)
+
+
+@audit.command("show")
+def show_audit(context: typer.Context, as_json: Json = False) -> None:
+    """What happened to whatever left or was to leave; no content."""
+    from clawloop_edge.privacy.audit import AuditLog
+
+    with opened_pool(context) as pool:
+        found = AuditLog(pool).entries()
+    if as_json:
+        print_json(found)
+        return
+    rows = [(e.seq, when(e.at_ms), e.kind, e.size_bytes, e.item_id) for e in found]
+    print_table(("seq", "at", "what", "bytes", "item"), rows, empty="nothing ever left")
+
+
+@audit.command("verify")
+def verify_audit(context: typer.Context) -> None:
+    """Check the chain of the audit log and of the receipts."""
+    from clawloop_edge.privacy.audit import AuditLog
+
+    with opened_pool(context) as pool:
+        count = AuditLog(pool).verify()
+    console.print(f"{count} entries, unbroken")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(privacy, name="privacy")
+    app.add_typer(outbox, name="outbox")
+    app.add_typer(audit, name="audit")

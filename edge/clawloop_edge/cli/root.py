@@ -1,0 +1,32 @@
+"""The tree of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clawloop_edge.cli import adapters, pool, privacy, server, service, sessions
+from clawloop_edge.home import ENVIRONMENT, EdgeHome
+
+app = typer.Typer(
+    name="clawloop-edge",
+    help="The edge of clawloop: serves your model to your agent, keeps what happens, learns with your consent.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Home = Annotated[
+    Path | None, typer.Option("--home", envvar=ENVIRONMENT, help="Folder that holds everything of this edge.")
+]
+
+
+@app.callback()
+def root(context: typer.Context, home: Home = None) -> None:
+    context.obj = EdgeHome.at(home)
+
+
+for module in (service, sessions, privacy, server, adapters, pool):
+    module.register(app)

@@ -1,0 +1,53 @@
+"""Small facts that `serve` and the other commands leave for each other in the pool, by name.
+
+The pool keeps them sealed; each is one struct in the wire encoding, or absent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from clawloop_edge.node.join import Membership
+from clawloop_shared import wire
+
+if TYPE_CHECKING:
+    from clawloop_edge.pool.store import Pool
+
+MEMBERSHIP = "membership"
+WANTED = "adapter.wanted"
+
+
+class WantedAdapter(msgspec.Struct, frozen=True, tag="wanted.v1"):
+    """The adapter version that the owner asked for by command; -1 asks for the one before the current."""
+
+    version: int
+    asked_ms: int
+
+
+def membership(pool: Pool) -> Membership | None:
+    """The server that this device joined, or None."""
+    raw = pool.get_state(MEMBERSHIP)
+    return wire.decode(raw, Membership) if raw else None
+
+
+def keep_membership(pool: Pool, value: Membership) -> None:
+    """Remember the server; returns when it is on disk."""
+    pool.set_state(MEMBERSHIP, wire.encode(value)).result()
+
+
+def forget_membership(pool: Pool) -> None:
+    """Leave: the running edge stops talking to the server within a second."""
+    pool.set_state(MEMBERSHIP, b"").result()
+
+
+def wanted_adapter(pool: Pool) -> WantedAdapter | None:
+    """What the owner asked for last, or None."""
+    raw = pool.get_state(WANTED)
+    return wire.decode(raw, WantedAdapter) if raw else None
+
+
+def want_adapter(pool: Pool, version: int, *, now_ms: int) -> None:
+    """Ask the running edge for a version; returns when the wish is on disk."""
+    pool.set_state(WANTED, wire.encode(WantedAdapter(version, now_ms))).result()
