@@ -8,6 +8,7 @@ ClawloopError
 │   └── UnknownVersion       no adapter of that version is loaded
 ├── RequestError             what an HTTP client sent is wrong (becomes a 4xx in the caller's own shape)
 ├── PoolError                the pool refuses (wrong home, locked, damaged)
+│   └── UnknownTarget        a signal judges something that this pool does not have
 └── ConsentError             the privacy level does not allow it
 """
 
@@ -44,6 +45,10 @@ class RequestError(InvalidError):
 
 class PoolError(UncheckedError):
     """The pool refuses."""
+
+
+class UnknownTarget(PoolError):
+    """A signal judges something that this pool does not have."""
 
 
 class ConsentError(ClawloopError):

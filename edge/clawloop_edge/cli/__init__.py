@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run a command: a known failure is one line on stderr and exit 1, wrong usage exits 2, the rest keeps its trace."""
+    """Run a command: a known failure is one line on stderr and exit 1, wrong usage exits 2, others keep their trace."""
     from clawloop_shared.errors import ClawloopError
 
     try:
