@@ -7,7 +7,6 @@ What other commands change (level, membership, wanted adapter) is read from the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import time
@@ -19,9 +18,10 @@ from aiohttp import web
 from clawloop_edge import state
 from clawloop_edge.adapters.activate import Activator
 from clawloop_edge.adapters.store import AdapterStore
+from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.engine.protocol import Engine
-from clawloop_edge.gateway.app import make_app
+from clawloop_edge.gateway.app import DRAIN, make_app, make_runner
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.join import Membership
@@ -46,7 +46,7 @@ class Edge:
     def __init__(self, home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine) -> None:
         self.home, self.config, self.pool, self.engine = home, config, pool, engine
         self.consent = ConsentLog(pool)
-        self.outbox = Outbox(pool, hold_s=config.privacy.hold_s)
+        self.outbox = Outbox(pool, self.consent, hold_s=config.privacy.hold_s)
         self.store = AdapterStore(home.adapters, keep=config.adapters.keep)
         self.shape = read_shape(model_folder(config.model.path))
         self.node: NodeWorker | None = None
@@ -83,7 +83,6 @@ class Edge:
                 "level": str(await asyncio.to_thread(self.consent.level)),
                 "model_line": self.engine.line.line_id,
                 "adapter_version": self.engine.policy.version,
-                "adapters_installed": self.activator.installed if self.activator else 0,
                 "engine_alive": health.alive,
                 "calls_in_flight": health.in_flight,
                 "versions_loaded": health.versions,
@@ -144,8 +143,7 @@ class Edge:
             self.store,
             release_key=member.release_key,
             shape=self.shape,
-            max_bytes=limits.max_bytes,
-            max_rank=limits.max_rank,
+            limits=AdapterLimits(max_bytes=limits.max_bytes, max_rank=limits.max_rank),
             probe_tolerance=limits.probe_tolerance,
         )
 
@@ -163,16 +161,19 @@ class Edge:
             self.node = None
 
 
-async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine) -> None:
+async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> None:
     """Run the edge until SIGTERM or SIGINT, then finish the calls in flight."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
+    started = time.monotonic()
+    engine = await open_engine(config)
+    _log.info("model ready in %.1f s, line %s", time.monotonic() - started, engine.line.line_id)
     edge = Edge(home, config, pool=pool, engine=engine)
     app = make_app(engine, pool, settings=config.gateway, token=home.token())
     app.router.add_get("/v1/status", edge.status)
-    runner = web.AppRunner(app, access_log=None)
+    runner = make_runner(app)
     await runner.setup()
     site = web.TCPSite(runner, config.gateway.host, config.gateway.port)
     await edge.start()
@@ -180,8 +181,8 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engin
     _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
     await stop.wait()
     _log.info("stopping: finishing %d calls", engine.health().in_flight)
+    await app[DRAIN]()
     await site.stop()
-    await app["drain"]()
     await edge.stop()
     await runner.cleanup()
     await engine.close()
@@ -193,10 +194,6 @@ def run(home: EdgeHome) -> None:
     config = home.load_config()
     pool = open_pool(home, writer=True)
     try:
-        started = time.monotonic()
-        engine = open_engine(config)
-        _log.info("model ready in %.1f s, line %s", time.monotonic() - started, engine.line.line_id)
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(serve(home, config, pool=pool, engine=engine))
+        asyncio.run(serve(home, config, pool=pool))
     finally:
         pool.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from clawloop_edge.home import EdgeHome
 from clawloop_shared.errors import ConfigError
 
@@ -67,7 +69,7 @@ def model_folder(name: str) -> Path:
         raise ConfigError(f"cannot get the model {name} from the hub: {type(error).__name__}; give a folder") from error
 
 
-def open_engine(config: EdgeConfig) -> Engine:
+async def open_engine(config: EdgeConfig) -> Engine:
     """The engine that the configuration names, with its model loaded.
 
     Raises:
@@ -77,9 +79,21 @@ def open_engine(config: EdgeConfig) -> Engine:
     if config.model.kind == "mlx":
         from clawloop_edge.engine.mlx import MlxEngine
 
-        return MlxEngine.open(folder, config.engine)
+        return await MlxEngine.open(folder, config.engine)
     if config.model.kind == "scripted":
         from clawloop_edge.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine.open(folder, Path(config.model.script))
+        return ScriptedEngine(folder, read_script(Path(config.model.script)))
     raise ConfigError(f"[model] kind = {config.model.kind!r}; it is `mlx` or `scripted`")
+
+
+def read_script(path: Path) -> list[str]:
+    """The replies of a drill: a JSON list of texts.
+
+    Raises:
+        ConfigError: no such file, or another shape.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[str])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"script {path}: {error}; it is a JSON list of replies") from error

@@ -22,7 +22,7 @@ def rescore_step(home: EdgeHome, kept: KeptStep) -> float:
 
 async def _rescore(home: EdgeHome, kept: KeptStep) -> float:
     step = kept.step
-    engine = open_engine(home.load_config())
+    engine = await open_engine(home.load_config())
     try:
         if step.policy.line != engine.line.line_id:
             raise UnknownVersion(f"step {step.step_id} was sampled by model line {step.policy.line}, not by this one")

@@ -17,9 +17,10 @@ Version = Annotated[int, typer.Argument(min=0, help="0 is the base without an ad
 @group.command("list")
 def list_adapters(context: typer.Context, as_json: Json = False) -> None:
     """The adapters that are kept here, and the one in use."""
+    from clawloop_edge.adapters.overview import kept_adapters
     from clawloop_edge.adapters.store import AdapterStore
 
-    found = AdapterStore(home_of(context).require().adapters).list()
+    found = kept_adapters(AdapterStore(home_of(context).require().adapters))
     if as_json:
         print_json(found)
         return
@@ -43,7 +44,7 @@ def _want(context: typer.Context, version: int) -> None:
     from clawloop_edge import state
     from clawloop_edge.adapters.store import AdapterStore
 
-    kept = [a.version for a in AdapterStore(home_of(context).require().adapters).list()]
+    kept = AdapterStore(home_of(context).require().adapters).versions()
     if version > 0 and version not in kept:
         raise ConfigError(f"adapter {version} is not kept here; kept are {kept}")
     with opened_pool(context) as pool:

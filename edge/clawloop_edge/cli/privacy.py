@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clawloop_edge.cli.context import Json, Yes, confirm, console, opened_pool, print_json, print_table, when
-from clawloop_shared.errors import ConfigError
+from clawloop_edge.cli.context import Json, Yes, confirm, console, home_of, opened_pool, print_json, print_table, when
 from clawloop_shared.levels import Level
+
+if TYPE_CHECKING:
+    from clawloop_edge.privacy.outbox import Outbox
 
 privacy = typer.Typer(help="Choose what may leave this device.", no_args_is_help=True)
 outbox = typer.Typer(help="See what will leave, byte for byte, and stop it.", no_args_is_help=True)
 audit = typer.Typer(help="See what has left.", no_args_is_help=True)
 
 ItemId = Annotated[str, typer.Argument(help="As `outbox list` prints it.")]
-MEANING = {
-    Level.OFF: "nothing leaves",
-    Level.METRICS: "counters without content",
-    Level.PRIVATE_DELTAS: "LoRA deltas with noise (not built yet)",
-    Level.DELTAS: "LoRA deltas (not built yet)",
-    Level.REDACTED: "conversations with secrets taken out (not built yet)",
-    Level.FULL: "conversations as they are: every prompt, answer and tool result",
-}
+
+
+def meaning(level: Level) -> str:
+    """What a level lets out, in the words that a consent is given to; and which levels are not built."""
+    from clawloop_edge.privacy.policy import TEXTS
+
+    return TEXTS.get(level, "not built yet")
+
+
+@contextmanager
+def opened_outbox(context: typer.Context) -> Iterator[Outbox]:
+    """The outbox of this home, with the hold time of its configuration."""
+    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.outbox import Outbox
+
+    settings = home_of(context).require().load_config().privacy
+    with opened_pool(context) as pool:
+        yield Outbox(pool, ConsentLog(pool), hold_s=settings.hold_s)
 
 
 @privacy.command("show")
@@ -33,9 +47,9 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
     with opened_pool(context) as pool:
         level = ConsentLog(pool).level()
     if as_json:
-        print_json({"level": level, "means": MEANING[level]})
+        print_json({"level": level, "means": meaning(level)})
         return
-    rows = [("→" if each is level else "", each, text) for each, text in MEANING.items()]
+    rows = [("→" if each is level else "", each, meaning(each)) for each in Level]
     print_table(("", "level", "what leaves"), rows, empty="")
 
 
@@ -43,15 +57,17 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
 def set_level(context: typer.Context, level: Level, yes: Yes = False, as_json: Json = False) -> None:
     """Change the level. A lower one holds at once and empties the queue; a higher one holds for what comes after."""
     from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.policy import policy_text
 
     if level is not Level.OFF:
-        confirm(f"Level {level}: {MEANING[level]}. Let it leave from now on?", yes=yes)
+        console.print(f"level [bold]{level}[/bold]: {policy_text(level)}")
+        confirm("Let that leave from now on?", yes=yes)
     with opened_pool(context) as pool:
         receipt = ConsentLog(pool).set_level(level)
     if as_json:
         print_json(receipt)
     else:
-        console.print(f"level [bold]{level}[/bold]: {MEANING[level]} (receipt {receipt.receipt_id})")
+        console.print(f"level [bold]{level}[/bold]: {meaning(level)} (receipt {receipt.receipt_id})")
 
 
 @privacy.command("receipts")
@@ -71,10 +87,8 @@ def list_receipts(context: typer.Context, as_json: Json = False) -> None:
 @outbox.command("list")
 def list_items(context: typer.Context, as_json: Json = False) -> None:
     """Items that wait, are held, or were sent."""
-    from clawloop_edge.privacy.outbox import Outbox
-
-    with opened_pool(context) as pool:
-        found = Outbox(pool).list()
+    with opened_outbox(context) as items:
+        found = items.list()
     if as_json:
         print_json(found)
         return
@@ -85,33 +99,26 @@ def list_items(context: typer.Context, as_json: Json = False) -> None:
 @outbox.command("show")
 def show_item(context: typer.Context, item_id: ItemId) -> None:
     """Exactly what an item holds, as JSON."""
-    from clawloop_edge.privacy.outbox import Outbox
     from clawloop_shared import wire
     from clawloop_shared.records import StepBatch
 
-    with opened_pool(context) as pool:
-        item = Outbox(pool).get(item_id)
-    if item is None:
-        raise ConfigError(f"no item {item_id} in the outbox")
+    with opened_outbox(context) as items:
+        item = items.get(item_id)
     print_json(wire.decode(item.body, StepBatch))
 
 
 @outbox.command("approve")
 def approve_item(context: typer.Context, item_id: ItemId) -> None:
     """Let an item leave now instead of after its hold."""
-    from clawloop_edge.privacy.outbox import Outbox
-
-    with opened_pool(context) as pool:
-        Outbox(pool).approve(item_id)
+    with opened_outbox(context) as items:
+        items.approve(item_id)
 
 
 @outbox.command("drop")
 def drop_item(context: typer.Context, item_id: ItemId) -> None:
     """Take an item out: it never leaves."""
-    from clawloop_edge.privacy.outbox import Outbox
-
-    with opened_pool(context) as pool:
-        Outbox(pool).drop(item_id)
+    with opened_outbox(context) as items:
+        items.drop(item_id)
 
 
 @audit.command("show")
