@@ -44,12 +44,13 @@ EDGE_SETTINGS: Mapping[str, Mapping[str, object]] = {
 
 
 def server_settings(tasks_file: Path, *, control: bool) -> dict[str, dict[str, object]]:
-    """What the operator of this small world sets. The control's gate only watches: otherwise it would refuse what the
-    shuffled rewards teach, and the control would show the gate and not the reward."""
-    return {
-        "fleet": {"upload_every_s": 0.25},
-        "gate": {"tasks": str(tasks_file), "observe_only": control},
-    }
+    """What the operator of this small world sets.
+
+    The control has no gate: it would refuse what shuffled rewards teach, and the control would show the gate at work
+    and not the reward.
+    """
+    gate: dict[str, object] = {"required": False} if control else {"tasks": str(tasks_file)}
+    return {"fleet": {"upload_every_s": 0.25}, "gate": gate}
 
 
 @dataclass
@@ -61,7 +62,11 @@ class Show:
     curves: list[report.Curve]
     started: float = field(default_factory=time.monotonic)
     swap_times: list[float] = field(default_factory=list)
-    status: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 0
+    refused: int = 0
+    waiting: int = 0
+    released: int = 0
+    idle: bool = False
     versions: list[int] = field(default_factory=list)
 
     @property
@@ -77,16 +82,16 @@ class Show:
             tally = office.tally
             bar = "█" * round(20 * tally.reward)
             table.add_row(curve.name, str(tally.episodes), f"{bar} {tally.reward:.2f}", str(version), str(tally.failed))
-        table.caption = (
-            f"server: {self.status.get('rounds', 0)} rounds, {self.status.get('ready', 0)} trajectories waiting"
-        )
+        table.caption = f"server: {self.rounds} rounds, {self.waiting} trajectories waiting"
         return table
 
     def see(self, edges: list[Part], server: Part) -> None:
         """Ask every part how it is, and remember when a new adapter came."""
-        self.status = server.get("/v1/status")
+        self._see_server(server.get("/v1/status"))
         for n, (edge, curve, office) in enumerate(zip(edges, self.curves, self.offices, strict=True)):
-            version = edge.get("/v1/status")["adapter_version"]
+            state = edge.get("/v1/status")
+            version = state["adapter_version"]
+            self.idle = self.idle and not state["outbox_waiting"]
             if version != self.versions[n]:
                 self.versions[n] = version
                 curve.swaps.append((self.seconds, version))
@@ -94,18 +99,26 @@ class Show:
             if office.tally.episodes:
                 curve.points.append((self.seconds, office.tally.reward))
 
+    def _see_server(self, status: dict[str, Any]) -> None:
+        rounds = status["rounds"]
+        self.refused = rounds["refused"]
+        self.rounds = rounds["passed"] + rounds["refused"] + rounds["failed"]
+        self.waiting = status["ready_trajectories"]
+        self.released = status["adapter"]["version"] if status["adapter"] else 0
+        settled = not rounds["running"] and self.released == rounds["passed"]
+        self.idle = settled and self.waiting < status["round_trajectories"]
 
-def done_learning(show: Show, *, control: bool) -> bool:
+
+def done_learning(show: Show, options: argparse.Namespace) -> bool:
     """Whether the users are content, or it went on long enough."""
-    rounds = show.status.get("rounds", 0)
-    if rounds >= (CONTROL_ROUNDS if control else MAX_ROUNDS) or show.seconds > MAX_SECONDS:
+    if show.rounds >= options.rounds or show.seconds > MAX_SECONDS:
         return True
     content = all(o.tally.reward >= TARGET_REWARD and o.tally.episodes > 1000 for o in show.offices)
-    return content and not control and min(show.versions) >= ADAPTERS_AT_LEAST
+    return content and not options.control and min(show.versions) >= ADAPTERS_AT_LEAST
 
 
 async def live(show: Show, edges: list[Part], *, server: Part, options: argparse.Namespace) -> None:
-    """Let the users work until the model is good, kill an edge on the way if asked to, and wait for the last adapter."""
+    """Let the users work until the model is good, kill an edge on the way if asked, and wait for the last adapter."""
     stop = asyncio.Event()
     each = CONVERSATIONS // len(edges)
     killed = not options.kill
@@ -120,7 +133,7 @@ async def live(show: Show, edges: list[Part], *, server: Part, options: argparse
                 if not killed and show.versions[0] >= 2:
                     killed = True
                     await asyncio.to_thread(kill_and_restart, edges[0], show)
-                if done_learning(show, control=options.control):
+                if done_learning(show, options):
                     stop.set()
         await settle(show, edges, server=server)
         screen.update(show.table())
@@ -138,10 +151,10 @@ async def settle(show: Show, edges: list[Part], *, server: Part) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         await asyncio.to_thread(show.see, edges, server)
-        if show.status["idle"] and all(v == show.status["adapter_version"] for v in show.versions):
+        if show.idle and all(version == show.released for version in show.versions):
             return
         await asyncio.sleep(0.5)
-    raise StageError(f"edges run adapters {show.versions}, the server released {show.status['adapter_version']}")
+    raise StageError(f"edges run adapters {show.versions}, the server released {show.released}")
 
 
 async def measure(offices: list[Office]) -> tuple[Score, Score]:
@@ -165,14 +178,15 @@ def rows(
 
     def text(pair: tuple[Score, Score]) -> str:
         sampled, greedy = pair
-        return f"{sampled.reward:.3f} ± {sampled.standard_error:.3f} sampled ({sampled.episodes}), {greedy.reward:.2f} greedy"
+        mean = f"{sampled.reward:.3f} ± {sampled.standard_error:.3f}"
+        return f"{mean} sampled ({sampled.episodes} episodes), {greedy.reward:.2f} greedy"
 
     return [
         ("held-out reward before", text(before)),
         ("held-out reward after", text(after)),
         ("episodes learned from", str(sum(o.tally.episodes for o in show.offices))),
         ("steps kept", str(sum(s["steps"] for s in states))),
-        ("rounds", f"{show.status['rounds']} ({show.status['refused']} refused by the gate)"),
+        ("rounds", f"{show.rounds} ({show.refused} refused by the gate)"),
         ("adapters swapped in", ", ".join(f"{len(c.swaps)} on {c.name}" for c in show.curves)),
         ("adapter in use", ", ".join(str(s["adapter_version"]) for s in states)),
         ("bytes sent to the server", f"{sum(s['sent_bytes'] for s in states):,}"),
@@ -219,7 +233,7 @@ def lost_steps(show: Show, edges: list[Part]) -> int:
     """How many steps whose feedback was acknowledged are not in the pool of their edge."""
     lost = 0
     for edge, office in zip(edges, show.offices, strict=True):
-        kept = set(edge.run("steps", "ids", "--json", expect_json=True))
+        kept = set(edge.run("pool", "ids", "--json", expect_json=True))
         lost += len(set(office.tally.acknowledged) - kept)
     return lost
 
@@ -230,12 +244,12 @@ async def play(options: argparse.Namespace, console: Console) -> int:
     tasks_file = folder / "gate-tasks.jsonl"
     tasks_file.write_text("".join(json.dumps(task) + "\n" for task in world.gate_tasks()))
     console.print("starting the server: keys, TLS, database, SuperLink, trainer")
-    server = make_server(folder, MODEL, settings=server_settings(tasks_file, control=options.control))
+    server = make_server(folder, options.model, settings=server_settings(tasks_file, control=options.control))
     edges: list[Part] = []
     try:
         server.start()
         for n in range(options.devices):
-            edges.append(join_edge(folder, server, name=f"edge{n + 1}", console=console))
+            edges.append(join_edge(folder, server, name=f"edge{n + 1}", model=options.model, console=console))
         offices = [
             Office(f"http://127.0.0.1:{e.port}/v1", e.token(), seed=options.seed + n, shuffle=options.control)
             for n, e in enumerate(edges)
@@ -252,10 +266,10 @@ async def play(options: argparse.Namespace, console: Console) -> int:
             part.stop()
 
 
-def join_edge(folder: Path, server: Part, *, name: str, console: Console) -> Part:
+def join_edge(folder: Path, server: Part, *, name: str, model: Path, console: Console) -> Part:
     """Set up an edge, start it, join by invitation, and set the level, by the commands that its owner would use."""
     console.print(f"setting up {name}: model, keys, encrypted pool; joining by invitation; privacy level full")
-    edge = make_edge(folder, MODEL, name=name, settings=EDGE_SETTINGS)
+    edge = make_edge(folder, model, name=name, settings=EDGE_SETTINGS)
     edge.start()
     invitation = server.run("invite", "--json", expect_json=True)["invitation"]
     edge.run("join", invitation, "--yes")
@@ -295,11 +309,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1, help="how many edges (default 1)")
     parser.add_argument("--control", action="store_true", help="shuffle the rewards: nothing should be learned")
     parser.add_argument("--kill", action="store_true", help="kill -9 the first edge on the way and check what it kept")
+    parser.add_argument("--rounds", type=int, help="stop after this many (default 40, with --control 12)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="the model folder (default: the demo's own)")
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="of the questions asked (default: the clock)"
     )
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where everything lies (default .demo)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (CONTROL_ROUNDS if options.control else MAX_ROUNDS)
+    return options
 
 
 def main() -> int:

@@ -48,6 +48,7 @@ class Part:
     home: Path
     port: int
     variable: str
+    token_name: str = "token"
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ class Part:
 
     def token(self) -> str:
         """The token of this side's loopback API."""
-        return (self.home / "token").read_text().strip()
+        return (self.home / self.token_name).read_text().strip()
 
     def get(self, path: str) -> Any:
         """A JSON answer of this side's loopback API. Raises OSError if it does not answer."""
@@ -100,7 +101,7 @@ class Part:
             return json.load(reply)
 
     def _token(self) -> str:
-        return self.token() if (self.home / "token").is_file() else ""
+        return self.token() if (self.home / self.token_name).is_file() else ""
 
     def configure(self, changes: Mapping[str, Mapping[str, object]]) -> None:
         """Change keys of config.toml, as its owner would in an editor."""
@@ -134,7 +135,7 @@ class Part:
 def make_server(folder: Path, model: Path, *, settings: Mapping[str, Mapping[str, object]]) -> Part:
     """`clawloop-server init` in `folder`, with `settings` changed afterwards."""
     public, admin = free_ports(2)
-    server = Part("server", "clawloop-server", folder / "server", admin, "CLAWLOOP_SERVER_HOME")
+    server = Part("server", "clawloop-server", folder / "server", admin, "CLAWLOOP_SERVER_HOME", "admin.token")
     server.run("init", "--base", str(model), "--port", str(public), "--admin-port", str(admin), "--yes")
     server.configure(settings)
     return server
