@@ -1,1 +1,1 @@
-"""Which conversation, run and branch a call belongs to; sampled ids spliced back into its history."""
+"""Which conversation, which turn and which line a model call belongs to. Pure, but for the memory of recent steps."""

@@ -1,0 +1,37 @@
+"""Ending well: take no new call, and let those in flight finish."""
+
+import asyncio
+
+from clawloop_edge.errors import EngineBusy
+
+
+class Drain:
+    """Counts the calls in flight. `await drain()` ends the service."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self.draining = False
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> "Drain":
+        if self.draining:
+            raise EngineBusy("the edge is shutting down; try again in a moment")
+        self.in_flight += 1
+        self._idle.clear()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    async def __call__(self) -> bool:
+        """Refuse new calls from now on and wait for the others; False if some still ran when the time was up."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), self._timeout_s)
+        except TimeoutError:
+            return False
+        return True

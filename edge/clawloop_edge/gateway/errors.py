@@ -1,0 +1,89 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, with the right status.
+
+Says nothing of what was asked or answered, only what is wrong with it.
+"""
+
+import logging
+import traceback
+from http import HTTPStatus
+
+import msgspec
+from aiohttp import web
+
+from clawloop_edge.errors import EngineBusy, EngineError, EngineGone, PromptTooLong, RequestError, UnknownVersion
+from clawloop_shared.errors import ClawloopError
+
+_LOG = logging.getLogger(__name__)
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """One refusal, ready to be sent."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's word for this class of error."""
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self) -> bytes:
+        """The JSON body."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> web.Response:
+        """The whole reply."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=headers)
+
+
+def failure_of(error: Exception, *, retry_after_s: int) -> Failure:
+    """What to tell the client about an error. One that is not known is a bug: where it happened goes to the log, its
+    text does not, because it may hold what was asked."""
+    found = _known(error, retry_after_s)
+    if found is not None:
+        return found
+    where = "".join(traceback.format_tb(error.__traceback__))
+    _LOG.error("a call failed with %s at\n%s", type(error).__name__, where)
+    return Failure(status=500, message="internal error; see the edge's log", code="internal_error")
+
+
+def _known(error: Exception, retry_after_s: int) -> Failure | None:
+    if isinstance(error, RequestError):
+        return Failure(status=error.status, message=str(error), param=error.param, code=error.code)
+    if isinstance(error, EngineError):
+        return _engine_failure(error, retry_after_s)
+    if isinstance(error, web.HTTPException):
+        return _http_failure(error)
+    if isinstance(error, ClawloopError):
+        return Failure(status=503, message=str(error), code="unavailable", retry_after_s=retry_after_s)
+    return None
+
+
+def _engine_failure(error: EngineError, retry_after_s: int) -> Failure:
+    match error:
+        case PromptTooLong():
+            return Failure(status=400, message=str(error), param="messages", code="context_length_exceeded")
+        case UnknownVersion():
+            return Failure(status=404, message=str(error), param="model", code="model_not_found")
+        case EngineBusy():
+            return Failure(status=503, message=str(error), code="engine_busy", retry_after_s=retry_after_s)
+        case EngineGone():
+            return Failure(status=503, message=str(error), code="engine_gone")
+    return Failure(status=500, message=str(error), code="engine_error")
+
+
+def _http_failure(error: web.HTTPException) -> Failure:
+    codes = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
+    messages = {
+        404: "no such path; see GET /v1/models and POST /v1/chat/completions",
+        405: f"this path takes {error.headers.get('Allow', 'another method')}",
+        413: error.text or "the request is too large",
+    }
+    message = messages.get(error.status, HTTPStatus(error.status).phrase)
+    return Failure(status=error.status, message=message, code=codes.get(error.status))

@@ -1,0 +1,93 @@
+"""`POST /v1/feedback`: one judgement of a step, run, session or trajectory, answered once it is on disk.
+
+A judgement of a step is stored with the step; the reward of the whole trajectory comes from it later.
+"""
+
+import asyncio
+import time
+from concurrent.futures import Future
+from typing import Annotated, Protocol
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from clawloop_edge.errors import RequestError, UnknownTarget
+from clawloop_edge.gateway.chat_request import convert_body, decode_json
+from clawloop_shared.errors import RecordError
+from clawloop_shared.ids import new_id
+from clawloop_shared.records import Signal, Target, check_signal
+
+_TARGETS = {
+    "step_id": Target.STEP,
+    "trace_id": Target.RUN,
+    "session_id": Target.SESSION,
+    "trajectory_id": Target.TRAJECTORY,
+}
+_Target = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class KeepsSignals(Protocol):
+    """The part of the pool that feedback needs."""
+
+    def keep_signal(self, signal: Signal) -> "Future[None]": ...
+
+
+class _Feedback(msgspec.Struct):
+    value: float
+    step_id: _Target | None = None
+    trace_id: _Target | None = None
+    session_id: _Target | None = None
+    trajectory_id: _Target | None = None
+    comment: Annotated[str, Meta(max_length=4096)] | None = None
+    source: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] | None = None
+    weight: float | None = None
+
+
+class FeedbackHandler:
+    """Takes judgements."""
+
+    def __init__(self, pool: KeepsSignals) -> None:
+        self._pool = pool
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Keep one judgement; 200 means that it, and the step it judges, are on disk."""
+        signal = parse_feedback(await request.read(), now_ms=time.time_ns() // 1_000_000)
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._pool.keep_signal(signal)))
+        except UnknownTarget as error:
+            raise RequestError(str(error), status=404, param=_param(signal), code="unknown_target") from error
+        body = {"signal_id": signal.signal_id, "target": signal.target, "target_id": signal.target_id}
+        return web.json_response({**body, "value": signal.value, "stored": True})
+
+
+def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
+    """Read a body.
+
+    Raises:
+        RequestError: no target or more than one, or a value outside [-1, 1].
+    """
+    body = convert_body(decode_json(data), _Feedback)
+    named = [name for name in _TARGETS if getattr(body, name) is not None]
+    if len(named) != 1:
+        raise RequestError(
+            f"name one of {', '.join(_TARGETS)}; {len(named)} are named", param=named[0] if named else None
+        )
+    signal = Signal(
+        signal_id=new_id(),
+        target=_TARGETS[named[0]],
+        target_id=getattr(body, named[0]),
+        source=body.source or "user",
+        value=body.value,
+        weight=1.0 if body.weight is None else body.weight,
+        comment=body.comment or "",
+        created_ms=now_ms,
+    )
+    try:
+        return check_signal(signal)
+    except RecordError as error:
+        raise RequestError(str(error), param="weight" if -1 <= signal.value <= 1 else "value") from error
+
+
+def _param(signal: Signal) -> str:
+    return next(name for name, target in _TARGETS.items() if target is signal.target)

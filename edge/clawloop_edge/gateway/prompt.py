@@ -1,0 +1,89 @@
+"""From messages to the exact ids that the engine will consume: rendered, then spliced with what was sampled before.
+
+Long prompts are prepared in a thread of their own, so that the tokens of other calls keep flowing meanwhile.
+"""
+
+import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from clawloop_edge.engine.protocol import ChatTokenizer
+from clawloop_edge.errors import PromptTooLong, RequestError
+from clawloop_edge.sessions.splice import How, splice
+from clawloop_edge.sessions.tracker import Placement
+
+Json = dict[str, Any]
+_INLINE_BYTES = 8 << 10
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A rendered prompt, its ids, and how they came about."""
+
+    text: str
+    ids: list[int]
+    how: How
+
+
+def prepare(tokenizer: ChatTokenizer, messages: list[Json], *, tools: list[Json], placed: Placement) -> Prompt:
+    """Render and encode a prompt.
+
+    Raises:
+        RequestError: the chat template refuses the messages.
+    """
+    try:
+        text = tokenizer.render(messages, tools or None)
+
+        def reply_at() -> int | None:
+            if placed.reply_index < 0:
+                return None
+            head = tokenizer.render(messages[: placed.reply_index], tools or None)
+            return len(head) if text.startswith(head) else None
+
+        sampled = placed.parent.sampled if placed.parent else None
+        spliced = splice(text, tokenizer, parent=sampled, reply_at=reply_at)
+    except RecursionError as error:
+        raise RequestError("messages or tools are nested too deep", param="messages") from error
+    return Prompt(text, spliced.ids, spliced.how)
+
+
+def room_for(prompt: Prompt, wanted: int, *, context_length: int) -> int:
+    """How many tokens may be sampled: what was asked for, as far as the context reaches.
+
+    Raises:
+        PromptTooLong: there is no room for a single one.
+    """
+    room = context_length - len(prompt.ids)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {len(prompt.ids)} tokens and the model's context is {context_length} tokens; send less"
+        )
+    return min(wanted, room)
+
+
+class Preparer:
+    """Prepares prompts and counts how their ids came about."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self.counts: Counter[How] = Counter()
+
+    async def prepare(self, messages: list[Json], *, tools: list[Json], placed: Placement, size_bytes: int) -> Prompt:
+        """Like the function `prepare`; `size_bytes`, the size of the request, decides where it runs."""
+
+        def work() -> Prompt:
+            return prepare(self._tokenizer, messages, tools=tools, placed=placed)
+
+        if size_bytes <= _INLINE_BYTES:
+            prompt = work()
+        else:
+            prompt = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        self.counts[prompt.how] += 1
+        return prompt
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,150 @@
+"""Builds the record of one call and hands it to the pool's writer, off the hot path.
+
+Keeping never delays a token and never fails a call: what could not be kept is counted and logged, without content.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+import msgspec
+
+from clawloop_edge.gateway.chat_request import ChatCall
+from clawloop_edge.gateway.prompt import Prompt
+from clawloop_edge.gateway.reply import CUT, Reply
+from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.sessions.classify import Kind
+from clawloop_edge.sessions.identity import Identity
+from clawloop_edge.sessions.tracker import REPLY_INDEX, Placement, Tracker
+from clawloop_shared.errors import RecordError
+from clawloop_shared.records import Policy, Step, check_step
+
+_LOG = logging.getLogger(__name__)
+_LOG_EVERY_S = 60.0
+Clock = Callable[[], float]
+
+
+class KeepsSteps(Protocol):
+    """The part of the pool that the recorder needs."""
+
+    def keep_step(self, kept: KeptStep, *, index: dict[str, bytes]) -> "Future[None]": ...
+
+
+class LiveCall(msgspec.Struct, kw_only=True):
+    """Everything known of a call in flight; complete once its last token is there. Times are ms since 1970."""
+
+    step_id: str
+    call: ChatCall
+    identity: Identity
+    placed: Placement
+    prompt: Prompt
+    policy: Policy
+    reply: Reply
+    engine_reason: str
+    started_ms: int
+    first_token_ms: int = 0
+    finished_ms: int = 0
+
+
+def reason_before(live: LiveCall) -> str:
+    """Why nothing may be learned from a call, as far as is known before its first token; empty if it may."""
+    sampling, kind = live.call.sampling, live.placed.kind
+    if live.identity.incognito:
+        return "incognito"
+    if live.engine_reason:
+        return live.engine_reason
+    if kind is Kind.UNKNOWN:
+        return "unknown traffic"
+    if kind is not Kind.MAIN:
+        return f"side request: {kind.value}"
+    if sampling.temperature <= 0:
+        return "temperature 0"
+    if sampling.truncates:
+        return "truncating sampler"
+    return ""
+
+
+def reason_after(live: LiveCall) -> str:
+    """Why nothing may be learned from a call that is over; empty if it may."""
+    ended = live.reply.ended
+    if not live.identity.incognito and ended not in ("stop", "length"):
+        return ended
+    return reason_before(live) or (CUT if live.reply.cut else "")
+
+
+class Recorder:
+    """Keeps steps."""
+
+    def __init__(self, pool: KeepsSteps, tracker: Tracker, *, clock: Clock = time.monotonic) -> None:
+        self._pool, self._tracker, self._clock = pool, tracker, clock
+        self._logged_at = -_LOG_EVERY_S
+        self.kept = 0
+        self.failed = 0
+
+    def keep(self, live: LiveCall) -> None:
+        """Keep one call and let later calls continue it; nothing is kept of incognito calls and of empty ones."""
+        if live.identity.incognito or not live.reply.ids:
+            return
+        try:
+            self._keep(live)
+        except Exception as error:  # noqa: BLE001 - the user is served first: whatever is wrong here, the call goes on
+            self._failure(error)
+
+    def _keep(self, live: LiveCall) -> None:
+        step = step_of(live)
+        message, text = live.reply.message(), live.reply.text()
+        prompt_text = live.prompt.text
+        chain = self._tracker.remember(live.placed, step, reply=message, prompt_text=prompt_text, text=text)
+        kept = KeptStep(
+            step=step,
+            messages=live.call.messages,
+            tools=live.call.tools,
+            reply=message,
+            text=text,
+            kind=live.placed.kind.value,
+            app=live.placed.app,
+            started_ms=live.started_ms,
+            first_token_ms=live.first_token_ms,
+            finished_ms=live.finished_ms,
+        )
+        self._pool.keep_step(kept, index={REPLY_INDEX: chain}).add_done_callback(self._settled)
+
+    def _settled(self, future: "Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None or future.cancelled():
+            self._failure(error)
+        else:
+            self.kept += 1
+
+    def _failure(self, error: BaseException | None) -> None:
+        self.failed += 1
+        if self._clock() - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = self._clock()
+            _LOG.error("steps that could not be kept so far: %d; the latest: %s", self.failed, type(error).__name__)
+
+
+def step_of(live: LiveCall) -> Step:
+    """The record of a call; one that breaks the rules of trainable steps says so."""
+    step = Step(
+        step_id=live.step_id,
+        session_id=live.placed.session_id,
+        run_id=live.placed.run_id,
+        parent_id=live.placed.parent_id,
+        prompt_ids=live.prompt.ids,
+        response_ids=live.reply.ids,
+        response_logprobs=live.reply.logprobs,
+        policy=live.policy,
+        sampling=live.call.sampling,
+        finish_reason=live.reply.ended,
+        created_ms=live.started_ms,
+        channel=live.identity.channel,
+        untrainable=reason_after(live),
+    )
+    if step.untrainable:
+        return step
+    try:
+        return check_step(step)
+    except RecordError:
+        return msgspec.structs.replace(step, untrainable="no logprob for every token")

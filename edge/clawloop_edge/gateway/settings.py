@@ -1,0 +1,23 @@
+"""The gateway's settings: where it listens, how much a client may send, and how much it remembers."""
+
+import msgspec
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where agents reach the edge, and how much they may send.
+
+    `allowed_hosts` are further names under which a client may call it (loopback names and `host` always may).
+    `default_max_tokens` holds where a client names no limit of its own. Conversations of late are remembered up to
+    `memory_entries` steps and `memory_bytes`; older ones are found in the pool.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8100
+    allowed_hosts: list[str] = []
+    max_body_bytes: int = 16 << 20
+    default_max_tokens: int = 4096
+    default_temperature: float = 1.0
+    retry_after_s: int = 2
+    memory_entries: int = 2000
+    memory_bytes: int = 24 << 20
+    drain_s: float = 30.0
