@@ -8,7 +8,7 @@ fix for the WAL-reset corruption that the standard library's engine may lack (fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,8 @@ def transaction(database: Database) -> Iterator[Database]:
     """One explicit write transaction: all or nothing.
 
     Raises:
-        StorageError: the disk is full, read-only or broken; nothing of the transaction is kept.
+        StorageError: the disk is full, read-only or broken, or another process holds the database for longer than
+            `BUSY_TIMEOUT_MS`; nothing of the transaction is kept.
     """
     engine = sqlcipher()
     connection = database.conn
@@ -89,9 +90,27 @@ def transaction(database: Database) -> Iterator[Database]:
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield database
+            connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # a full disk has ended it already
+                connection.execute("ROLLBACK")
             raise
-        connection.execute("COMMIT")
     except engine.OperationalError as error:
         raise StorageError(f"the database could not be written: {error}; check free disk space and rights") from error
+
+
+def migrate(database: Database, name: str, *, migrations: Sequence[Callable[[Database], None]]) -> None:
+    """Run those of `migrations` (known by their function names, in this order) that have not run on this database.
+
+    Each runs once, recorded in the transaction that runs it; several processes may do this at once on a new database.
+    A migration that was released is never changed: add another.
+    """
+    from sqlite_utils.migrations import Migrations
+
+    known = Migrations(name)
+    for migration in migrations:
+        known()(migration)
+    if not known.pending(database):
+        return
+    with transaction(database):
+        known.apply(database)

@@ -18,6 +18,8 @@ from clawloop_shared.errors import StorageError, WireError
 
 VERSION = b"\x01"
 KEY_BYTES = 32
+NONCE_BYTES = 12
+_TAG_BYTES = 16
 MAX_PLAIN_BYTES = 256 << 20
 
 
@@ -33,7 +35,7 @@ def derive_key(key: bytes, purpose: str, *, salt: bytes = b"") -> bytes:
 
 def seal(key: bytes, plain: bytes, *, aad: bytes) -> bytes:
     """`plain` compressed and encrypted, readable only with the same `aad`."""
-    nonce = os.urandom(12)
+    nonce = os.urandom(NONCE_BYTES)
     packed = zstandard.ZstdCompressor(level=3, write_content_size=True).compress(plain)
     return VERSION + nonce + AESGCM(key).encrypt(nonce, packed, aad)
 
@@ -47,7 +49,7 @@ def unseal(key: bytes, sealed: bytes, *, aad: bytes) -> bytes:
     if sealed[:1] != VERSION:
         raise StorageError(f"sealed bytes of version {sealed[:1]!r}; this clawloop reads {VERSION!r}")
     try:
-        packed = AESGCM(key).decrypt(sealed[1:13], sealed[13:], aad)
+        packed = _decrypt(key, sealed[1:], aad=aad)
     except InvalidTag as error:
         raise StorageError(
             f"cannot open sealed bytes of {aad.decode(errors='replace')}: wrong key or changed"
@@ -60,7 +62,7 @@ def unseal(key: bytes, sealed: bytes, *, aad: bytes) -> bytes:
 
 def wrap_key(master: bytes, key: bytes, *, aad: bytes) -> bytes:
     """A data key encrypted under a master key."""
-    nonce = os.urandom(12)
+    nonce = os.urandom(NONCE_BYTES)
     return nonce + AESGCM(master).encrypt(nonce, key, aad)
 
 
@@ -71,6 +73,13 @@ def unwrap_key(master: bytes, wrapped: bytes, *, aad: bytes) -> bytes:
         StorageError: another master key, or another place.
     """
     try:
-        return AESGCM(master).decrypt(wrapped[:12], wrapped[12:], aad)
+        return _decrypt(master, wrapped, aad=aad)
     except InvalidTag as error:
         raise StorageError(f"cannot unwrap the key of {aad.decode(errors='replace')}: wrong master key") from error
+
+
+def _decrypt(key: bytes, data: bytes, *, aad: bytes) -> bytes:
+    """Nonce, ciphertext and tag opened; bytes too short to hold them are refused like changed ones."""
+    if len(data) < NONCE_BYTES + _TAG_BYTES:
+        raise InvalidTag
+    return AESGCM(key).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], aad)

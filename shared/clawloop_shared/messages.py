@@ -1,11 +1,16 @@
 """What edge and server say to each other: the join call over HTTPS, and the fixed set of Flower messages.
 
-Each Flower message carries one of these structs, wire-encoded, in one uint8 Array. The server asks, the device
+Each Flower message carries one of these structs, wire-encoded, as one value of one record. The server asks, the device
 answers; a device never runs what it is sent. Message types and flows: docs/formats/messages.md.
 """
 
+import base64
+import binascii
+
 import msgspec
 
+from clawloop_shared import wire
+from clawloop_shared.errors import WireError
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.model_line import ModelLine
 
@@ -13,8 +18,14 @@ STATUS = "query.status"
 UPLOAD = "query.upload"
 ADAPTER = "query.adapter"
 RECORD = "payload"
-"""name of the ArrayRecord in a Flower message, and of its one Array"""
+"""name of the one record in a Flower message, and of the one value in it"""
+SMALL_PAYLOAD_BYTES = 1 << 20
+"""up to here a payload travels as bytes in a ConfigRecord (three objects), else as a uint8 Array (in parts of 5 MB)"""
 MAX_PAYLOAD_BYTES = 64 << 20
+JOIN_PATH = "/v1/join"
+MAX_JOIN_BYTES = 64 << 10
+INVITATION_PREFIX = "clawloop-invite:"
+_MAX_INVITATION_CHARACTERS = 16 << 10
 
 
 class Invitation(msgspec.Struct, frozen=True, tag="invitation.v1"):
@@ -36,11 +47,12 @@ class JoinRequest(msgspec.Struct, frozen=True, tag="join.v1"):
 
 
 class JoinReply(msgspec.Struct, frozen=True, tag="joined.v1"):
-    """The server's answer: the device's name there, and the key that signs adapters."""
+    """The server's answer: the device's name there, its Flower node id, and the key that signs adapters."""
 
     device_id: str
     release_key: bytes
     line: ModelLine
+    node_id: int
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status-request.v1"):
@@ -94,3 +106,25 @@ class AdapterReply(msgspec.Struct, frozen=True, tag="adapter-reply.v1"):
     version: int
     installed: bool
     reason: str = ""
+
+
+def write_invitation(invitation: Invitation) -> str:
+    """The one line of text that the operator hands over."""
+    return INVITATION_PREFIX + base64.urlsafe_b64encode(wire.encode(invitation)).decode().rstrip("=")
+
+
+def read_invitation(text: str) -> Invitation:
+    """The invitation in a line of text; white space that a mail or a terminal put in is ignored.
+
+    Raises:
+        WireError: it is not an invitation, or was cut.
+    """
+    packed = "".join(text.split())
+    if not packed.startswith(INVITATION_PREFIX) or len(packed) > _MAX_INVITATION_CHARACTERS:
+        raise WireError(f"not an invitation: it must begin with {INVITATION_PREFIX!r}; copy the whole line")
+    body = packed.removeprefix(INVITATION_PREFIX)
+    try:
+        data = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+        return wire.decode(data, Invitation, max_bytes=_MAX_INVITATION_CHARACTERS)
+    except (binascii.Error, WireError) as error:
+        raise WireError(f"this invitation is damaged or cut ({error}); copy the whole line again") from error

@@ -1,1 +1,1 @@
-"""The encrypted database of everything kept on this device."""
+"""The encrypted memory of one edge: what was said, token for token, and how it was judged. Knows no network."""

@@ -1,1 +1,1 @@
-"""What may leave: consent, the outbox that shows it byte for byte, the audit log."""
+"""What may leave this device, what will, and what did. Knows no network: the node asks it, and it never pushes."""

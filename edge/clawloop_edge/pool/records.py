@@ -1,0 +1,78 @@
+"""What the pool gives and takes, beside the records that both sides share. Frozen values, no storage."""
+
+from typing import Any
+
+import msgspec
+
+from clawloop_shared.records import Signal, Step
+
+Json = dict[str, Any]
+
+
+class KeptStep(msgspec.Struct, frozen=True, kw_only=True, tag="kept.v1"):
+    """One model call as the pool keeps it: its tokens, and what the client and the model said. Not changed after.
+
+    `messages` and `tools` are those of the request as the client sent them, `reply` is the assistant message that was
+    delivered, `text` the raw decoded response. Times are milliseconds since 1970.
+    """
+
+    step: Step
+    messages: list[Json]
+    reply: Json
+    started_ms: int
+    finished_ms: int
+    tools: list[Json] = []
+    text: str = ""
+    kind: str = "main"
+    app: str = ""
+    first_token_ms: int = 0
+
+
+class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a list of sessions."""
+
+    session_id: str
+    app: str
+    title: str
+    steps: int
+    trainable: int
+    first_ms: int
+    last_ms: int
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A step or a signal in the order in which the pool took it; `seq` never repeats, even after deletions."""
+
+    seq: int
+    step: Step | None = None
+    signal: Signal | None = None
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts and sizes. `payload_bytes` is what is sealed, `file_bytes` what lies on disk (log included)."""
+
+    sessions: int
+    steps: int
+    trainable: int
+    signals: int
+    payload_bytes: int
+    file_bytes: int
+    last_seq: int
+    queued: int
+    queued_bytes: int
+    refused: int
+
+
+class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `verify` read and what it found wrong; no problems means that everything opens and adds up."""
+
+    sessions: int
+    steps: int
+    signals: int
+    sealed: int
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems

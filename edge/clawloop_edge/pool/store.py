@@ -1,0 +1,257 @@
+"""The pool: one encrypted database that keeps every step and signal of this edge. Layout: docs/formats/pool.md.
+
+Writes go through one thread and are acknowledged by futures; reads take their own connections and never wait for it.
+Several processes may open one pool; only one, the edge that serves, holds its lock (`writer=True`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, Full, LifoQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from clawloop_edge.errors import PoolError
+from clawloop_edge.pool import schema
+from clawloop_edge.pool.crypt import INDEX_SCOPE, POOL_SCOPE, Keyring, file_key
+from clawloop_edge.pool.keeper import Keeper
+from clawloop_edge.pool.keys import DATABASE_NAME
+from clawloop_edge.pool.lock import FileLock
+from clawloop_edge.pool.reading import Reading
+from clawloop_edge.pool.records import Change, KeptStep, PoolReport, PoolStats, SessionSummary
+from clawloop_edge.pool.state import read_state, write_state
+from clawloop_edge.pool.verify import SealedColumn, count_pool, verify_pool
+from clawloop_edge.pool.writer import Writer
+from clawloop_shared.database import migrate, open_database, transaction
+from clawloop_shared.files import private_folder
+from clawloop_shared.records import Signal, Step, check_signal
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+T = TypeVar("T")
+LOCK_NAME = "pool.lock"
+_IDLE_READERS = 4
+_LOG_LIMIT_BYTES = 64 << 20
+
+
+class Pool:
+    """An open pool. Use it from any thread; close it, or use it as a context."""
+
+    def __init__(self, folder: Path, kek: bytes, *, database: "Database", lock: FileLock | None) -> None:
+        self.folder = folder
+        self._file_key, self._lock = file_key(kek), lock
+        pool_id, index_key = _prepare(database, kek)
+        self.keyring = Keyring(pool_id, kek)
+        self._keeper = Keeper(self.keyring, index_key)
+        self._sealed: list[SealedColumn] = []
+        self._readers: LifoQueue[Database] = LifoQueue(_IDLE_READERS)
+        self._writer = Writer(database, undone=self._keeper.forget_recent)
+        self._database = database
+
+    @classmethod
+    def open(cls, folder: Path, key: bytes, *, writer: bool = False) -> "Pool":
+        """Open the pool in `folder`, or make it. `key` is the 32-byte key-encryption key (`keys.open_key`).
+
+        Raises:
+            KeyMissing: the pool was made with another key.
+            PoolError: `writer` is asked for, and another edge has this pool.
+            StorageError: the database cannot be read or written.
+        """
+        private_folder(folder)
+        lock = FileLock.acquire(folder / LOCK_NAME) if writer else None
+        try:
+            database = open_database(folder / DATABASE_NAME, file_key(key))
+            try:
+                return cls(folder, key, database=database, lock=lock)
+            except BaseException:
+                database.close()
+                raise
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+
+    def close(self) -> None:
+        """Write what waits, then close all connections and let go of the lock."""
+        self._writer.close()
+        while True:
+            try:
+                self._readers.get_nowait().close()
+            except Empty:
+                break
+        self._database.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # Writing: each returns at once; the future is resolved after COMMIT.
+
+    def keep_step(self, kept: KeptStep, *, index: dict[str, bytes] | None = None) -> Future[None]:
+        """Keep a step; its id makes it idempotent. `index` gives values that `find_step_by` shall find it by.
+
+        The future fails with PoolError if too much waits to be written (`writer.MAX_QUEUED_BYTES`): the step is then
+        not kept. `kept` must not be changed afterwards.
+        """
+        tags = dict(index or {})
+        return self._writer.submit(
+            lambda database: self._keeper.keep_step(database, kept, index=tags), size_bytes=_rough_size(kept)
+        )
+
+    def keep_signal(self, signal: Signal) -> Future[None]:
+        """Keep a signal; its id makes it idempotent. The future fails with PoolError if its target is not known.
+
+        Raises:
+            RecordError: the signal breaks its own rules.
+        """
+        check_signal(signal)
+        return self._writer.submit(lambda database: self._keeper.keep_signal(database, signal))
+
+    def set_state(self, name: str, value: bytes) -> Future[None]:
+        """Keep a small value under a name, in place of the one before."""
+        return self._writer.submit(lambda db: write_state(db, self.keyring, name=name, value=value))
+
+    def submit(self, operation: Callable[["Database"], T]) -> Future[T]:
+        """Run `operation` in the writer's thread, all or nothing. It must not wait for another write."""
+        return self._writer.submit(operation)
+
+    def adopt(
+        self, name: str, migrations: Sequence[Callable[["Database"], None]], *, sealed: Sequence[SealedColumn] = ()
+    ) -> None:
+        """Have another room's tables in this pool; `sealed` names the columns that `verify` shall open. Waits."""
+        with self._reader() as database:
+            migrate(database, name, migrations=migrations)
+        self._sealed += [column for column in sealed if column not in self._sealed]
+
+    # Reading: from any thread, on a snapshot, beside the writer.
+
+    @contextmanager
+    def read(self) -> Iterator["Database"]:
+        """A connection that sees the pool as it is now, for as long as the block lasts. Only for reading."""
+        with self._reader() as database:
+            database.conn.execute("PRAGMA query_only = ON")
+            database.conn.execute("BEGIN")
+            try:
+                yield database
+            finally:
+                database.conn.execute("ROLLBACK")
+                database.conn.execute("PRAGMA query_only = OFF")
+
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Several questions to one snapshot."""
+        with self.read() as database:
+            yield Reading(database, self.keyring)
+
+    def get_step(self, step_id: str) -> KeptStep | None:
+        """A kept step, exactly as it was given; None if it is not here."""
+        with self.reading() as reading:
+            return reading.kept(step_id)
+
+    def step_ids(self) -> list[str]:
+        """The ids of all steps, in the order in which they were kept."""
+        with self.read() as database:
+            return [row[0] for row in database.conn.execute("SELECT step_id FROM steps ORDER BY seq")]
+
+    def find_steps_by(self, name: str, value: bytes, *, session_id: str | None = None, limit: int = 16) -> list[str]:
+        """Ids of steps kept with `index={name: value}`, latest first."""
+        query = (
+            "SELECT s.step_id FROM lookups AS l JOIN steps AS s USING (step_id)"
+            " WHERE l.tag = ? AND (? IS NULL OR s.session_id = ?) ORDER BY s.seq DESC LIMIT ?"
+        )
+        with self.read() as database:
+            parameters = (self._keeper.tag(name, value), session_id, session_id, limit)
+            return [row[0] for row in database.conn.execute(query, parameters)]
+
+    def find_step_by(self, name: str, value: bytes, *, session_id: str | None = None) -> str | None:
+        """The id of the latest step kept with `index={name: value}`."""
+        found = self.find_steps_by(name, value, session_id=session_id, limit=1)
+        return found[0] if found else None
+
+    def sessions(self, limit: int = 50, before_ms: int | None = None) -> list[SessionSummary]:
+        """A page of sessions, last used first."""
+        with self.reading() as reading:
+            return reading.sessions(limit, before_ms)
+
+    def session_steps(self, session_id: str) -> list[KeptStep]:
+        """All steps of a session in the order in which they were kept."""
+        with self.reading() as reading:
+            return list(reading.session_steps(session_id))
+
+    def signals(self, steps: Sequence[Step]) -> list[Signal]:
+        """The signals that judge these steps, or the runs, sessions and trajectories they belong to."""
+        with self.reading() as reading:
+            return reading.signals(steps)
+
+    def changes(self, after_seq: int, limit: int) -> list[Change]:
+        """Up to `limit` steps and signals kept after `after_seq`, oldest first."""
+        with self.reading() as reading:
+            return reading.changes(after_seq, limit)
+
+    def get_state(self, name: str) -> bytes | None:
+        """A value of `set_state`, whichever process set it; None if it was never set."""
+        with self.read() as database:
+            return read_state(database, self.keyring, name=name)
+
+    def stats(self) -> PoolStats:
+        """Counts and sizes."""
+        files = [self.folder / f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal")]
+        with self.read() as database:
+            counts = count_pool(database)
+        return PoolStats(
+            **counts,
+            file_bytes=sum(path.stat().st_size for path in files if path.exists()),
+            queued=self._writer.queued,
+            queued_bytes=self._writer.queued_bytes,
+            refused=self._writer.refused,
+        )
+
+    def verify(self) -> PoolReport:
+        """Check the file's integrity, open every sealed byte, rebuild every step and count. Reads all: takes long."""
+        with self.read() as database:
+            return verify_pool(database, self.keyring, extra=self._sealed)
+
+    @contextmanager
+    def _reader(self) -> Iterator["Database"]:
+        if self._writer.closed:
+            raise PoolError("the pool is closed; nothing can be read")
+        try:
+            database = self._readers.get_nowait()
+        except Empty:
+            database = open_database(self.folder / DATABASE_NAME, self._file_key)
+        try:
+            yield database
+        except BaseException:
+            database.close()
+            raise
+        try:
+            self._readers.put_nowait(database)
+        except Full:
+            database.close()
+
+
+def _prepare(database: "Database", kek: bytes) -> tuple[str, bytes]:
+    """The pool's id and its index key; tables and keys are made if they are not there."""
+    migrate(database, schema.NAME, migrations=schema.MIGRATIONS)
+    database.conn.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT_BYTES}")
+    pool_id: str = database.conn.execute("SELECT pool_id FROM pool").fetchone()[0]
+    keyring = Keyring(pool_id, kek)
+    scopes = "SELECT count(*) FROM keys WHERE scope IN (?, ?)"
+    if database.conn.execute(scopes, (POOL_SCOPE, INDEX_SCOPE)).fetchone()[0] < 2:
+        with transaction(database):
+            keyring.ensure(database, POOL_SCOPE)
+            keyring.ensure(database, INDEX_SCOPE)
+    return pool_id, keyring.find(database, INDEX_SCOPE).key
+
+
+def _rough_size(kept: KeptStep) -> int:
+    """About how many bytes a step holds in memory while it waits, from its lists alone: a token is about 4 bytes of
+    text and 8 of list. Exact enough to bound the queue, and free of any walk over the messages."""
+    step = kept.step
+    return 512 + 16 * len(step.prompt_ids) + 48 * len(step.response_ids) + len(kept.text)
