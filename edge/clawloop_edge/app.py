@@ -30,6 +30,7 @@ from clawloop_edge.opening import model_folder, open_engine, open_pool
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_shared.errors import ClawloopError
+from clawloop_shared.levels import Level
 from clawloop_shared.model_line import read_shape
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ class Edge:
         stats = await asyncio.to_thread(self.pool.stats)
         sent = await asyncio.to_thread(self.outbox.totals)
         health = self.engine.health()
-        node = self.node.status if self.node else None
         return web.json_response(
             {
                 "level": str(await asyncio.to_thread(self.consent.level)),
@@ -95,9 +95,14 @@ class Edge:
                 "sent_items": sent.items,
                 "sent_bytes": sent.bytes,
                 "server": self.member.url if self.member else "",
-                "server_state": str(node.state) if node else "not joined",
+                "server_state": self._server_state(),
             }
         )
+
+    def _server_state(self) -> str:
+        if self.member is None:
+            return "not joined"
+        return str(self.node.status.state) if self.node else "silent (level off)"
 
     async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -124,17 +129,20 @@ class Edge:
             await self.activator.use(wish.version)
 
     async def _follow_membership(self) -> None:
+        """Take up a server that was joined, and let go of one that was left; at level `off` stay silent altogether."""
         member = await asyncio.to_thread(state.membership, self.pool)
-        if member == self.member:
-            return
-        await self._stop_node()
-        self.member = member
-        if member is None:
-            return
-        self.activator = self._make_activator(member)
-        await self.activator.restore()
-        self.node = self._make_node(member, self.activator)
-        self.node.start()
+        if member != self.member:
+            await self._stop_node()
+            self.member, self.activator = member, None
+            if member is not None:
+                self.activator = self._make_activator(member)
+                await self.activator.restore()
+        silent = await asyncio.to_thread(self.consent.level) is Level.OFF
+        if self.node is not None and silent:
+            await self._stop_node()
+        if self.node is None and not silent and member is not None and self.activator is not None:
+            self.node = self._make_node(member, self.activator)
+            self.node.start()
 
     def _make_activator(self, member: Membership) -> Activator:
         limits = self.config.adapters

@@ -17,6 +17,7 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     """Join a server by its invitation. Keys are made on this device; nothing else leaves at level off."""
     from clawloop_edge import state
     from clawloop_edge.node.join import join as ask
+    from clawloop_edge.privacy.consent import ConsentLog, Recipient, device_key
     from clawloop_shared.messages import read_invitation
     from clawloop_shared.model_line import read_line
     from clawloop_shared.signing import key_words
@@ -28,7 +29,8 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     with opened_pool(context) as pool:
         if state.membership(pool) is not None:
             raise ConfigError("this device has joined a server; run `clawloop-edge leave` first")
-        member = ask(invitation, line=line)
+        member = ask(invitation, line=line, device_key=device_key(pool))
+        ConsentLog(pool).set_recipient(Recipient(member.url, member.root_key))
         state.keep_membership(pool, member)
     console.print(f"joined as device {member.device_id}; nothing leaves until: clawloop-edge privacy set LEVEL")
 
@@ -36,7 +38,7 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
 def leave(context: typer.Context, yes: Yes = False) -> None:
     """Leave the server: this device answers it no more, and the level drops to off."""
     from clawloop_edge import state
-    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.consent import ConsentLog, Recipient
     from clawloop_shared.levels import Level
 
     with opened_pool(context) as pool:
@@ -44,7 +46,9 @@ def leave(context: typer.Context, yes: Yes = False) -> None:
         if member is None:
             raise ConfigError("this device has joined no server")
         confirm(f"Leave {member.url}? What was sent stays there until its operator deletes it.", yes=yes)
-        ConsentLog(pool).set_level(Level.OFF)
+        consent = ConsentLog(pool)
+        consent.set_level(Level.OFF)
+        consent.set_recipient(Recipient())
         state.forget_membership(pool)
     console.print("left; the privacy level is off")
 

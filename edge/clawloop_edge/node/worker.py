@@ -1,0 +1,142 @@
+"""The thread that keeps this device in touch with its server: polls, answers, and comes back after every failure.
+
+The agent never notices it: a server that is away only changes what `status` says. Knows no Flower.
+"""
+
+import logging
+import random
+import threading
+import time
+from enum import StrEnum
+
+import msgspec
+
+from clawloop_edge.node import messages
+from clawloop_edge.node.messages import NodeHandlers
+from clawloop_edge.node.transport import NodeError, NodeRefused, Transport
+
+_log = logging.getLogger(__name__)
+
+_JITTER = 0.2
+
+
+class NodeState(StrEnum):
+    """Where the connection stands."""
+
+    CONNECTING = "connecting"
+    """not yet reached, or being reached again"""
+    ONLINE = "online"
+    """the server knows us and gets our answers"""
+    AWAY = "away"
+    """the server cannot be reached; tried again by itself"""
+    REFUSED = "refused"
+    """the server does not know our key; tried again rarely"""
+    STOPPED = "stopped"
+    """not running"""
+
+
+class NodeSettings(msgspec.Struct, frozen=True):
+    """How often to ask for messages, and how long to wait after failures (seconds)."""
+
+    poll_s: float = 15.0
+    quick_s: float = 0.02
+    """first wait when another message is likely soon; doubled up to `poll_s`"""
+    retry_s: float = 0.5
+    max_retry_s: float = 60.0
+    """longest wait while the server is away"""
+    refused_s: float = 300.0
+    """longest wait while the server refuses us (also for a minute after we died without a goodbye)"""
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """A look at the worker from outside. Times are 0 if it never happened."""
+
+    state: NodeState
+    detail: str = ""
+    messages: int = 0
+    last_message_ms: int = 0
+
+
+class NodeWorker:
+    """One thread over one transport."""
+
+    def __init__(self, transport: Transport, handlers: NodeHandlers, *, settings: NodeSettings | None = None) -> None:
+        self._transport, self._handlers = transport, handlers
+        self._settings = settings or NodeSettings()
+        self._stopping, self._poked = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._status = NodeStatus(NodeState.STOPPED)
+
+    @property
+    def status(self) -> NodeStatus:
+        """Where things stand now."""
+        return self._status
+
+    def start(self) -> None:
+        """Begin; returns at once, whether or not the server can be reached."""
+        if self._thread is not None:
+            return
+        self._stopping.clear()
+        self._set(NodeState.CONNECTING)
+        self._thread = threading.Thread(target=self._run, name="clawloop-node", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Say goodbye to the server and end the thread; False if a handler still runs after `timeout_s`."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        self._stopping.set()
+        self._poked.set()
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    def poke(self) -> None:
+        """Ask the server at once instead of at the next poll."""
+        self._poked.set()
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                self._transport.connect()
+                self._set(NodeState.ONLINE)
+                failures = 0
+                self._serve()
+            except NodeError as error:
+                failures += 1
+                self._failed(error, failures)
+            finally:
+                self._transport.close()
+        self._set(NodeState.STOPPED)
+
+    def _serve(self) -> None:
+        wait_s = self._settings.quick_s
+        while not self._stopping.is_set():
+            incoming = self._transport.receive()
+            if incoming is None:
+                self._sleep(wait_s)
+                wait_s = min(wait_s * 2, self._settings.poll_s)
+                continue
+            answer = messages.answer(incoming.kind, incoming.payload, handlers=self._handlers)
+            self._transport.send(incoming, answer)
+            wait_s = min(self._settings.quick_s, self._settings.poll_s) if answer.eager else self._settings.poll_s
+            self._status = msgspec.structs.replace(
+                self._status, messages=self._status.messages + 1, last_message_ms=time.time_ns() // 1_000_000
+            )
+
+    def _failed(self, error: NodeError, failures: int) -> None:
+        refused = isinstance(error, NodeRefused)
+        state = NodeState.REFUSED if refused else NodeState.AWAY
+        if self._status.state is not state:
+            _log.warning("sync %s: %s", state, error)
+        self._set(state, str(error))
+        longest_s = self._settings.refused_s if refused else self._settings.max_retry_s
+        self._sleep(min(self._settings.retry_s * 2 ** min(failures - 1, 20), longest_s))
+
+    def _sleep(self, wait_s: float) -> None:
+        self._poked.wait(wait_s * random.uniform(1 - _JITTER, 1 + _JITTER))
+        self._poked.clear()
+
+    def _set(self, state: NodeState, detail: str = "") -> None:
+        self._status = msgspec.structs.replace(self._status, state=state, detail=detail)
