@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from clawloop_edge.engine.tool_calls import ToolFormat
 from clawloop_shared.model_line import ModelLine
 from clawloop_shared.records import Policy, Sampling
 
@@ -34,11 +35,13 @@ class Generation(Protocol):
     """A call in flight: its policy never changes, even if an adapter is swapped in meanwhile.
 
     Iterating yields tokens as they are sampled; leaving the iteration, or `aclose`, cancels the call in the engine.
+    `cached_tokens`, the part of the prompt that was not computed again, is known from the first token on.
     """
 
     policy: Policy
-    cached_tokens: int
 
+    @property
+    def cached_tokens(self) -> int: ...
     def __aiter__(self) -> AsyncIterator[Token]: ...
     async def aclose(self) -> None: ...
 
@@ -52,11 +55,24 @@ class EngineHealth(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class Detokenizer(Protocol):
+    """Text of tokens as they arrive: bytes of a character that is not complete yet are held back."""
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back, with U+FFFD for bytes that never became a character."""
+        ...
+
+
 class ChatTokenizer(Protocol):
-    """The model's tokenizer and chat template."""
+    """The model's tokenizer and chat template. `tool_format` is how the model writes a tool call, if it can."""
 
     eos_ids: frozenset[int]
     context_length: int
+    tool_format: ToolFormat | None
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
         """The prompt text, ready for the assistant's turn. Raises RequestError if the template refuses."""
@@ -74,12 +90,23 @@ class ChatTokenizer(Protocol):
         """The text of ids as the client should see it: without the end token."""
         ...
 
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one for one response; its pieces together are `visible` of the ids (end tokens give no text)."""
+        ...
+
 
 class Engine(Protocol):
     """A model that serves several adapter versions."""
 
-    line: ModelLine
-    tokenizer: ChatTokenizer
+    @property
+    def line(self) -> ModelLine:
+        """The identity of the base."""
+        ...
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The model's tokenizer."""
+        ...
 
     @property
     def policy(self) -> Policy:
@@ -94,6 +121,10 @@ class Engine(Protocol):
         """Make a verified adapter ready beside the ones loaded. Raises AdapterInvalid (shape, NaN)."""
         ...
 
+    async def unload(self, version: int) -> None:
+        """Forget a loaded version that is not the current one; its calls in flight finish first."""
+        ...
+
     async def use(self, version: int) -> Policy:
         """Make a loaded version (0: the base) the current one. Calls in flight finish on theirs."""
         ...
@@ -101,7 +132,7 @@ class Engine(Protocol):
     async def score(
         self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
     ) -> list[float]:
-        """Teacher-forced logprobs of the response under a loaded version."""
+        """Teacher-forced logprobs of the response under a loaded version. Raises UnknownVersion or PromptTooLong."""
         ...
 
     def health(self) -> EngineHealth:

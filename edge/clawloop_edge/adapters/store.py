@@ -1,0 +1,113 @@
+"""The adapters on this device: one folder a version, published whole and never changed, and a pointer to the current.
+
+    adapters/<version>/{adapter_config.json, adapter_model.safetensors, manifest.bin}
+    adapters/current.json     {"version": the one in use, 0 is the base, "seen": the newest ever taken}
+
+Whoever reads must verify again: this module only keeps bytes. Knows no engine.
+"""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from clawloop_shared import wire
+from clawloop_shared.errors import StorageError
+from clawloop_shared.files import private_folder, publish, sync_folder
+from clawloop_shared.lora import FILES
+from clawloop_shared.manifest import SignedManifest
+from clawloop_shared.messages import AdapterOffer
+
+MANIFEST_FILE = "manifest.bin"
+POINTER_FILE = "current.json"
+_DRAFT = ".draft-"
+
+
+class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which version is in use, and the newest ever taken (older ones are refused from then on)."""
+
+    version: int = 0
+    seen: int = 0
+
+
+class AdapterStore:
+    """Adapters under one folder, which it makes (0700)."""
+
+    def __init__(self, folder: Path, *, keep: int = 3) -> None:
+        """`keep` is how many versions stay; the current one always does. Drafts of a crash are swept away."""
+        self._folder, self._keep = private_folder(folder), keep
+        for draft in folder.glob(f"{_DRAFT}*"):
+            shutil.rmtree(draft)
+
+    def publish(self, version: int, offer: AdapterOffer) -> None:
+        """Keep an adapter: it is there whole or not at all. What a crash left of this version gives way.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        target = self._folder / str(version)
+        if target.exists():
+            self._remove(version)
+        draft = self._folder / f"{_DRAFT}{version}-{secrets.token_hex(4)}"
+        try:
+            draft.mkdir(mode=0o700)
+            for name in FILES:
+                publish(draft / name, offer.files[name], mode=0o600)
+            publish(draft / MANIFEST_FILE, wire.encode(offer.manifest), mode=0o600)
+            draft.rename(target)
+            sync_folder(self._folder)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise StorageError(f"cannot keep adapter {version} in {self._folder}: {error.strerror}") from error
+
+    def read(self, version: int) -> AdapterOffer:
+        """The bytes of a kept adapter, not verified.
+
+        Raises:
+            StorageError: it is not there, or cannot be read.
+            WireError: its manifest is damaged.
+        """
+        folder = self._folder / str(version)
+        try:
+            files = {name: (folder / name).read_bytes() for name in FILES}
+            signed = wire.decode((folder / MANIFEST_FILE).read_bytes(), SignedManifest)
+        except OSError as error:
+            raise StorageError(f"adapter {version} cannot be read from {folder}: {error.strerror}") from error
+        return AdapterOffer(signed, files)
+
+    def versions(self) -> list[int]:
+        """The kept versions, rising."""
+        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+    def pointer(self) -> Pointer:
+        """The current and the newest seen version; both 0 at first.
+
+        Raises:
+            StorageError: the pointer file is damaged.
+        """
+        path = self._folder / POINTER_FILE
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Pointer)
+        except FileNotFoundError:
+            return Pointer(seen=max(self.versions(), default=0))
+        except (OSError, msgspec.DecodeError) as error:
+            raise StorageError(f"{path} cannot be read: {error}; remove it to start from the base model") from error
+
+    def point(self, version: int) -> None:
+        """Make `version` the current one, durably, and let old ones go. Raises StorageError."""
+        seen = max(version, self.pointer().seen, *self.versions())
+        publish(self._folder / POINTER_FILE, msgspec.json.encode(Pointer(version, seen)), mode=0o600)
+        self._sweep(version)
+
+    def _sweep(self, current: int) -> None:
+        for version in self.versions()[: -self._keep or None]:
+            if version == current:
+                continue
+            self._remove(version)
+
+    def _remove(self, version: int) -> None:
+        gone = self._folder / f"{_DRAFT}gone-{version}-{secrets.token_hex(4)}"
+        os.replace(self._folder / str(version), gone)  # no reader ever sees half a folder
+        shutil.rmtree(gone)

@@ -1,0 +1,73 @@
+"""A base model with an adapter on it: a second tree of modules over the same arrays.
+
+The base tree is never changed, so version 0 is the base to the last bit, and every version costs only its own adapter.
+Works on plain and on quantised linear layers. Nothing is fused: fusing would copy the base and, on 4 bits, round again.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from clawloop_edge.adapters.convert import Factors
+from clawloop_shared.errors import AdapterInvalid
+
+
+class LoraLinear(nn.Module):  # type: ignore[misc]
+    """`linear(x) + x·A·B`, with the scale already in B. A is (inputs, rank), B (rank, outputs)."""
+
+    def __init__(self, linear: Any, factors: Factors) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a, self.lora_b = factors
+
+    def __call__(self, x: Any) -> Any:
+        return self.linear(x) + ((x @ self.lora_a) @ self.lora_b).astype(x.dtype)
+
+
+def with_adapter(base: Any, factors: dict[str, Factors]) -> Any:
+    """A model with `factors` (by full module path) on the linear layers of `base`, evaluated. `base` stays as it is.
+
+    Raises:
+        AdapterInvalid: `base` has no such linear layer, or one of another size.
+    """
+    linears = {
+        name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    wrapped = []
+    for name, pair in factors.items():
+        if name not in linears:
+            raise AdapterInvalid(f"the model has no linear layer {name}")
+        _check_size(name, linears[name], pair)
+        wrapped.append((name, LoraLinear(linears[name], pair)))
+    model = _second_tree(base)
+    model.update_modules(tree_unflatten(wrapped))
+    model.eval()
+    mx.eval([array for pair in factors.values() for array in pair])
+    return model
+
+
+def _check_size(name: str, linear: Any, factors: Factors) -> None:
+    outputs, inputs = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        inputs = inputs * 32 // linear.bits
+    a, b = factors
+    if a.shape[0] != inputs or b.shape[1] != outputs or a.shape[1] != b.shape[0]:
+        raise AdapterInvalid(
+            f"adapter of {name}: A {a.shape} and B {b.shape} do not fit {inputs} inputs, {outputs} outputs"
+        )
+
+
+def _second_tree(module: Any) -> Any:
+    """The same arrays under new modules, lists and dicts."""
+    if isinstance(module, nn.Module):
+        twin = module.__class__.__new__(module.__class__)
+        twin.__dict__.update(module.__dict__)
+        dict.update(twin, {name: _second_tree(child) for name, child in module.items()})
+        return twin
+    if isinstance(module, dict):
+        return {name: _second_tree(child) for name, child in module.items()}
+    if isinstance(module, list | tuple):
+        return type(module)(_second_tree(child) for child in module)
+    return module

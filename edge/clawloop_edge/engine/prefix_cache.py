@@ -1,0 +1,72 @@
+"""The attention caches of earlier calls, so that the next turn of a conversation computes only what is new.
+
+Keyed by policy: a cache made under one adapter is wrong under another (0.8 nats, silently). Bounded over all policies
+by entries and bytes; the policy that was used longest ago gives way first. Lives in the engine's thread.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+
+from clawloop_shared.records import Policy
+
+
+class PrefixCache:
+    """Longest known prefix of a prompt, and its attention cache."""
+
+    def __init__(self, *, entries: int, size_bytes: int) -> None:
+        self._entries, self._size_bytes = entries, size_bytes
+        self._by_policy: OrderedDict[Policy, Any] = OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all caches kept."""
+        return sum(store.nbytes for store in self._by_policy.values())
+
+    def __len__(self) -> int:
+        return sum(len(store) for store in self._by_policy.values())
+
+    def take(self, policy: Policy, prompt_ids: list[int]) -> tuple[Any | None, int]:
+        """A copy of the cache of the longest known prefix, and that prefix's length: always less than the prompt's.
+
+        At least one token is left to compute, since an empty rest would end mlx-lm's generator (mlx-lm #1215).
+        """
+        store = self._by_policy.get(policy)
+        if store is None:
+            return None, 0
+        self._by_policy.move_to_end(policy)
+        cache, rest = store.fetch_nearest_cache(policy, prompt_ids)
+        if cache is None:
+            return None, 0
+        if not rest:
+            if not can_trim_prompt_cache(cache):
+                return None, 0
+            trim_prompt_cache(cache, 1)
+            return cache, len(prompt_ids) - 1
+        return cache, len(prompt_ids) - len(rest)
+
+    def put(self, policy: Policy, token_ids: list[int], cache: list[Any]) -> None:
+        """Keep the cache of a finished call. Its arrays are evaluated: a lazy slice would hold its whole batch."""
+        mx.async_eval([layer.state for layer in cache])  # type: ignore[no-untyped-call]
+        store = self._by_policy.get(policy)
+        if store is None:
+            store = self._by_policy[policy] = LRUPromptCache(self._entries, self._size_bytes)
+        self._by_policy.move_to_end(policy)
+        store.insert_cache(policy, token_ids, cache)
+        self._shrink()
+
+    def drop(self, policy: Policy) -> None:
+        """Forget a policy that is no longer loaded."""
+        self._by_policy.pop(policy, None)
+
+    def _shrink(self) -> None:
+        for policy in list(self._by_policy):
+            entries, size = len(self) - self._entries, self.size_bytes - self._size_bytes
+            if entries <= 0 and size <= 0:
+                return
+            store = self._by_policy[policy]
+            store.trim_to(n_sequences=len(store) - max(entries, 0), n_bytes=store.nbytes - max(size, 0))
+            if not len(store):
+                del self._by_policy[policy]

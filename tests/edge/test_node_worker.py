@@ -1,0 +1,169 @@
+"""The node comes back after every failure by itself, and says goodbye when it is stopped."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from clawloop_edge.node.transport import Answer, Incoming, NodeRefused, ServerAway
+from clawloop_edge.node.worker import NodeSettings, NodeState, NodeWorker
+from clawloop_shared import wire
+from clawloop_shared.messages import (
+    STATUS,
+    AdapterOffer,
+    AdapterReply,
+    StatusReply,
+    StatusRequest,
+    UploadReply,
+    UploadRequest,
+)
+from clawloop_shared.model_line import ModelLine
+
+LINE = ModelLine(base_sha256="a", tokenizer_sha256="b", template_sha256="c")
+QUICK = NodeSettings(poll_s=0.01, quick_s=0.001, retry_s=0.005, max_retry_s=0.02, refused_s=0.02)
+
+
+class Wire:
+    """A transport whose server is this test."""
+
+    def __init__(self) -> None:
+        self.trouble: Exception | None = None
+        self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self.answers: list[Answer] = []
+        self.connects = self.closes = self.polls = 0
+
+    def connect(self) -> None:
+        self.connects += 1
+        self._fail()
+
+    def receive(self) -> Incoming | None:
+        self.polls += 1
+        self._fail()
+        return None if self.inbox.empty() else self.inbox.get()
+
+    def send(self, incoming: Incoming, answer: Answer) -> None:
+        self._fail()
+        self.answers.append(answer)
+
+    def close(self) -> None:
+        self.closes += 1
+
+    def _fail(self) -> None:
+        if self.trouble:
+            raise self.trouble
+
+
+class Handlers:
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def status(self) -> StatusReply:
+        self.gate.wait(10)
+        return StatusReply("off", LINE, 0, 0, "0")
+
+    def upload(self, request: UploadRequest) -> UploadReply:
+        return UploadReply([], False, 0)
+
+    def adapter(self, offer: AdapterOffer) -> AdapterReply:
+        return AdapterReply(0, False)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def line() -> Wire:
+    return Wire()
+
+
+@pytest.fixture
+def worker(line: Wire) -> Iterator[NodeWorker]:
+    worker = NodeWorker(line, Handlers(), settings=QUICK)
+    yield worker
+    worker.stop()
+
+
+def ask(line: Wire) -> None:
+    line.inbox.put(Incoming(STATUS, wire.encode(StatusRequest()), None))
+
+
+def test_messages_are_answered(line: Wire, worker: NodeWorker) -> None:
+    worker.start()
+    ask(line)
+    until(lambda: line.answers)
+    assert wire.decode(line.answers[0].payload, StatusReply).level == "off"
+    until(lambda: worker.status.messages == 1)
+    assert worker.status.state is NodeState.ONLINE
+
+
+@pytest.mark.parametrize(
+    ("trouble", "state"), [(ServerAway("away"), NodeState.AWAY), (NodeRefused("who?"), NodeState.REFUSED)]
+)
+def test_after_a_failure_it_connects_again_until_it_works(
+    line: Wire, worker: NodeWorker, trouble: Exception, state: NodeState
+) -> None:
+    worker.start()
+    until(lambda: worker.status.state is NodeState.ONLINE)
+    line.trouble = trouble
+    until(lambda: worker.status.state is state)
+    assert worker.status.detail == str(trouble)
+    until(lambda: line.connects > 4)
+    line.trouble = None
+    ask(line)
+    until(lambda: line.answers)
+    assert worker.status.state is NodeState.ONLINE
+    assert line.closes >= 3
+
+
+def test_a_server_that_was_never_there_does_not_hold_up_the_start(line: Wire, worker: NodeWorker) -> None:
+    line.trouble = ServerAway("no route")
+    began = time.monotonic()
+    worker.start()
+    assert time.monotonic() - began < 1
+    until(lambda: worker.status.state is NodeState.AWAY)
+
+
+def test_stopping_closes_the_connection(line: Wire, worker: NodeWorker) -> None:
+    worker.start()
+    until(lambda: worker.status.state is NodeState.ONLINE)
+    assert worker.stop()
+    assert line.closes == 1
+    assert worker.status.state is NodeState.STOPPED
+
+
+def test_stopping_does_not_wait_for_the_next_poll(line: Wire) -> None:
+    worker = NodeWorker(line, Handlers(), settings=NodeSettings(poll_s=60, quick_s=60))
+    worker.start()
+    until(lambda: line.polls)
+    began = time.monotonic()
+    assert worker.stop()
+    assert time.monotonic() - began < 5
+
+
+def test_a_poke_asks_the_server_at_once(line: Wire) -> None:
+    worker = NodeWorker(line, Handlers(), settings=NodeSettings(poll_s=60, quick_s=60))
+    worker.start()
+    until(lambda: line.polls == 1)
+    ask(line)
+    worker.poke()
+    until(lambda: line.answers)
+    worker.stop()
+
+
+def test_a_handler_that_hangs_is_told_of(line: Wire) -> None:
+    handlers = Handlers()
+    handlers.gate.clear()
+    worker = NodeWorker(line, handlers, settings=QUICK)
+    worker.start()
+    ask(line)
+    until(lambda: line.inbox.empty())
+    assert not worker.stop(timeout_s=0.1)
+    handlers.gate.set()
+    until(lambda: worker.status.state is NodeState.STOPPED)
