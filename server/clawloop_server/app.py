@@ -1,0 +1,269 @@
+"""The server in one process with its children: what `clawloop-server serve` runs.
+
+    hub (this process) ── front (TLS), admin API, dispatcher, release loop
+      ├── SuperLink, superexec ── the bridge      (fleet/superlink.py)
+      └── trainer                                 (trainer/process.py)
+
+It only wires and supervises: whatever dies is started again, and a stop leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any
+
+import msgspec
+
+from clawloop_server.bases import Base, find_base
+from clawloop_server.config import ServerConfig
+from clawloop_server.errors import FleetError, HomeError
+from clawloop_server.fleet.children import ChildSpec, ChildStatus, Supervisor
+from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
+from clawloop_server.fleet.superlink import Fleet
+from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, server_context
+from clawloop_server.home import Home, read_secret
+from clawloop_server.hub.admin import AdminPort
+from clawloop_server.hub.front import Front
+from clawloop_server.hub.join import JoinDesk
+from clawloop_server.hub.members import HubMembers, HubReleases
+from clawloop_server.hub.status import RUNNING_FILE, Part, Running, ServerStatus, read_status, write_running
+from clawloop_server.release.keys import ServerKeys, load_keys
+from clawloop_server.release.registry import Registry
+from clawloop_server.release.release import release_waiting, renew_expiring
+from clawloop_server.vault.store import Vault
+from clawloop_shared.errors import ClawloopError
+from clawloop_shared.files import publish_secret
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+"""how often the hub looks for new candidates and revoked devices"""
+
+
+class ServerApp:
+    """A server: started, running, stopped."""
+
+    def __init__(self, home: Home, config: ServerConfig) -> None:
+        """Open everything that must be there before a port is opened.
+
+        Raises:
+            HomeError, KeyMissing: the home or its keys cannot be used.
+            ConfigError: there is no model line to train.
+        """
+        self.home, self.config = home, config
+        self._keys: ServerKeys = load_keys(home)
+        self._base: Base = find_base(home, config.hub.line)
+        self._tls: TlsFiles = ensure_tls(home.keys, config.certificate_names)
+        self._open = AsyncExitStack()
+        self._fleet: Fleet | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._children = Supervisor()
+        self.running = Running(
+            pid=os.getpid(), url=config.url(), port=config.hub.port, admin_port=config.hub.admin_port
+        )
+
+    async def start(self) -> Running:
+        """Start every part; where it listens. If one does not start, none is left.
+
+        Raises:
+            FleetError: a port is taken, or Flower does not come up.
+            ClawloopError: the database cannot be opened.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self.running
+
+    async def stop(self) -> None:
+        """Stop every part, in the opposite order."""
+        await self._open.aclose()
+
+    async def _start(self) -> None:
+        home, config = self.home, self.config
+        self._open.enter_context(sole_server(home))
+        self._vault = Vault.open(home, self._keys.master)
+        self._open.callback(self._vault.close)
+        self._registry = Registry(self._vault.database, home.adapters)
+        self._members = HubMembers(self._vault.database, line_id=self._base.line_id)
+        self._releases = HubReleases(self._registry, line_id=self._base.line_id)
+        self._dispatcher = Dispatcher(
+            vault=self._vault, releases=self._releases, members=self._members, settings=_dispatch_settings(config)
+        )
+        await self._start_fleet(self._dispatcher)
+        await self._start_trainer()
+        await self._start_admin()
+        self.looking = asyncio.create_task(self._look(), name="look")
+        self._open.push_async_callback(_cancel, self.looking)
+        write_running(home, self.running)
+        self._open.callback((home.folder / RUNNING_FILE).unlink, missing_ok=True)
+
+    async def _start_fleet(self, dispatcher: Dispatcher) -> None:
+        fleet = Fleet(
+            self.home,
+            self._tls,
+            port=dispatcher,
+            members=self._members,
+            superlink_port=self.config.fleet.superlink_port,
+        )
+        self._open.push_async_callback(fleet.stop)
+        await fleet.start()
+        self._fleet = fleet
+        desk = JoinDesk(
+            self._members,
+            register=lambda key_pem, device_id: fleet.admit(device_id, key_pem),
+            line=self._base.line,
+            release_key=self._keys.release_public,
+            wrong_per_minute=self.config.fleet.wrong_joins_per_minute,
+        )
+        front = Front(fleet.address, desk=desk, upstream_tls=client_context(self._tls), is_open=lambda: fleet.open)
+        self._open.push_async_callback(front.stop)
+        hub = self.config.hub
+        with _port_errors(f"{hub.host}:{hub.port}", "[hub] port"):
+            port = await front.start(hub.host, hub.port, tls=server_context(self._tls))
+        self.running = msgspec.structs.replace(self.running, port=port, url=self.config.url(port=port))
+
+    async def _start_trainer(self) -> None:
+        command = [sys.executable, "-m", "clawloop_server.trainer.process", "--home", str(self.home.folder)]
+        self._open.push_async_callback(self._children.stop)
+        await self._children.add(ChildSpec("trainer", command, self.home.logs / "trainer.log"))
+
+    async def _start_admin(self) -> None:
+        admin = AdminPort(token=admin_token(self.home), status=self.status)
+        self._open.push_async_callback(admin.stop)
+        wanted = self.config.hub.admin_port
+        with _port_errors(f"127.0.0.1:{wanted}", "[hub] admin_port"):
+            port = await admin.start(wanted)
+        self.running = msgspec.structs.replace(self.running, admin_port=port)
+
+    async def status(self) -> ServerStatus:
+        """How the server is now."""
+        found = await asyncio.to_thread(read_status, self.home, self.config, vault=self._vault)
+        online = len(self._dispatcher.online) if self._dispatcher else 0
+        fleet = self._fleet.status if self._fleet else None
+        children = [*(fleet.children if fleet else []), *self._children.status]
+        return msgspec.structs.replace(
+            found,
+            running=True,
+            url=self.running.url,
+            devices=msgspec.structs.replace(found.devices, online=online),
+            fleet_ready=fleet is not None and fleet.ready,
+            parts=[_part(child) for child in children],
+        )
+
+    # what happens while it runs
+
+    async def _look(self) -> None:
+        """Release what passed, renew what expires, tell of it, and put out of Flower who may sync no more."""
+        known = await asyncio.to_thread(self._releases.current_version)
+        while True:
+            try:
+                await asyncio.to_thread(self._release)
+                current = await asyncio.to_thread(self._releases.current_version)
+                if current != known and self._dispatcher is not None:
+                    _log.info("adapter %d is released", current)
+                    self._dispatcher.notify()
+                    known = current
+                await self._put_out()
+            except ClawloopError as error:
+                _log.error("the hub's look failed and is tried again: %s", error)
+            await asyncio.sleep(_LOOK_S)
+
+    def _release(self) -> None:
+        days = self.config.release.expires_days
+        if self.config.release.auto:
+            release_waiting(self._registry, self._keys, expires_days=days)
+        renew_expiring(self._registry, self._keys, line_id=self._base.line_id, expires_days=days)
+
+    async def _put_out(self) -> None:
+        for device in await asyncio.to_thread(self._members.registered_in_vain):
+            if self._fleet is not None:
+                await self._fleet.expel(device.device_id)
+                await asyncio.to_thread(self._members.devices.set_node, device.device_id, None)
+                _log.info("device %s (%s) may sync no more", device.device_id, device.state)
+
+
+async def serve(app: ServerApp, *, started: Callable[[Running], None]) -> None:
+    """Run until SIGTERM or SIGINT, then stop everything. `started` is called once it listens.
+
+    Raises:
+        FleetError: a port is taken, or Flower does not come up.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    starting, stopping = asyncio.create_task(app.start()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            started(await starting)
+            await asyncio.wait({app.looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if app.looking.done():
+                await app.looking
+    finally:
+        await _cancel(starting)
+        await _cancel(stopping)
+        await app.stop()
+
+
+def admin_token(home: Home) -> str:
+    """The token of the admin API, made when it is first needed.
+
+    Raises:
+        HomeError: the file is readable by others.
+    """
+    if not home.admin_token.exists():
+        publish_secret(home.admin_token, secrets.token_urlsafe(32).encode() + b"\n")
+    return read_secret(home.admin_token).decode().strip()
+
+
+def _dispatch_settings(config: ServerConfig) -> DispatchSettings:
+    fleet = config.fleet
+    return DispatchSettings(upload_every_s=fleet.upload_every_s, status_every_s=fleet.status_every_s)
+
+
+def _part(child: ChildStatus) -> Part:
+    return Part(name=child.name, pid=child.pid, restarts=child.restarts)
+
+
+@contextmanager
+def sole_server(home: Home) -> Iterator[None]:
+    """Hold the lock that only one server of a home can have; the system frees it when the process dies.
+
+    Raises:
+        HomeError: another process has it.
+    """
+    with (home.folder / "serve.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise HomeError(f"another server runs on {home.folder}; stop it first") from error
+        yield
+
+
+@contextmanager
+def _port_errors(address: str, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FleetError(f"cannot listen on {address}: {reason}; stop what uses it or change {setting}") from error
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    if task.done():
+        return
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

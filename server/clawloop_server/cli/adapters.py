@@ -1,0 +1,128 @@
+"""`adapters`: what was learned, and what devices may use of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clawloop_server.cli.common import (
+    HomeOption,
+    JsonOption,
+    YesOption,
+    confirm,
+    group,
+    open_server,
+    print_facts,
+    print_json,
+    print_table,
+    when,
+)
+
+if TYPE_CHECKING:
+    from clawloop_server.release.records import AdapterRecord
+
+app = group("Adapters: candidates, releases, and going back.")
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="As `adapters list` shows it.")]
+
+
+def _facts(record: AdapterRecord) -> dict[str, object]:
+    facts = record.facts
+    return {
+        "version": record.version,
+        "state": record.state.value,
+        "line_id": record.line_id,
+        "round_id": facts.round_id,
+        "rank": facts.rank,
+        "alpha": facts.alpha,
+        "target_modules": facts.target_modules,
+        "files": facts.files,
+        "evaluation": facts.evaluation,
+        "lineage_root": facts.lineage_root,
+        "manifest_sha256": record.manifest.sha256 if record.manifest else "",
+        "created_ms": record.created_ms,
+        "released_ms": record.released_ms,
+    }
+
+
+@app.command("list")
+def list_adapters(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Every adapter, newest first."""
+    with open_server(home) as server:
+        found = server.registry.adapters()
+    if as_json:
+        print_json([_facts(record) for record in found])
+        return
+    columns = ("version", "state", "reward", "before", "episodes", "rank", "released", "round")
+    rows = []
+    for record in found:
+        measured = record.facts.evaluation
+        scores = (f"{measured.reward:.3f}", f"{measured.reward_before:.3f}", measured.episodes)
+        tail = (record.facts.rank, when(record.released_ms), record.facts.round_id)
+        rows.append((record.version, record.state.value, *scores, *tail))
+    print_table("adapters", columns, rows=rows)
+
+
+@app.command()
+def show(version: VersionArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """One adapter: where it comes from, what it scored, what its manifest says."""
+    with open_server(home) as server:
+        record = server.registry.adapter(version)
+    if as_json:
+        print_json(_facts(record))
+        return
+    measured = record.facts.evaluation
+    scores = f"{measured.reward:.3f}, before {measured.reward_before:.3f} (se {measured.standard_error:.3f})"
+    shown = _facts(record) | {
+        "target_modules": ", ".join(record.facts.target_modules),
+        "files": ", ".join(f"{entry.name} ({entry.size_bytes} bytes)" for entry in record.facts.files),
+        "evaluation": f"{scores}, {measured.episodes} episodes of {measured.suite or 'nothing'}",
+        "created_ms": when(record.created_ms),
+        "released_ms": when(record.released_ms),
+    }
+    print_facts("adapter", {name.removesuffix("_ms").replace("_", " "): value for name, value in shown.items()})
+
+
+@app.command()
+def release(version: VersionArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Sign a candidate (or held) adapter and offer it to the devices."""
+    from clawloop_server.release.keys import load_keys
+    from clawloop_server.release.release import release_candidate
+
+    with open_server(home) as server:
+        days = server.config.release.expires_days
+        signed = release_candidate(server.registry, load_keys(server.home), version=version, expires_days=days)
+    if as_json:
+        print_json({"version": version, "manifest_sha256": signed.sha256, "key_id": signed.key_id})
+        return
+    typer.echo(f"adapter {version} is released, signed by key {signed.key_id}")
+
+
+@app.command()
+def hold(version: VersionArgument, home: HomeOption = None) -> None:
+    """Keep a candidate back until `adapters release`."""
+    with open_server(home) as server:
+        server.registry.hold(version)
+    typer.echo(f"adapter {version} is held")
+
+
+@app.command()
+def rollback(
+    to: Annotated[int, typer.Option(min=1, help="The older version to go back to.")],
+    home: HomeOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back: release the files of an older adapter as a new version, since versions only grow."""
+    from clawloop_server.release.keys import load_keys
+    from clawloop_server.release.release import roll_back
+
+    with open_server(home) as server:
+        server.registry.adapter(to)
+        confirm(f"Take back every adapter after {to} on all devices?", yes=yes)
+        days = server.config.release.expires_days
+        version = roll_back(server.registry, load_keys(server.home), to_version=to, expires_days=days)
+    if as_json:
+        print_json({"version": version, "files_of": to})
+        return
+    typer.echo(f"adapter {version} is released; it has the files of {to}")

@@ -1,0 +1,16 @@
+"""The whole of `clawloop-server`, put together."""
+
+from clawloop_server.cli import adapters, bases, data, devices, rounds, run, setup
+from clawloop_server.cli.common import group
+
+app = group("The clawloop server: lets devices in, learns from what they let out, and gives back better adapters.")
+app.command("init")(setup.init)
+app.command("serve")(run.serve)
+app.command("status")(run.status)
+app.command("invite")(setup.invite)
+app.add_typer(devices.app, name="devices")
+app.add_typer(bases.app, name="base")
+app.add_typer(rounds.train, name="train")
+app.add_typer(rounds.app, name="rounds")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(data.app, name="data")

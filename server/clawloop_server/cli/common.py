@@ -1,0 +1,133 @@
+"""What every command needs: the home, the open server, and two ways to print facts (a table, or JSON)."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from clawloop_server import home as homes
+from clawloop_server.home import Home
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", metavar="DIR", envvar=homes.VARIABLE, help="The server's folder.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
+
+
+_PIPE_WIDTH = 240
+"""of a table that no terminal shows, so that ids stay whole"""
+
+
+def group(summary: str) -> typer.Typer:
+    """A group of commands that shows its help when none is named."""
+    return typer.Typer(help=summary, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def folder_of(home: Path | None) -> Path:
+    """The folder that was named, or the default one."""
+    return home.expanduser() if home is not None else homes.default_folder()
+
+
+def home_of(home: Path | None) -> Home:
+    """The initialised home that was named, or the default one.
+
+    Raises:
+        HomeError: there is none.
+    """
+    return homes.open_home(folder_of(home))
+
+
+@dataclass(frozen=True)
+class OpenServer:
+    """A server's parts, as a command uses them beside a server that may be running."""
+
+    home: Home
+    vault: Any
+    registry: Any
+    devices: Any
+    config: Any
+
+
+@contextmanager
+def open_server(home: Path | None) -> Iterator[OpenServer]:
+    """Open the database of a server, and close it.
+
+    Raises:
+        HomeError, KeyMissing, ConfigError, StorageError: it cannot be opened.
+    """
+    from clawloop_server.config import load_config
+    from clawloop_server.hub.devices import Devices
+    from clawloop_server.release.keys import load_master_key
+    from clawloop_server.release.registry import Registry
+    from clawloop_server.vault.store import Vault
+
+    found = home_of(home)
+    config = load_config(found.config)
+    vault = Vault.open(found, load_master_key(found))
+    try:
+        registry = Registry(vault.database, found.adapters)
+        yield OpenServer(found, vault, registry, Devices(vault.database), config)
+    finally:
+        vault.close()
+
+
+def print_json(value: object) -> None:
+    """`value` as JSON on stdout. Bytes are left out by the caller: this prints facts for people and programs."""
+    packed = msgspec.json.encode(value, enc_hook=str)
+    typer.echo(msgspec.json.format(packed, indent=2).decode())
+
+
+def print_table(title: str, columns: Sequence[str], *, rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_edge=False, show_header=any(columns))
+    shown = [list(row) for row in rows]
+    for number, name in enumerate(columns):
+        numeric = bool(shown) and all(isinstance(row[number], int | float) for row in shown)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=number == 0)
+    for row in shown:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    if not shown:
+        typer.echo("(none)")
+
+
+def print_facts(title: str, facts: dict[str, object]) -> None:
+    """A table of two columns on stdout."""
+    print_table(title, ("", ""), rows=facts.items())
+
+
+def when(time_ms: int | None) -> str:
+    """A time for people, in local time; empty for never."""
+    if not time_ms:
+        return ""
+    return datetime.datetime.fromtimestamp(time_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Return if the person agrees; else the command ends with exit 1."""
+    if not yes and not typer.confirm(question):
+        typer.echo("nothing was changed", err=True)
+        raise typer.Exit(1)
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of `90s`, `30m`, `24h` or `7d`. Raises typer.BadParameter for anything else."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    number, unit = text[:-1], text[-1:]
+    if unit not in units or not number.isascii() or not number.isdigit():
+        raise typer.BadParameter(f"{text!r} is no time such as 90s, 30m, 24h or 7d")
+    return int(number) * units[unit]

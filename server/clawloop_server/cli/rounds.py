@@ -1,0 +1,92 @@
+"""`train` and `rounds`: what the server learns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clawloop_server.cli.common import (
+    HomeOption,
+    JsonOption,
+    group,
+    open_server,
+    print_facts,
+    print_json,
+    print_table,
+    when,
+)
+
+app = group("Updates of the server, and what came of them.")
+train = group("The trainer.")
+
+
+@train.command("status")
+def train_status(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Whether the trainer runs, what it waits for, and its last round."""
+    from clawloop_server.cli.run import server_status
+
+    found = server_status(home)
+    with open_server(home) as server:
+        latest = next(iter(server.registry.rounds(limit=1)), None)
+    facts: dict[str, object] = {
+        "trainer": "up" if any(part.name == "trainer" and part.pid for part in found.parts) else "down",
+        "line_id": found.line_id,
+        "ready_trajectories": found.ready_trajectories,
+        "round_trajectories": found.round_trajectories,
+        "running_round": found.rounds.running,
+    }
+    if as_json:
+        print_json({**facts, "last_round": latest})
+        return
+    last = f"{latest.round_id} {latest.state.value}: {latest.reason}" if latest else "none"
+    print_facts("trainer", {name.replace("_", " "): value for name, value in facts.items()} | {"last round": last})
+
+
+@app.command("list")
+def list_rounds(
+    limit: Annotated[int, typer.Option(min=1, help="How many of the latest.")] = 20,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The latest rounds, newest first."""
+    with open_server(home) as server:
+        found = server.registry.rounds(limit=limit)
+    if as_json:
+        print_json(found)
+        return
+    columns = ("round", "state", "from", "adapter", "trajectories", "steps", "started", "seconds", "reason")
+    rows = []
+    for r in found:
+        seconds = round((r.finished_ms - r.started_ms) / 1000, 1) if r.finished_ms else ""
+        counts = (r.base_version, r.version, r.trajectories, r.steps)
+        rows.append((r.round_id, r.state.value, *counts, when(r.started_ms), seconds, r.reason))
+    print_table("rounds", columns, rows=rows)
+
+
+@app.command()
+def show(
+    round_id: Annotated[str, typer.Argument(metavar="ROUND", help="Round id, as `rounds list` shows it.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One round: what it learned from, what it measured, why it passed or not."""
+    with open_server(home) as server:
+        found = server.registry.round(round_id)
+        lineage = server.vault.lineage(round_id)
+    if as_json:
+        print_json({"round": found, "lineage": lineage})
+        return
+    facts: dict[str, object] = {
+        "round": found.round_id,
+        "state": found.state.value,
+        "reason": found.reason,
+        "from adapter": found.base_version,
+        "adapter": found.version,
+        "trajectories": f"{found.trajectories} ({len(lineage)} recorded)",
+        "steps": found.steps,
+        "started": when(found.started_ms),
+        "finished": when(found.finished_ms),
+    }
+    facts |= {name: value for name, value in found.metrics.items() if not isinstance(value, list | dict)}
+    print_facts("round", facts)

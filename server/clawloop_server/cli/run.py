@@ -1,0 +1,107 @@
+"""`serve` and `status`."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from clawloop_server.cli.common import HomeOption, JsonOption, home_of, open_server, print_facts, print_json
+
+if TYPE_CHECKING:
+    from clawloop_server.home import Home
+    from clawloop_server.hub.status import Running
+
+_TIMEOUT_S = 5.0
+
+
+def serve(home: HomeOption = None) -> None:
+    """Run the server in the foreground until SIGTERM or Ctrl-C: hub, Flower, trainer."""
+    import asyncio
+    import importlib.util
+
+    for needed in ("aiohttp", "flwr", "torch", "transformers", "peft"):
+        if importlib.util.find_spec(needed) is None:
+            raise ModuleNotFoundError(f"no module {needed}", name=needed)
+    from clawloop_server.config import load_config
+
+    found = home_of(home)
+    config = load_config(found.config)
+    _log_to(found)
+    from clawloop_server import app
+
+    asyncio.run(app.serve(app.ServerApp(found, config), started=_tell))
+    typer.echo("stopped")
+
+
+def _tell(running: Running) -> None:
+    typer.echo(f"serving devices at {running.url} (port {running.port})")
+    typer.echo(f"admin API at http://127.0.0.1:{running.admin_port}, its token is in admin.token")
+    typer.echo("let a device in: clawloop-server invite")
+
+
+def _log_to(home: Home) -> None:
+    from logging.handlers import RotatingFileHandler
+
+    file = RotatingFileHandler(home.logs / "hub.log", maxBytes=10 << 20, backupCount=1)
+    handlers: list[logging.Handler] = [logging.StreamHandler(), file]
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO, handlers=handlers)
+    logging.captureWarnings(True)
+
+
+def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """How the server is: devices, data, rounds, the current adapter, and its processes."""
+    found = server_status(home)
+    if as_json:
+        print_json(found)
+        return
+    adapter, devices, rounds = found.adapter, found.devices, found.rounds
+    facts: dict[str, object] = {
+        "state": "running" if found.running else "not running",
+        "url": found.url,
+        "model line": found.line_id,
+        "devices": f"{devices.joined} joined, {devices.online} online, {devices.revoked} revoked",
+        "ready trajectories": f"{found.ready_trajectories} of {found.round_trajectories} for a round",
+        "rounds": f"{rounds.passed} passed, {rounds.refused} refused, {rounds.failed} failed",
+        "round under way": rounds.running or "none",
+        "adapter": f"{adapter.version}, in use on {adapter.in_use} devices" if adapter else "none released",
+    }
+    for part in found.parts:
+        state = f"up (restarted {part.restarts} times)" if part.pid else "down"
+        facts[part.name] = state
+    print_facts("clawloop server", facts)
+
+
+def server_status(home: Any) -> Any:
+    """The status as the running server tells it, or as its database does if none runs."""
+    from clawloop_server.hub.status import read_running, read_status
+
+    folder = home_of(home)
+    running = read_running(folder)
+    told = _ask(folder, running.admin_port) if running else None
+    if told is not None:
+        return told
+    with open_server(home) as server:
+        return read_status(server.home, server.config, vault=server.vault)
+
+
+def _ask(home: Home, port: int) -> Any | None:
+    """What the server on that port says; None if none is there (it was killed, and its note was left)."""
+    import msgspec
+
+    from clawloop_server.home import read_secret
+    from clawloop_server.hub.status import ServerStatus
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    token = read_secret(home.admin_token).decode().strip()
+    try:
+        connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {token}"})
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return msgspec.json.decode(body, type=ServerStatus) if response.status == http.HTTPStatus.OK else None

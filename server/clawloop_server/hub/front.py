@@ -1,0 +1,149 @@
+"""The public port: TLS, and behind it only what devices need. Everything else is 404.
+
+    POST /v1/join          a device asks to be let in
+    POST /v1/fleet/NAME    Flower's Fleet API, passed on to the SuperLink on loopback, in both directions as a stream
+
+Of the Fleet API only the calls of a node that is already known are passed: not registering (that is ours), and not
+fetching code. The rest of Flower's port (runs, node keys) has no authentication and must never be reachable here.
+"""
+
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+from aiohttp import web
+
+from clawloop_server.hub.join import JoinDesk
+from clawloop_shared.messages import JOIN_PATH, MAX_JOIN_BYTES
+
+_log = logging.getLogger(__name__)
+
+FLEET_CALLS = frozenset(
+    {
+        "activate-node",
+        "confirm-message-received",
+        "deactivate-node",
+        "get-run",
+        "pull-messages",
+        "pull-object",
+        "push-messages",
+        "push-object",
+        "send-node-heartbeat",
+    }
+)
+MAX_FLEET_BODY_BYTES = 16 << 20
+"""Flower cuts payloads into objects of 5 MB"""
+_WHOLE_BYTES = 1 << 20
+_UPSTREAM_S = 60.0
+_KEPT = frozenset({"content-type", "accept", "content-length"})
+_KEPT_PREFIX = "flwr-"
+_DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "content-encoding", "server", "date"})
+
+
+class Front:
+    """The public server."""
+
+    def __init__(
+        self,
+        superlink: str,
+        *,
+        desk: JoinDesk,
+        upstream_tls: ssl.SSLContext,
+        is_open: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._superlink, self._desk, self._upstream_tls = f"https://{superlink}", desk, upstream_tls
+        self._is_open = is_open
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int, *, tls: ssl.SSLContext) -> int:
+        """Listen; the port (a free one, if 0 was asked for)."""
+        connector = aiohttp.TCPConnector(ssl=self._upstream_tls, limit=0, keepalive_timeout=30)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=_UPSTREAM_S)
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=timeout)
+        app = web.Application(client_max_size=MAX_FLEET_BODY_BYTES, middlewares=[_errors])
+        app.router.add_post(JOIN_PATH, self._join)
+        app.router.add_post("/v1/fleet/{call}", self._fleet)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, ssl_context=tls)
+        await site.start()
+        bound: int = self._runner.addresses[0][1]
+        return bound
+
+    async def stop(self) -> None:
+        """Close the port."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _join(self, request: web.Request) -> web.Response:
+        if (request.content_length or 0) > MAX_JOIN_BYTES:
+            return _error(413, f"a join request may have {MAX_JOIN_BYTES} bytes")
+        answer = await self._desk.answer(await request.content.read(MAX_JOIN_BYTES + 1))
+        if answer.status == 200:
+            return web.Response(body=answer.body, content_type="application/octet-stream")
+        return _error(answer.status, answer.message, retry_after_s=answer.retry_after_s)
+
+    async def _fleet(self, request: web.Request) -> web.StreamResponse:
+        call = request.match_info["call"]
+        if call not in FLEET_CALLS or request.query_string:
+            raise web.HTTPNotFound
+        if request.headers.get("Content-Encoding"):
+            return _error(415, "Content-Encoding is not accepted here")
+        if (request.content_length or 0) > MAX_FLEET_BODY_BYTES:
+            return _error(413, f"a request may have {MAX_FLEET_BODY_BYTES} bytes")
+        if self._session is None or not self._is_open():
+            return _error(503, "the server is not ready; try again", retry_after_s=1)
+        headers = {k: v for k, v in request.headers.items() if k.lower() in _KEPT or k.lower().startswith(_KEPT_PREFIX)}
+        whole = request.content_length is not None and request.content_length <= _WHOLE_BYTES
+        body = await request.read() if whole else _limited(request)
+        url = f"{self._superlink}/v1/fleet/{call}"
+        try:
+            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as upstream:
+                return await _passed_on(request, upstream)
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            _log.info("the SuperLink did not answer %s: %s", call, type(error).__name__)
+            return _error(503, "the server is not ready; try again", retry_after_s=1)
+
+
+async def _limited(request: web.Request) -> AsyncIterator[bytes]:
+    left = MAX_FLEET_BODY_BYTES
+    async for chunk in request.content.iter_any():
+        left -= len(chunk)
+        if left < 0:
+            raise web.HTTPRequestEntityTooLarge(max_size=MAX_FLEET_BODY_BYTES, actual_size=MAX_FLEET_BODY_BYTES - left)
+        yield chunk
+
+
+async def _passed_on(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    headers = {k: v for k, v in upstream.headers.items() if k.lower() not in _DROPPED}
+    if upstream.content_length is not None and upstream.content_length <= _WHOLE_BYTES:
+        headers.pop("Content-Length", None)
+        return web.Response(status=upstream.status, headers=headers, body=await upstream.read())
+    response = web.StreamResponse(status=upstream.status, headers=headers)
+    await response.prepare(request)
+    async for chunk in upstream.content.iter_any():
+        await response.write(chunk)
+    await response.write_eof()
+    return response
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        known = {404: "there is nothing here", 405: "there is nothing here", 413: "the request is too large"}
+        status = 404 if error.status == 405 else error.status
+        return _error(status, known.get(error.status, error.reason))
+
+
+def _error(status: int, message: str, *, retry_after_s: int = 0) -> web.Response:
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return web.json_response({"error": {"type": kind, "message": message}}, status=status, headers=headers)

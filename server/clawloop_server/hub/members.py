@@ -1,0 +1,75 @@
+"""Devices, invitations and releases as the join desk and the dispatcher ask for them.
+
+Thin: each call is one of `Devices`, `Invitations` or `Registry`. Safe to call from any thread.
+"""
+
+from __future__ import annotations
+
+from clawloop_server.hub.devices import Device, Devices, DeviceState
+from clawloop_server.hub.invitations import Invitations
+from clawloop_server.release.registry import Registry
+from clawloop_server.vault.database import ServerDatabase
+from clawloop_shared.messages import AdapterOffer, JoinRequest, StatusReply
+
+
+class HubMembers:
+    """Who may join, and who may sync."""
+
+    def __init__(self, database: ServerDatabase, *, line_id: str) -> None:
+        self.devices = Devices(database)
+        self._invitations = Invitations(database)
+        self._line_id = line_id
+
+    def redeem(self, request: JoinRequest) -> Device:
+        """Let a device in; see `Invitations.redeem`.
+
+        Raises:
+            InvitationError: the code is unknown, used or expired, or the device is not one for this server.
+            DeviceError: its keys are another device's.
+        """
+        return self._invitations.redeem(request, lines={self._line_id})
+
+    def set_node(self, device_id: str, node_id: int) -> None:
+        """Note the device's number in Flower."""
+        self.devices.set_node(device_id, node_id)
+
+    def device_of(self, node_id: int) -> str | None:
+        """The device id of a node, or None if it may not sync."""
+        device = self.devices.by_node(node_id)
+        joined = device is not None and device.state is DeviceState.JOINED and device.line_id == self._line_id
+        return device.device_id if device is not None and joined else None
+
+    def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
+        """A device answered."""
+        self.devices.mark_seen(device_id, adapter_version)
+
+    def node_keys(self) -> dict[str, str]:
+        """The node key of every device that may sync, by device id."""
+        joined = (device for device in self.devices.all() if device.state is DeviceState.JOINED)
+        return {device.device_id: device.node_key_pem for device in joined}
+
+    def registered_in_vain(self) -> list[Device]:
+        """Devices that Flower still knows although they may sync no more."""
+        return [d for d in self.devices.all() if d.state is not DeviceState.JOINED and d.node_id is not None]
+
+
+class HubReleases:
+    """Which adapter devices should have."""
+
+    def __init__(self, registry: Registry, *, line_id: str) -> None:
+        self._registry = registry
+        self._line_id = line_id
+
+    def current_version(self) -> int:
+        """The released version; 0 if there is none."""
+        current = self._registry.current(self._line_id)
+        return current.version if current else 0
+
+    def offer(self, version: int) -> AdapterOffer:
+        """That version with its manifest and files.
+
+        Raises:
+            ReleaseError: it was never released.
+            StorageError: a file is missing or was changed.
+        """
+        return self._registry.offer(version)

@@ -1,0 +1,155 @@
+"""What the server tells of itself: to the admin API, and to the command line when no server runs.
+
+Numbers and states only: no key, no name of a person, nothing that a device sent.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from clawloop_server.bases import find_base
+from clawloop_server.config import ServerConfig
+from clawloop_server.errors import HomeError
+from clawloop_server.home import Home
+from clawloop_server.hub.devices import Devices
+from clawloop_server.release.records import RoundState
+from clawloop_server.release.registry import Registry
+from clawloop_server.vault.store import Vault
+from clawloop_shared.files import publish_secret
+from clawloop_shared.records import Channel
+
+RUNNING_FILE = "running.json"
+
+
+class Running(msgspec.Struct, frozen=True):
+    """Where a running server listens. Written by it at start, removed when it stops."""
+
+    pid: int
+    url: str
+    port: int
+    admin_port: int
+
+
+class DeviceCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many devices there are, and how many are reachable now."""
+
+    joined: int
+    revoked: int
+    online: int = 0
+
+
+class CurrentAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter that devices should use, and how many do."""
+
+    version: int
+    round_id: str
+    released_ms: int
+    reward: float
+    reward_before: float
+    in_use: int
+
+
+class RoundCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many rounds came to what, and the id of the one that runs."""
+
+    passed: int = 0
+    refused: int = 0
+    failed: int = 0
+    running: str = ""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One child process. `pid` is 0 while it is down."""
+
+    name: str
+    pid: int
+    restarts: int
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole of it."""
+
+    running: bool
+    url: str
+    line_id: str
+    devices: DeviceCounts
+    ready_trajectories: int
+    round_trajectories: int
+    rounds: RoundCounts
+    adapter: CurrentAdapter | None
+    fleet_ready: bool = False
+    parts: list[Part] = []
+
+
+def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStatus:
+    """What the database says.
+
+    Raises:
+        ConfigError: there is no model line, or several and none is named.
+    """
+    base = find_base(home, config.hub.line)
+    devices = Devices(vault.database).all()
+    return ServerStatus(
+        running=False,
+        url=config.url(),
+        line_id=base.line_id,
+        devices=DeviceCounts(
+            joined=sum(device.state == "joined" for device in devices),
+            revoked=sum(device.state == "revoked" for device in devices),
+        ),
+        ready_trajectories=vault.count_ready(base.line_id, Channel.TRAIN),
+        round_trajectories=config.train.round_trajectories,
+        rounds=_rounds(Registry(vault.database, home.adapters)),
+        adapter=_current(home, vault, line_id=base.line_id),
+    )
+
+
+def _rounds(registry: Registry) -> RoundCounts:
+    counts = registry.round_counts()
+    latest = registry.rounds(limit=1)
+    running = latest[0].round_id if latest and latest[0].state is RoundState.RUNNING else ""
+    return RoundCounts(
+        passed=counts.get(RoundState.PASSED, 0),
+        refused=counts.get(RoundState.REFUSED, 0),
+        failed=counts.get(RoundState.FAILED, 0),
+        running=running,
+    )
+
+
+def _current(home: Home, vault: Vault, *, line_id: str) -> CurrentAdapter | None:
+    found = Registry(vault.database, home.adapters).current(line_id)
+    if found is None:
+        return None
+    users = [d for d in Devices(vault.database).all() if d.state == "joined" and d.adapter_version == found.version]
+    return CurrentAdapter(
+        version=found.version,
+        round_id=found.facts.round_id,
+        released_ms=found.released_ms or 0,
+        reward=found.facts.evaluation.reward,
+        reward_before=found.facts.evaluation.reward_before,
+        in_use=len(users),
+    )
+
+
+def write_running(home: Home, running: Running) -> None:
+    """Tell the command line where the server listens.
+
+    Raises:
+        StorageError: the home cannot be written.
+    """
+    publish_secret(home.folder / RUNNING_FILE, msgspec.json.encode(running))
+
+
+def read_running(home: Home) -> Running | None:
+    """Where a server of this home listens, if one was started and not stopped. It may have died since.
+
+    Raises:
+        HomeError: the file is damaged.
+    """
+    path = home.folder / RUNNING_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Running)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise HomeError(f"cannot read {path}: {error}; remove it if no server runs") from error

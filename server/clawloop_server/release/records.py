@@ -1,0 +1,121 @@
+"""What the registry keeps: rounds, candidates, adapters, and the states they can be in. Frozen values."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from clawloop_shared import wire
+from clawloop_shared.files import sha256
+from clawloop_shared.manifest import Evaluation, FileEntry, Probe, SignedManifest
+from clawloop_shared.model_line import ModelLine
+
+
+class RoundState(StrEnum):
+    """How far a round is."""
+
+    RUNNING = "running"
+    """the trainer is at it"""
+    PASSED = "passed"
+    """its adapter passed the gate"""
+    REFUSED = "refused"
+    """its adapter did not pass the gate"""
+    FAILED = "failed"
+    """it came to no adapter"""
+
+
+class AdapterState(StrEnum):
+    """What became of an adapter."""
+
+    CANDIDATE = "candidate"
+    """passed the gate, not released yet"""
+    HELD = "held"
+    """kept back by the operator"""
+    RELEASED = "released"
+    """signed and offered to devices"""
+    ROLLED_BACK = "rolled_back"
+    """was released, and a later version took its place because it was bad"""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One update of the server."""
+
+    round_id: str
+    line_id: str
+    state: RoundState
+    base_version: int
+    version: int | None
+    trajectories: int
+    steps: int
+    metrics: dict[str, Any]
+    reason: str
+    started_ms: int
+    finished_ms: int | None
+
+
+class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manifest will say of an adapter, besides its place in the chain and its dates."""
+
+    round_id: str
+    line: ModelLine
+    files: list[FileEntry]
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    probe: Probe
+    evaluation: Evaluation
+    lineage_root: str
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round hands over: the adapter's files and what is known of them."""
+
+    round_id: str
+    line: ModelLine
+    files: dict[str, bytes]
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    probe: Probe
+    evaluation: Evaluation
+    lineage_root: str
+
+    def facts(self) -> AdapterFacts:
+        """The same with each file's size and hash in the place of its bytes."""
+        entries = [FileEntry(name, len(data), sha256(data)) for name, data in sorted(self.files.items())]
+        fields = {name: getattr(self, name) for name in AdapterFacts.__struct_fields__ if name != "files"}
+        return AdapterFacts(files=entries, **fields)
+
+
+class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter of the registry. `manifest` is there once it was released."""
+
+    version: int
+    line_id: str
+    state: AdapterState
+    facts: AdapterFacts
+    manifest: SignedManifest | None
+    created_ms: int
+    released_ms: int | None
+
+
+def round_of(row: tuple[Any, ...]) -> Round:
+    """A round from its row."""
+    fields = dict(zip(Round.__struct_fields__, row, strict=True))
+    return msgspec.convert({**fields, "metrics": msgspec.json.decode(fields["metrics"])}, Round)
+
+
+def adapter_of(row: tuple[Any, ...]) -> AdapterRecord:
+    """An adapter from its row."""
+    version, line_id, state, facts, manifest, created_ms, released_ms = row
+    return AdapterRecord(
+        version=version,
+        line_id=line_id,
+        state=AdapterState(state),
+        facts=msgspec.json.decode(facts, type=AdapterFacts),
+        manifest=wire.decode(manifest, SignedManifest) if manifest else None,
+        created_ms=created_ms,
+        released_ms=released_ms,
+    )

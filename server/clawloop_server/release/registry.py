@@ -1,0 +1,289 @@
+"""The registry: every round and what came of it, every adapter and what became of it.
+
+Files of an adapter are published once, in adapters/<version>/, and never changed. The database holds the signed
+manifest; `manifest.bin` beside the files is a copy. Knows no tensor, no Flower, and signs nothing itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from clawloop_server.errors import ReleaseError
+from clawloop_server.release.records import (
+    AdapterFacts,
+    AdapterRecord,
+    AdapterState,
+    Candidate,
+    Round,
+    RoundState,
+    adapter_of,
+    round_of,
+)
+from clawloop_server.vault.database import ServerDatabase
+from clawloop_shared import wire
+from clawloop_shared.errors import AdapterInvalid, StorageError
+from clawloop_shared.files import publish, sha256, sync_folder
+from clawloop_shared.ids import new_id
+from clawloop_shared.lora import FILES
+from clawloop_shared.manifest import SignedManifest
+from clawloop_shared.messages import AdapterOffer
+
+MANIFEST_FILE = "manifest.bin"
+
+
+_ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms FROM adapters"
+_ROUND = (
+    "SELECT round_id, line_id, state, base_version, version, trajectories, steps, metrics, reason, started_ms,"
+    " finished_ms FROM rounds"
+)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Registry:
+    """Rounds and adapters; `folder` holds the adapters' files."""
+
+    def __init__(self, database: ServerDatabase, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+
+    # rounds
+
+    def start_round(
+        self,
+        line_id: str,
+        *,
+        base_version: int,
+        trajectories: int,
+        steps: int,
+        round_id: str | None = None,
+        now_ms: int | None = None,
+    ) -> str:
+        """Note that a round runs; its id. A round of that id that runs already is started anew."""
+        round_id = round_id or new_id()
+        with self._database.write() as database:
+            database.run(
+                "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, NULL, ?, ?, '{}', '', ?, NULL)",
+                [round_id, line_id, RoundState.RUNNING, base_version, trajectories, steps, now_ms or _now_ms()],
+            )
+        return round_id
+
+    def finish_round(
+        self,
+        round_id: str,
+        state: RoundState,
+        *,
+        metrics: dict[str, Any] | None = None,
+        version: int | None = None,
+        reason: str = "",
+        now_ms: int | None = None,
+    ) -> None:
+        """Note what came of a round. Call it in one transaction with `Vault.consume` and `record_candidate`.
+
+        Raises:
+            ReleaseError: no such round is running.
+        """
+        values = [state, version, msgspec.json.encode(metrics or {}).decode(), reason, now_ms or _now_ms(), round_id]
+        with self._database.write() as database:
+            changed = database.run(
+                "UPDATE rounds SET state = ?, version = ?, metrics = ?, reason = ?, finished_ms = ?"
+                " WHERE round_id = ? AND state = 'running'",
+                values,
+            )
+            if changed != 1:
+                raise ReleaseError(f"round {round_id} is not running; `clawloop-server rounds list` shows them")
+
+    def rounds(self, *, limit: int = 50) -> list[Round]:
+        """The latest rounds, newest first."""
+        return [round_of(row) for row in self._database.rows(f"{_ROUND} ORDER BY started_ms DESC LIMIT ?", [limit])]
+
+    def round(self, round_id: str) -> Round:
+        """The round of that id.
+
+        Raises:
+            ReleaseError: there is none.
+        """
+        row = self._database.row(f"{_ROUND} WHERE round_id = ?", [round_id])
+        if row is None:
+            raise ReleaseError(f"no round {round_id}; `clawloop-server rounds list` shows them")
+        return round_of(row)
+
+    def round_counts(self) -> dict[str, int]:
+        """How many rounds are in each state."""
+        return dict(self._database.rows("SELECT state, count(*) FROM rounds GROUP BY 1"))
+
+    # adapters
+
+    def record_candidate(self, candidate: Candidate, *, now_ms: int | None = None) -> int:
+        """Publish the files of an adapter that passed the gate; its version. Part of a transaction that is open.
+
+        Raises:
+            AdapterInvalid: not exactly the files of an adapter.
+            StorageError: they cannot be written.
+        """
+        if sorted(candidate.files) != sorted(FILES):
+            raise AdapterInvalid(f"an adapter has the files {list(FILES)}, not {sorted(candidate.files)}")
+        return self._record(candidate.facts(), lambda target: _publish_files(target, candidate.files), now_ms=now_ms)
+
+    def copy_adapter(self, version: int, *, now_ms: int | None = None) -> int:
+        """Record an older adapter again as a new candidate; its version. For rolling back: versions only grow.
+
+        Raises:
+            ReleaseError: no such version.
+        """
+        old, files = self.adapter(version), self.files(version)
+        return self._record(old.facts, lambda target: _publish_files(target, files), now_ms=now_ms)
+
+    def _record(self, facts: AdapterFacts, put: Callable[[Path], None], *, now_ms: int | None) -> int:
+        with self._database.write() as database:
+            version = database.count("SELECT max(version) FROM adapters") + 1
+            put(self._folder / str(version))
+            packed = msgspec.json.encode(facts)
+            database.run(
+                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, NULL, ?, NULL)",
+                [version, facts.line.line_id, AdapterState.CANDIDATE, facts.round_id, packed, now_ms or _now_ms()],
+            )
+        return version
+
+    def adapters(self, *, line_id: str | None = None) -> list[AdapterRecord]:
+        """Every adapter, newest first."""
+        rows = self._database.rows(f"{_ADAPTER} WHERE ? IN ('', line_id) ORDER BY version DESC", [line_id or ""])
+        return [adapter_of(row) for row in rows]
+
+    def adapter(self, version: int) -> AdapterRecord:
+        """The adapter of that version.
+
+        Raises:
+            ReleaseError: there is none.
+        """
+        row = self._database.row(f"{_ADAPTER} WHERE version = ?", [version])
+        if row is None:
+            raise ReleaseError(f"no adapter {version}; `clawloop-server adapters list` shows them")
+        return adapter_of(row)
+
+    def candidates(self) -> list[AdapterRecord]:
+        """Adapters that passed the gate and wait for their release, oldest first."""
+        rows = self._database.rows(f"{_ADAPTER} WHERE state = ? ORDER BY version", [AdapterState.CANDIDATE])
+        return [adapter_of(row) for row in rows]
+
+    def current(self, line_id: str | None = None) -> AdapterRecord | None:
+        """The adapter that devices should use now: the newest that is released."""
+        rows = self._database.rows(
+            f"{_ADAPTER} WHERE state = ? AND ? IN ('', line_id) ORDER BY version DESC LIMIT 1",
+            [AdapterState.RELEASED, line_id or ""],
+        )
+        return adapter_of(rows[0]) if rows else None
+
+    def previous_sha256(self, line_id: str) -> str:
+        """The hash of the newest manifest of a line, whatever became of its adapter; empty before the first."""
+        row = self._database.row(
+            "SELECT manifest FROM adapters WHERE line_id = ? AND manifest IS NOT NULL ORDER BY version DESC LIMIT 1",
+            [line_id],
+        )
+        return wire.decode(row[0], SignedManifest).sha256 if row else ""
+
+    def mark_released(
+        self, version: int, sign: Callable[[AdapterRecord, str], SignedManifest], *, now_ms: int | None = None
+    ) -> SignedManifest:
+        """Make a candidate (or held) adapter the newest released one. `sign` is given the record and the hash of the
+        manifest before it, inside the transaction, so that the chain cannot fork.
+
+        Raises:
+            ReleaseError: it was released before, or a newer version was.
+        """
+        with self._database.write() as database:
+            record = self.adapter(version)
+            if record.state not in (AdapterState.CANDIDATE, AdapterState.HELD):
+                raise ReleaseError(f"adapter {version} is {record.state}; only a candidate or held one can be released")
+            newer = database.count(
+                "SELECT max(version) FROM adapters WHERE line_id = ? AND manifest IS NOT NULL", [record.line_id]
+            )
+            if newer > version:
+                raise ReleaseError(f"adapter {version} is older than {newer}, which was released; versions only grow")
+            signed = sign(record, self.previous_sha256(record.line_id))
+            database.run(
+                "UPDATE adapters SET state = ?, manifest = ?, released_ms = ? WHERE version = ?",
+                [AdapterState.RELEASED, wire.encode(signed), now_ms or _now_ms(), version],
+            )
+        publish(self._folder / str(version) / MANIFEST_FILE, wire.encode(signed))
+        return signed
+
+    def hold(self, version: int) -> None:
+        """Keep a candidate back.
+
+        Raises:
+            ReleaseError: it is not a candidate.
+        """
+        self._move(version, AdapterState.CANDIDATE, to=AdapterState.HELD)
+
+    def mark_rolled_back(self, version: int) -> None:
+        """Note that a released adapter was taken back.
+
+        Raises:
+            ReleaseError: it is not released.
+        """
+        self._move(version, AdapterState.RELEASED, to=AdapterState.ROLLED_BACK)
+
+    def _move(self, version: int, state: AdapterState, *, to: AdapterState) -> None:
+        with self._database.write() as database:
+            found = self.adapter(version)
+            if found.state is not state:
+                raise ReleaseError(f"adapter {version} is {found.state}, not {state}, and cannot become {to}")
+            database.run("UPDATE adapters SET state = ? WHERE version = ?", [to, version])
+
+    def within(self) -> AbstractContextManager[ServerDatabase]:
+        """A transaction in which several of these calls are one."""
+        return self._database.write()
+
+    # what devices get
+
+    def files(self, version: int) -> dict[str, bytes]:
+        """The files of an adapter, as they were published.
+
+        Raises:
+            StorageError: one is missing or was changed.
+        """
+        record, folder = self.adapter(version), self._folder / str(version)
+        found: dict[str, bytes] = {}
+        for entry in record.facts.files:
+            try:
+                found[entry.name] = (folder / entry.name).read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read {folder / entry.name}: {error.strerror}; restore it") from error
+            if sha256(found[entry.name]) != entry.sha256:
+                raise StorageError(f"{folder / entry.name} was changed after it was published; restore it")
+        return found
+
+    def offer(self, version: int) -> AdapterOffer:
+        """What is sent to a device: the manifest and the files.
+
+        Raises:
+            ReleaseError: it was never released.
+            StorageError: a file is missing or was changed.
+        """
+        record = self.adapter(version)
+        if record.manifest is None:
+            raise ReleaseError(f"adapter {version} is {record.state}; release it first")
+        return AdapterOffer(manifest=record.manifest, files=self.files(version))
+
+
+def _publish_files(target: Path, files: dict[str, bytes]) -> None:
+    """Write the folder whole. One that a crash left behind, unknown to the database, is replaced."""
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
+    for name, data in files.items():
+        publish(draft / name, data)
+    if target.exists():
+        shutil.rmtree(target)
+    draft.replace(target)
+    sync_folder(target.parent)

@@ -1,0 +1,132 @@
+"""Releasing: from an adapter that passed the gate to one that devices may use, signed and chained to the one before.
+
+Versions only grow, so going back is going forward to a new version with the files of an old one.
+"""
+
+from __future__ import annotations
+
+import time
+
+from clawloop_server.errors import ReleaseError
+from clawloop_server.release.keys import ServerKeys
+from clawloop_server.release.records import AdapterRecord, AdapterState
+from clawloop_server.release.registry import Registry
+from clawloop_shared.manifest import Manifest, SignedManifest, open_manifest, sign_manifest
+
+DEFAULT_EXPIRES_DAYS = 14.0
+_DAY_MS = 86_400_000
+
+
+def release_candidate(
+    registry: Registry,
+    keys: ServerKeys,
+    *,
+    version: int,
+    expires_days: float = DEFAULT_EXPIRES_DAYS,
+    now_ms: int | None = None,
+) -> SignedManifest:
+    """Sign a candidate (or held) adapter and make it the current one.
+
+    Raises:
+        ReleaseError: it was released before, or a newer version was.
+        StorageError: one of its files is missing or was changed.
+    """
+    created_ms = now_ms or time.time_ns() // 1_000_000
+    registry.files(version)
+
+    def sign(record: AdapterRecord, previous_sha256: str) -> SignedManifest:
+        facts = record.facts
+        manifest = Manifest(
+            line=facts.line,
+            version=record.version,
+            previous_sha256=previous_sha256,
+            files=facts.files,
+            rank=facts.rank,
+            alpha=facts.alpha,
+            target_modules=facts.target_modules,
+            probe=facts.probe,
+            evaluation=facts.evaluation,
+            round_id=facts.round_id,
+            lineage_root=facts.lineage_root,
+            created_ms=created_ms,
+            expires_ms=created_ms + int(expires_days * _DAY_MS),
+        )
+        return sign_manifest(manifest, keys.release)
+
+    return registry.mark_released(version, sign, now_ms=created_ms)
+
+
+def roll_back(
+    registry: Registry,
+    keys: ServerKeys,
+    *,
+    to_version: int,
+    expires_days: float = DEFAULT_EXPIRES_DAYS,
+    now_ms: int | None = None,
+) -> int:
+    """Release the files of an older adapter as a new version, and mark those released after it; the new version.
+
+    Raises:
+        ReleaseError: `to_version` was never released, or is the current one.
+    """
+    old = registry.adapter(to_version)
+    current = registry.current(old.line_id)
+    if old.manifest is None or current is None:
+        raise ReleaseError(f"adapter {to_version} was never released, so there is no going back to it")
+    if current.version == to_version:
+        raise ReleaseError(f"adapter {to_version} is the current one; name an older one to go back to")
+    with registry.within():
+        for adapter in registry.adapters(line_id=old.line_id):
+            if adapter.version > to_version and adapter.state is AdapterState.RELEASED:
+                registry.mark_rolled_back(adapter.version)
+            if adapter.version > to_version and adapter.state is AdapterState.CANDIDATE:
+                registry.hold(adapter.version)
+        return _release_again(registry, keys, to_version, expires_days=expires_days, now_ms=now_ms)
+
+
+def release_waiting(
+    registry: Registry, keys: ServerKeys, *, expires_days: float = DEFAULT_EXPIRES_DAYS, now_ms: int | None = None
+) -> list[int]:
+    """Release every candidate that waits, oldest first; their versions. One that a newer release overtook is held.
+
+    Raises:
+        StorageError: a file of one is missing or was changed.
+    """
+    released = []
+    for record in registry.candidates():
+        current = registry.current(record.line_id)
+        if current is not None and current.version > record.version:
+            registry.hold(record.version)
+            continue
+        release_candidate(registry, keys, version=record.version, expires_days=expires_days, now_ms=now_ms)
+        released.append(record.version)
+    return released
+
+
+def renew_expiring(
+    registry: Registry,
+    keys: ServerKeys,
+    *,
+    line_id: str,
+    expires_days: float = DEFAULT_EXPIRES_DAYS,
+    now_ms: int | None = None,
+) -> int | None:
+    """Release the current adapter again as a new version once a quarter of its time is left, so that devices which
+    join late, or were away, may still take it; the new version, or None if it is not time yet."""
+    now_ms = now_ms or time.time_ns() // 1_000_000
+    current = registry.current(line_id)
+    if current is None or current.manifest is None:
+        return None
+    manifest = open_manifest(current.manifest, keys.release_public)
+    if manifest.expires_ms - now_ms > (manifest.expires_ms - manifest.created_ms) / 4:
+        return None
+    with registry.within():
+        return _release_again(registry, keys, current.version, expires_days=expires_days, now_ms=now_ms)
+
+
+def _release_again(
+    registry: Registry, keys: ServerKeys, version: int, *, expires_days: float, now_ms: int | None
+) -> int:
+    copy = registry.copy_adapter(version, now_ms=now_ms)
+    release_candidate(registry, keys, version=copy, expires_days=expires_days, now_ms=now_ms)
+    return copy

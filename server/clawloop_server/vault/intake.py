@@ -1,0 +1,115 @@
+"""Telling apart, in what a device sent, the records to keep and those to set aside. Pure: no clock, no database.
+
+What is set aside is kept with its reason and acknowledged like the rest, so that it is not sent for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+
+import msgspec
+
+from clawloop_shared import wire
+from clawloop_shared.errors import RecordError, WireError
+from clawloop_shared.messages import UploadItem
+from clawloop_shared.records import Signal, Step, StepBatch, check_signal, check_step
+
+MAX_ITEM_BYTES = 8 << 20
+MAX_NAME_CHARS = 256
+
+
+class Reason(StrEnum):
+    """Why a record was set aside."""
+
+    TOO_LARGE = "too large"
+    """the item is over the limit"""
+    UNREADABLE = "unreadable"
+    """the item is no batch of steps and signals"""
+    BAD_STEP = "bad step"
+    """a step breaks the rules of its record"""
+    BAD_LOGPROB = "bad logprob"
+    """a step has a logprob that is not a finite number"""
+    BAD_SIGNAL = "bad signal"
+    """a signal breaks the rules of its record"""
+    OTHER_LINE = "other model line"
+    """sampled by a model that this server does not train"""
+    NO_SUCH_TOKEN = "token outside the vocabulary"
+    """a token id that the model does not have"""
+    UNTRAINABLE = "untrainable"
+    """the device itself says that it must not be learned from"""
+    CHANGED = "changed"
+    """the same id was sent before with other content"""
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A record (or a whole item) that is set aside: why, in words, and its bytes."""
+
+    reason: Reason
+    detail: str
+    record: bytes
+
+
+class Intake(msgspec.Struct, frozen=True):
+    """What an item came to."""
+
+    steps: list[Step] = []
+    signals: list[Signal] = []
+    refused: list[Refused] = []
+
+
+def sort_item(item: UploadItem, vocabularies: Mapping[str, int]) -> Intake:
+    """Decode and check an item. `vocabularies`: each line that is trained with its number of tokens (0: unknown)."""
+    if len(item.body) > MAX_ITEM_BYTES:
+        detail = f"{len(item.body)} bytes, the limit is {MAX_ITEM_BYTES}"
+        return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body)])
+    try:
+        batch = wire.decode(item.body, StepBatch)
+    except WireError as error:
+        return Intake(refused=[Refused(Reason.UNREADABLE, str(error), item.body)])
+    intake = Intake([], [], [])
+    for step in batch.steps:
+        refused = _judge_step(step, vocabularies)
+        intake.refused.append(refused) if refused else intake.steps.append(step)
+    for signal in batch.signals:
+        refused = _judge_signal(signal)
+        intake.refused.append(refused) if refused else intake.signals.append(signal)
+    return intake
+
+
+def _judge_step(step: Step, vocabularies: Mapping[str, int]) -> Refused | None:
+    vocabulary = vocabularies.get(step.policy.line)
+    if vocabulary is None:
+        detail = f"line {step.policy.line[:32]}, served: {', '.join(vocabularies) or 'none'}"
+        return _refuse(Reason.OTHER_LINE, detail, record=step)
+    if not all(math.isfinite(logprob) for logprob in step.response_logprobs):
+        return _refuse(Reason.BAD_LOGPROB, "a logprob is not a finite number", record=step)
+    try:
+        check_step(step)
+        _check_names(step.step_id, step.session_id, step.run_id, step.trajectory_id, step.group_id)
+    except RecordError as error:
+        return _refuse(Reason.BAD_STEP, str(error), record=step)
+    if vocabulary and max(max(step.prompt_ids), max(step.response_ids)) >= vocabulary:
+        return _refuse(Reason.NO_SUCH_TOKEN, f"the vocabulary has {vocabulary} tokens", record=step)
+    if not step.trainable:
+        return _refuse(Reason.UNTRAINABLE, step.untrainable, record=step)
+    return None
+
+
+def _judge_signal(signal: Signal) -> Refused | None:
+    try:
+        check_signal(signal)
+        _check_names(signal.signal_id, signal.target_id, signal.source)
+    except RecordError as error:
+        return _refuse(Reason.BAD_SIGNAL, str(error), record=signal)
+    return None
+
+
+def _refuse(reason: Reason, detail: str, *, record: Step | Signal) -> Refused:
+    return Refused(reason, detail[:500], msgspec.msgpack.encode(record))
+
+
+def _check_names(required: str, *names: str) -> None:
+    if not required or max(len(name) for name in (required, *names)) > MAX_NAME_CHARS:
+        raise RecordError(f"an id is empty or longer than {MAX_NAME_CHARS} characters")

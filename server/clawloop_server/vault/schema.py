@@ -1,0 +1,76 @@
+"""The tables of server.db, as ordered migrations. What a device named (ids, text) is in sealed columns alone.
+
+Look-ups go by keyed hashes (`*_key` columns), so that neither names nor times of a deleted device can be read from an
+old copy of the file, even with the master key. Format: docs/formats/vault.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawloop_shared.database import migrate as shared_migrate
+from clawloop_shared.ids import new_id
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+_FIRST = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE devices (
+  device_id TEXT PRIMARY KEY, device_key BLOB UNIQUE, node_key_pem TEXT UNIQUE, node_id TEXT UNIQUE,
+  line_id TEXT NOT NULL, state TEXT NOT NULL, adapter_version INTEGER NOT NULL DEFAULT 0,
+  joined_ms INTEGER NOT NULL, seen_ms INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE device_secrets (device_id TEXT PRIMARY KEY REFERENCES devices, wrapped BLOB NOT NULL);
+CREATE TABLE invitations (
+  code_sha256 BLOB PRIMARY KEY, created_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL,
+  used_ms INTEGER, device_id TEXT);
+CREATE TABLE items (
+  device_id TEXT NOT NULL, item_key BLOB NOT NULL, digest BLOB NOT NULL, sealed BLOB NOT NULL,
+  size_bytes INTEGER NOT NULL, received_ms INTEGER NOT NULL, PRIMARY KEY (device_id, item_key)) WITHOUT ROWID;
+CREATE TABLE set_aside (
+  device_id TEXT NOT NULL, record_key BLOB NOT NULL, reason TEXT NOT NULL, sealed BLOB NOT NULL,
+  received_ms INTEGER NOT NULL, PRIMARY KEY (device_id, record_key)) WITHOUT ROWID;
+CREATE TABLE steps (
+  device_id TEXT NOT NULL, step_key BLOB NOT NULL, run_key BLOB NOT NULL, session_key BLOB NOT NULL,
+  named_key BLOB NOT NULL, trajectory_id TEXT NOT NULL, digest BLOB NOT NULL, tokens INTEGER NOT NULL,
+  sealed BLOB NOT NULL, PRIMARY KEY (device_id, step_key)) WITHOUT ROWID;
+CREATE INDEX steps_by_run ON steps (run_key);
+CREATE INDEX steps_by_session ON steps (session_key);
+CREATE INDEX steps_by_name ON steps (named_key);
+CREATE INDEX steps_by_trajectory ON steps (trajectory_id);
+CREATE TABLE signals (
+  device_id TEXT NOT NULL, signal_key BLOB NOT NULL, target_key BLOB NOT NULL, digest BLOB NOT NULL,
+  sealed BLOB NOT NULL, PRIMARY KEY (device_id, signal_key)) WITHOUT ROWID;
+CREATE INDEX signals_by_target ON signals (target_key);
+CREATE TABLE trajectories (
+  trajectory_id TEXT PRIMARY KEY, device_id TEXT NOT NULL, line_id TEXT NOT NULL, channel TEXT NOT NULL,
+  state TEXT NOT NULL, ready_order INTEGER, round_id TEXT, created_ms INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX trajectories_ready ON trajectories (line_id, channel, state, ready_order);
+CREATE INDEX trajectories_by_order ON trajectories (ready_order);
+CREATE INDEX trajectories_by_device ON trajectories (device_id);
+CREATE INDEX trajectories_by_round ON trajectories (round_id);
+CREATE TABLE rounds (
+  round_id TEXT PRIMARY KEY, line_id TEXT NOT NULL, state TEXT NOT NULL, base_version INTEGER NOT NULL,
+  version INTEGER, trajectories INTEGER NOT NULL, steps INTEGER NOT NULL, metrics TEXT NOT NULL,
+  reason TEXT NOT NULL, started_ms INTEGER NOT NULL, finished_ms INTEGER);
+CREATE TABLE adapters (
+  version INTEGER PRIMARY KEY, line_id TEXT NOT NULL, state TEXT NOT NULL, round_id TEXT NOT NULL,
+  facts BLOB NOT NULL, manifest BLOB, created_ms INTEGER NOT NULL, released_ms INTEGER);
+CREATE INDEX adapters_by_line ON adapters (line_id, state, version);
+"""
+
+
+def _tables(database: Database) -> None:
+    for statement in _FIRST.split(";\n"):
+        if statement.strip():
+            database.execute(statement)
+    database.execute("INSERT INTO meta VALUES ('vault_id', ?)", [new_id()])
+
+
+def migrate(database: Database) -> None:
+    """Bring the tables up to date.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    shared_migrate(database, "server", migrations=[_tables])

@@ -1,0 +1,210 @@
+"""The dispatcher asks each device for the difference between what it should have and what it told."""
+
+import asyncio
+
+import pytest
+
+from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
+from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
+from clawloop_shared import wire
+from clawloop_shared.errors import StorageError
+from clawloop_shared.manifest import SignedManifest
+from clawloop_shared.messages import (
+    ADAPTER,
+    STATUS,
+    UPLOAD,
+    AdapterOffer,
+    AdapterReply,
+    StatusReply,
+    UploadItem,
+    UploadReply,
+    UploadRequest,
+)
+from clawloop_shared.model_line import ModelLine
+
+LINE = ModelLine(base_sha256="a", tokenizer_sha256="b", template_sha256="c")
+NODE = NodeInfo(7, "device")
+
+
+class World:
+    """Vault, releases and members in memory, and a clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s, self.version = 100.0, 0
+        self.kept: list[str] = []
+        self.members = {7: "device"}
+        self.seen_versions: list[int] = []
+        self.broken_offer = False
+        self.dispatcher = Dispatcher(
+            vault=self,
+            releases=self,
+            members=self,
+            settings=DispatchSettings(upload_every_s=10, refused_again_s=1000),
+            clock=lambda: self.now_s,
+        )
+
+    def receive(self, device_id: str, items: list[UploadItem]) -> list[str]:
+        self.kept += [item.item_id for item in items]
+        return [item.item_id for item in items]
+
+    def current_version(self) -> int:
+        return self.version
+
+    def offer(self, version: int) -> AdapterOffer:
+        if self.broken_offer:
+            raise StorageError("a file is missing")
+        return AdapterOffer(SignedManifest(b"%d" % version, "key", b"signature"), {"file": b"bytes"})
+
+    def device_of(self, node_id: int) -> str | None:
+        return self.members.get(node_id)
+
+    def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
+        self.seen_versions.append(adapter_version)
+
+    async def asked(self) -> list[str]:
+        return sorted(out.type for out in await self.work())
+
+    async def work(self) -> list[Outgoing]:
+        return await self.dispatcher.work([NODE])
+
+    async def says(self, kind: str, value: StatusReply | UploadReply | AdapterReply) -> None:
+        await self.dispatcher.reply(Reply(7, kind, wire.encode(value)))
+
+    async def says_status(self, version: int = 0) -> None:
+        await self.says(STATUS, StatusReply("full", LINE, version, 0, "1"))
+
+    async def says_upload(self, *ids: str, more: bool = False, version: int = 0) -> None:
+        await self.says(UPLOAD, UploadReply([UploadItem(i, "r", "steps", b"x") for i in ids], more, version))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def greeted(world: World, *, version: int = 0) -> None:
+    assert await world.asked() == [STATUS]
+    await world.says_status(version)
+
+
+async def test_a_device_is_greeted_first_and_then_asked_for_its_items(world: World) -> None:
+    await greeted(world)
+    assert await world.asked() == [UPLOAD]
+
+
+async def test_one_message_of_a_type_is_under_way_at_most(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    world.version = 1
+    assert await world.asked() == [ADAPTER]
+    assert await world.asked() == []
+
+
+async def test_items_are_acknowledged_in_the_next_request_and_only_once(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.says_upload("a", "b", more=True)
+    (second,) = await world.work()
+    assert wire.decode(second.payload, UploadRequest).received == ["a", "b"]
+    await world.says_upload("c", more=True)
+    (third,) = await world.work()
+    assert wire.decode(third.payload, UploadRequest).received == ["c"]
+    assert world.kept == ["a", "b", "c"]
+
+
+async def test_an_acknowledgement_that_was_lost_is_sent_again(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.says_upload("a", more=True)
+    await world.work()
+    await world.dispatcher.reply(Reply(7, UPLOAD, error="5 gone"))
+    world.now_s += 100
+    (again,) = await world.work()
+    assert wire.decode(again.payload, UploadRequest).received == ["a"]
+
+
+async def test_without_more_the_device_rests_until_the_next_upload_is_due(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.says_upload("a")
+    assert await world.asked() == []
+    world.now_s += 10
+    assert await world.asked() == [UPLOAD]
+
+
+async def test_a_release_is_offered_at_once_and_not_again_when_it_is_installed(world: World) -> None:
+    await greeted(world, version=2)
+    world.version = 3
+    assert ADAPTER in await world.asked()
+    await world.says(ADAPTER, AdapterReply(3, installed=True))
+    assert ADAPTER not in await world.asked()
+    assert world.seen_versions[-1] == 3
+
+
+async def test_a_refused_version_is_not_offered_again_soon_but_the_next_one_is(world: World) -> None:
+    await greeted(world)
+    world.version = 1
+    await world.work()
+    await world.says(ADAPTER, AdapterReply(0, installed=False, reason="wrong base"))
+    world.now_s += 500
+    assert ADAPTER not in await world.asked()
+    world.version = 2
+    assert ADAPTER in await world.asked()
+
+
+async def test_a_version_that_a_device_told_in_an_upload_is_believed(world: World) -> None:
+    await greeted(world)
+    world.version = 4
+    await world.work()
+    await world.says_upload(version=4)
+    await world.dispatcher.reply(Reply(7, ADAPTER, error="3 lost"))
+    world.now_s += 100
+    assert ADAPTER not in await world.asked()
+
+
+async def test_failures_are_retried_more_and_more_slowly(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    waits = []
+    for _ in range(4):
+        await world.dispatcher.reply(Reply(7, UPLOAD, error="2 broken"))
+        began = world.now_s
+        while UPLOAD not in await world.asked():
+            world.now_s += 1
+        waits.append(world.now_s - began)
+    assert waits == [10, 20, 40, 60]
+
+
+async def test_a_reply_that_is_not_ours_is_a_failure_and_not_a_crash(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.dispatcher.reply(Reply(7, UPLOAD, b"rubbish"))
+    assert await world.asked() == []
+    assert world.kept == []
+
+
+async def test_an_adapter_whose_files_are_missing_stops_nothing_else(world: World) -> None:
+    await greeted(world)
+    world.version, world.broken_offer = 1, True
+    assert await world.asked() == [UPLOAD]
+
+
+async def test_strangers_and_revoked_devices_are_asked_nothing(world: World) -> None:
+    world.members.clear()
+    assert await world.asked() == []
+
+
+async def test_a_new_bridge_forgets_what_the_old_one_had_under_way(world: World) -> None:
+    await greeted(world)
+    assert await world.asked() == [UPLOAD]
+    await world.dispatcher.connected()
+    assert await world.asked() == [UPLOAD]
+
+
+async def test_waiting_ends_when_something_was_released(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    waiting = asyncio.create_task(world.dispatcher.wait(30))
+    await asyncio.sleep(0)
+    world.dispatcher.notify()
+    await asyncio.wait_for(waiting, 5)

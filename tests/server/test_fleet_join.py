@@ -1,0 +1,103 @@
+"""The join desk lets in who has a code, tells others why not, and pauses after too many wrong codes."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from clawloop_server.errors import DeviceError, FleetError, InvitationError
+from clawloop_server.hub.join import JoinDesk
+from clawloop_shared import wire
+from clawloop_shared.errors import StorageError
+from clawloop_shared.messages import JoinReply, JoinRequest
+from clawloop_shared.model_line import ModelLine
+
+LINE = ModelLine(base_sha256="a", tokenizer_sha256="b", template_sha256="c")
+
+
+@dataclass
+class Device:
+    device_id: str
+
+
+class Admission:
+    """One good code, in memory."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, int] = {}
+        self.broken: Exception | None = None
+
+    def redeem(self, request: JoinRequest) -> Device:
+        if self.broken:
+            raise self.broken
+        if request.code != "good":
+            raise InvitationError("this invitation is not known here")
+        return Device("device-1")
+
+    def set_node(self, device_id: str, node_id: int) -> None:
+        self.nodes[device_id] = node_id
+
+
+class World:
+    def __init__(self) -> None:
+        self.now_s, self.superlink_up = 1000.0, True
+        self.admission = Admission()
+        self.desk = JoinDesk(
+            self.admission,
+            register=self.register,
+            line=LINE,
+            release_key=b"r" * 32,
+            wrong_per_minute=5,
+            clock=lambda: self.now_s,
+        )
+
+    async def register(self, key_pem: str, name: str) -> int:
+        if not self.superlink_up:
+            raise FleetError("away")
+        return 2**63 + 1
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def request(code: str = "good") -> bytes:
+    return wire.encode(JoinRequest(code=code, device_key=b"d" * 32, node_key_pem="pem", line=LINE))
+
+
+async def test_a_good_code_lets_the_device_in(world: World) -> None:
+    answer = await world.desk.answer(request())
+    assert answer.status == 200
+    reply = wire.decode(answer.body, JoinReply)
+    assert (reply.device_id, reply.node_id, reply.release_key) == ("device-1", 2**63 + 1, b"r" * 32)
+    assert world.admission.nodes == {"device-1": 2**63 + 1}
+
+
+async def test_too_many_wrong_codes_pause_joining_for_a_while(world: World) -> None:
+    statuses = [(await world.desk.answer(request("bad"))).status for _ in range(7)]
+    assert statuses == [403] * 5 + [429] * 2
+    paused = await world.desk.answer(request())
+    assert paused.status == 429
+    assert 0 < paused.retry_after_s <= 61
+    world.now_s += 61
+    assert (await world.desk.answer(request())).status == 200
+
+
+async def test_what_is_no_join_request_is_bad_input(world: World) -> None:
+    assert (await world.desk.answer(b"rubbish")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(DeviceError("its keys are another's"), 409), (StorageError("disk full"), 503)]
+)
+async def test_each_failure_has_its_own_status(world: World, error: Exception, status: int) -> None:
+    world.admission.broken = error
+    assert (await world.desk.answer(request())).status == status
+
+
+async def test_a_superlink_that_is_away_asks_the_device_to_try_again(world: World) -> None:
+    world.superlink_up = False
+    answer = await world.desk.answer(request())
+    assert (answer.status, answer.retry_after_s > 0) == (503, True)
+    world.superlink_up = True
+    assert (await world.desk.answer(request())).status == 200

@@ -1,0 +1,331 @@
+import math
+import os
+import signal as signals
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clawloop_server import home as homes
+from clawloop_server.errors import DeviceError, HomeError, VaultError
+from clawloop_server.home import Home
+from clawloop_server.hub.devices import Devices
+from clawloop_server.release.keys import ServerKeys
+from clawloop_server.vault.store import Vault, lineage_root
+from clawloop_shared import wire
+from clawloop_shared.database import open_database
+from clawloop_shared.envelope import derive_key
+from clawloop_shared.errors import KeyMissing, StorageError
+from clawloop_shared.ids import new_id
+from clawloop_shared.messages import UploadItem
+from clawloop_shared.records import Channel, Signal, Step, StepBatch, Target
+
+Make = Callable[..., Any]
+
+
+def item(steps: list[Step] | None = None, found: list[Signal] | None = None, *, item_id: str = "") -> UploadItem:
+    body = wire.encode(StepBatch(steps=steps or [], signals=found or []))
+    return UploadItem(item_id=item_id or new_id(), receipt_id=new_id(), kind="steps", body=body)
+
+
+def test_what_was_received_comes_back_as_a_rewarded_trajectory(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    first, second = make_step(run_id="run", created_ms=1), make_step(run_id="run", created_ms=2)
+    sent = item([second, first], [make_signal(Target.RUN, "run", 0.5)])
+
+    assert vault.receive(device, [sent]) == [sent.item_id]
+
+    (found,) = vault.ready(first.policy.line, 10)
+    assert found.steps == [first, second]
+    assert (found.reward, found.weight, found.channel) == (0.5, 1.0, Channel.TRAIN)
+    assert vault.count_ready(first.policy.line) == 1
+    assert vault.count_ready(first.policy.line, Channel.VAL) == 0
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_a_signal_finds_its_trajectory_by_any_of_its_names_whichever_comes_first(
+    vault: Vault, device: str, make_step: Make, make_signal: Make, target: Target
+) -> None:
+    def pair(tag: str) -> tuple[Step, Signal]:
+        step = make_step(run_id=f"run {tag}", session_id=f"session {tag}", trajectory_id=f"trajectory {tag}")
+        names = {Target.STEP: step.step_id, Target.RUN: step.run_id, Target.SESSION: step.session_id}
+        return step, make_signal(target, names.get(target, step.trajectory_id))
+
+    early, late = pair("a"), pair("b")
+    vault.receive(device, [item([early[0]])])
+    vault.receive(device, [item(found=[late[1]])])
+    assert vault.count_ready(early[0].policy.line) == 0
+    vault.receive(device, [item(found=[early[1]])])
+    vault.receive(device, [item([late[0]])])
+
+    assert [t.steps for t in vault.ready(early[0].policy.line, 9)] == [[early[0]], [late[0]]]
+
+
+def test_a_name_of_another_kind_or_another_device_matches_nothing(
+    vault: Vault, add_device: Callable[[], str], make_step: Make, make_signal: Make
+) -> None:
+    one, other = add_device(), add_device()
+    step = make_step(run_id="same", session_id="other", group_id="g")
+    vault.receive(one, [item([step], [make_signal(Target.SESSION, "same"), make_signal(Target.TRAJECTORY, "same")])])
+    vault.receive(other, [item(found=[make_signal(Target.RUN, "same")])])
+    assert vault.count_ready(step.policy.line) == 0
+
+    twin = make_step(run_id="same", group_id="g")
+    vault.receive(other, [item([twin])])
+    vault.receive(one, [item(found=[make_signal(Target.RUN, "same")])])
+    found = vault.ready(step.policy.line, 9)
+    assert [t.steps for t in found] == [[twin], [step]], "in the order in which they became ready"
+    assert len({t.trajectory_id for t in found}) == len({t.group_id for t in found}) == 2
+
+
+def test_channels_are_never_mixed_in_one_trajectory(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    train, val = make_step(run_id="run"), make_step(run_id="run", channel=Channel.VAL)
+    vault.receive(device, [item([train, val], [make_signal(Target.RUN, "run")])])
+    assert [t.steps for t in vault.ready(train.policy.line, 9)] == [[train]]
+    assert [t.steps for t in vault.ready(train.policy.line, 9, Channel.VAL)] == [[val]]
+
+
+def test_what_is_sent_twice_counts_once_and_a_changed_record_is_set_aside(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    step, judged = make_step(run_id="run"), make_signal(Target.RUN, "run")
+    sent = item([step], [judged])
+    for _ in range(3):
+        assert vault.receive(device, [sent]) == [sent.item_id]
+    again = item([step], [judged])
+    changed = item([make_step(step_id=step.step_id, response_ids=[7])])
+    reused = item([make_step()], item_id=sent.item_id)
+    assert len(vault.receive(device, [again, changed, reused])) == 3
+
+    stats = vault.stats()
+    assert (stats.steps, stats.signals, stats.items) == (1, 1, 3)
+    assert stats.set_aside == {"changed": 2}
+    assert [t.steps for t in vault.ready(step.policy.line, 9)] == [[step]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"logprobs": [-0.5, math.nan]}, "bad logprob"),
+        ({"logprobs": [-math.inf, -0.5]}, "bad logprob"),
+        ({"logprobs": [-0.5]}, "bad step"),
+        ({"logprobs": [-0.5, 0.5]}, "bad step"),
+        ({"prompt_ids": [-1]}, "bad step"),
+        ({"step_id": "x" * 300}, "bad step"),
+        ({"response_ids": [4, 1000]}, "token outside the vocabulary"),
+        ({"line": "0123456789abcdef"}, "other model line"),
+        ({"untrainable": "sampled with top-p"}, "untrainable"),
+    ],
+)
+def test_a_bad_step_is_set_aside_with_its_reason_and_the_rest_of_the_item_is_kept(
+    vault: Vault, device: str, make_step: Make, make_signal: Make, fields: dict[str, Any], reason: str
+) -> None:
+    good = make_step(run_id="run")
+    sent = item([make_step(run_id="run", **fields), good], [make_signal(Target.RUN, "run")])
+
+    assert vault.receive(device, [sent]) == [sent.item_id], "acknowledged, so that it is not sent for ever"
+
+    assert vault.stats().set_aside == {reason: 1}
+    assert [t.steps for t in vault.ready(good.policy.line, 9)] == [[good]]
+
+
+def test_a_bad_signal_and_an_unreadable_item_are_set_aside(vault: Vault, device: str, make_signal: Make) -> None:
+    unreadable = UploadItem(item_id="i", receipt_id="r", kind="steps", body=b"CLW\x01\x08steps.v1 no zstd")
+    large = UploadItem(item_id="j", receipt_id="r", kind="steps", body=bytes((8 << 20) + 1))
+    bad = item(found=[make_signal(Target.RUN, "run", math.nan), make_signal(Target.RUN, "")])
+    assert len(vault.receive(device, [unreadable, large, bad])) == 3
+    assert vault.stats().set_aside == {"bad signal": 2, "too large": 1, "unreadable": 1}
+
+
+def test_only_a_device_that_is_let_in_may_send(vault: Vault, device: str, make_step: Make) -> None:
+    with pytest.raises(DeviceError, match="unknown"):
+        vault.receive(new_id(), [item([make_step()])])
+    Devices(vault.database).revoke(device)
+    with pytest.raises(DeviceError, match="revoked"):
+        vault.receive(device, [item([make_step()])])
+    assert vault.stats().steps == 0
+
+
+def test_consuming_is_all_or_nothing_and_happens_once(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    steps = [make_step(run_id=f"run {n}") for n in range(3)]
+    vault.receive(device, [item(steps, [make_signal(Target.SESSION, "session")])])
+    line = steps[0].policy.line
+    ids = [t.trajectory_id for t in vault.ready(line, 9)]
+    vault.consume("round 1", ids[:1])
+    with pytest.raises(VaultError, match="not ready any more"):
+        vault.consume("round 2", list(reversed(ids)))
+    assert [t.trajectory_id for t in vault.ready(line, 9)] == ids[1:]
+    assert vault.lineage("round 1") == ids[:1]
+    assert lineage_root(ids) == lineage_root(reversed(ids)) != lineage_root(ids[:1])
+
+
+def test_late_signals_and_steps_are_kept_but_make_no_consumed_trajectory_ready_again(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    step = make_step(run_id="run")
+    vault.receive(device, [item([step], [make_signal(Target.RUN, "run")])])
+    vault.consume("round", [t.trajectory_id for t in vault.ready(step.policy.line, 9)])
+    vault.receive(device, [item([make_step(run_id="run")], [make_signal(Target.RUN, "run", -1.0)])])
+    assert (vault.stats().steps, vault.stats().signals, vault.count_ready(step.policy.line)) == (2, 2, 0)
+
+
+_CONSUMER = """
+import sys
+from pathlib import Path
+from clawloop_server.home import open_home
+from clawloop_server.release.keys import load_master_key
+from clawloop_server.vault.store import Vault
+home = open_home(Path(sys.argv[1]))
+vault = Vault.open(home, load_master_key(home))
+taken = 0
+for line in sys.stdin:
+    found = vault.ready(sys.argv[2], 100)
+    vault.consume("round " + line.strip(), [t.trajectory_id for t in found])
+    taken += len(found)
+    print(taken, flush=True)
+"""
+
+
+def test_another_process_reads_and_consumes_what_this_one_receives(
+    vault: Vault, home: Home, device: str, make_step: Make, make_signal: Make
+) -> None:
+    line = make_step().policy.line
+    command = [sys.executable, "-c", _CONSUMER, str(home.folder), line]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as consumer:
+        assert consumer.stdin
+        assert consumer.stdout
+        taken = 0
+        for n in range(5):
+            run = f"run {n}"
+            vault.receive(device, [item([make_step(run_id=run)], [make_signal(Target.RUN, run)])])
+            consumer.stdin.write(f"{n}\n")
+            consumer.stdin.flush()
+            vault.receive(device, [item([make_step(run_id=f"{run} more")], [make_signal(Target.RUN, f"{run} more")])])
+            taken = int(consumer.stdout.readline())
+    assert taken + vault.count_ready(line) == 10
+    assert vault.stats().trajectories["train"].get("consumed") == taken
+
+
+_RECEIVER = """
+import sys
+from pathlib import Path
+from clawloop_server.home import open_home
+from clawloop_server.release.keys import load_master_key
+from clawloop_server.vault.store import Vault
+from clawloop_shared import wire
+from clawloop_shared.ids import new_id, new_step_id
+from clawloop_shared.messages import UploadItem
+from clawloop_shared.records import Policy, Sampling, Signal, Step, StepBatch, Target
+home = open_home(Path(sys.argv[1]))
+vault = Vault.open(home, load_master_key(home))
+while True:
+    step = Step(step_id=new_step_id(), session_id="s", run_id=new_id(), prompt_ids=[1], response_ids=[2],
+                response_logprobs=[-1.0], policy=Policy(line=sys.argv[3]), sampling=Sampling(), finish_reason="stop",
+                created_ms=1)
+    signal = Signal(signal_id=new_id(), target=Target.RUN, target_id=step.run_id, source="f", value=1.0, created_ms=1)
+    body = wire.encode(StepBatch([step], [signal]))
+    vault.receive(sys.argv[2], [UploadItem(new_id(), "r", "steps", body)])
+    print(step.step_id, flush=True)
+"""
+
+
+def test_kill_9_while_receiving_loses_nothing_that_was_acknowledged(
+    vault: Vault, home: Home, device: str, make_step: Make
+) -> None:
+    line = make_step().policy.line
+    acknowledged: list[str] = []
+    for kill in range(10):
+        command = [sys.executable, "-c", _RECEIVER, str(home.folder), device, line]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as receiver:
+            assert receiver.stdout
+            acknowledged += [receiver.stdout.readline().strip() for _ in range(5 + 3 * kill)]
+            os.kill(receiver.pid, signals.SIGKILL)
+            acknowledged += [text.strip() for text in receiver.stdout if text.endswith("\n")]
+    kept = {step.step_id for t in vault.ready(line, 100_000) for step in t.steps}
+    assert len(acknowledged) >= 185
+    assert set(acknowledged) <= kept
+    assert vault.stats().signals == vault.stats().steps == len(kept)
+    assert vault.database.row("PRAGMA integrity_check") == ("ok",)
+
+
+def in_files(home: Home, *texts: bytes) -> list[str]:
+    files = [path for path in home.folder.rglob("*") if path.is_file() and home.bases not in path.parents]
+    return [f"{text!r} in {path.name}" for path in files for text in texts if text in path.read_bytes()]
+
+
+def test_neither_ids_nor_content_are_in_any_file_in_the_clear(
+    vault: Vault, home: Home, device: str, make_step: Make, make_signal: Make
+) -> None:
+    step = make_step(run_id="canary-run", session_id="canary-session", trajectory_id="canary-trajectory")
+    bad = UploadItem(item_id="canary-item", receipt_id="canary-receipt", kind="steps", body=b"canary-body")
+    vault.receive(device, [bad, item([step], [make_signal(Target.RUN, "canary-run")])])
+    assert (home.folder / "server.db-wal").stat().st_size > 0
+    assert in_files(home, b"canary", step.step_id.encode(), device.encode()) == []
+    (home.logs / "hub.log").write_bytes(b"a canary")
+    assert in_files(home, b"canary") == ["b'canary' in hub.log"], "the search itself works"
+
+
+def test_even_inside_the_database_what_a_device_named_is_sealed(
+    vault: Vault, home: Home, keys: ServerKeys, device: str, make_step: Make, make_signal: Make
+) -> None:
+    step = make_step(run_id="canary-run", session_id="canary-session")
+    vault.receive(device, [item([step], [make_signal(Target.RUN, "canary-run")], item_id="canary-item")])
+    database = open_database(home.database, derive_key(keys.master, "clawloop server.db"), read_only=True)
+    tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()]
+    dump = repr([database.execute(f"SELECT * FROM {table}").fetchall() for table in tables])  # noqa: S608
+    database.close()
+    assert device in dump
+    assert "canary" not in dump
+    assert step.step_id not in dump
+
+
+def test_a_record_moved_to_another_row_does_not_open(vault: Vault, device: str, make_step: Make) -> None:
+    one, other = make_step(run_id="one"), make_step(run_id="other")
+    judged = Signal(signal_id=new_id(), target=Target.SESSION, target_id="session", source="f", value=1.0, created_ms=1)
+    vault.receive(device, [item([one, other], [judged])])
+    with vault.database.write() as database:
+        database.run("UPDATE steps SET sealed = (SELECT sealed FROM steps ORDER BY step_key LIMIT 1)")
+    with pytest.raises(StorageError, match="wrong key or changed"):
+        vault.ready(one.policy.line, 9)
+
+
+def test_deleting_a_device_shreds_what_it_sent_and_says_which_rounds_had_learned_from_it(
+    vault: Vault, home: Home, add_device: Callable[[], str], make_step: Make, make_signal: Make
+) -> None:
+    gone, stays = add_device(), add_device()
+    for name in (gone, stays):
+        vault.receive(name, [item([make_step(run_id="a"), make_step(run_id="b")], [make_signal(Target.RUN, "a")])])
+    line = make_step().policy.line
+    vault.consume("round", [t.trajectory_id for t in vault.ready(line, 9)])
+    row = vault.database.row("SELECT wrapped FROM device_secrets WHERE device_id = ?", [gone])
+    assert row is not None
+
+    report = vault.delete_device(gone)
+
+    assert (report.steps, report.signals, report.items, report.rounds) == (2, 1, 1, ["round"])
+    assert vault.stats().steps == 2
+    assert vault.stats().trajectories["train"] == {"consumed": 1, "open": 1, "shredded": 1}
+    assert vault.database.row("SELECT 1 FROM device_secrets WHERE wrapped = ?", [row[0]]) is None
+    assert (home.folder / "server.db-wal").stat().st_size == 0, "old pages are gone from the log"
+    assert vault.delete_device(gone).steps == 0, "again is harmless"
+
+
+def test_a_wrong_master_key_opens_nothing(vault: Vault, home: Home) -> None:
+    with pytest.raises(KeyMissing, match="does not open with this key"):
+        Vault.open(home, bytes(32))
+
+
+def test_a_home_must_be_private_and_initialised(tmp_path: Path, home: Home) -> None:
+    with pytest.raises(HomeError, match="clawloop-server init"):
+        homes.open_home(tmp_path / "nothing")
+    home.keys.chmod(0o755)
+    with pytest.raises(HomeError, match="chmod 700"):
+        homes.open_home(home.folder)
