@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ BEFORE_AT_MOST, AFTER_AT_LEAST, CONTROL_GAIN_AT_MOST, ADAPTERS_AT_LEAST = 0.35, 
 EDGE_SETTINGS: Mapping[str, Mapping[str, object]] = {
     "privacy": {"hold_s": 0.0, "fill_every_s": 0.25},
     "node": {"poll_s": 0.2},
+    "engine": {"prefill_batch_size": 32},
 }
 
 
@@ -327,6 +329,7 @@ def main() -> int:
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return asyncio.run(play(options, console))
     except StageError as error:

@@ -24,7 +24,7 @@ _Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
 class _Function(msgspec.Struct):
-    name: _Name
+    name: str  # a model may have called what was never offered, and its agent sends that back
     arguments: str = ""
 
 

@@ -1,0 +1,180 @@
+"""Keeping child processes alive: started in groups of their own, restarted when they die, gone when we are gone.
+
+Knows nothing of what the children do. What they print goes to files. See `guard` for how no orphan is left.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clawloop_server.fleet import guard
+
+_log = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+_BACK_OFF_S = (0.2, 5.0)
+_STEADY_S = 30.0
+_MAX_LOG_BYTES = 10 << 20
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to run. `environment` is added to ours; `log` gets all output."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    grace_s: float = GRACE_S
+    """how long it may take to stop by itself"""
+
+
+@dataclass(frozen=True)
+class ChildStatus:
+    """How a child is. `pid` is that of its guard, which leads its process group; 0 if it is not running."""
+
+    name: str
+    pid: int
+    restarts: int
+    started_ms: int
+    last_exit: int | None
+
+
+class Child:
+    """One child that is kept running until `stop`."""
+
+    def __init__(self, spec: ChildSpec, *, on_exit: Callable[[], None] = lambda: None) -> None:
+        self.spec, self._on_exit = spec, on_exit
+        self._task: asyncio.Task[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._restarts, self._started_ms = 0, 0
+        self._last_exit: int | None = None
+
+    @property
+    def status(self) -> ChildStatus:
+        """How it is now."""
+        pid = self._process.pid if self._process and self._process.returncode is None else 0
+        return ChildStatus(self.spec.name, pid, self._restarts, self._started_ms, self._last_exit)
+
+    async def start(self) -> None:
+        """Run it, and again whenever it ends."""
+        process = await self._spawn()
+        self._task = asyncio.create_task(self._keep(process), name=f"keep {self.spec.name}")
+
+    async def stop(self) -> None:
+        """End it and everything that it started."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._process is not None:
+            await _end(self._process, self.spec.grace_s)
+
+    def kill(self) -> None:
+        """End it without ceremony; it is started again."""
+        if self._process is not None and self._process.returncode is None:
+            _kill_group(self._process.pid)
+
+    async def _keep(self, process: asyncio.subprocess.Process) -> None:
+        wait_s = _BACK_OFF_S[0]
+        while True:
+            began = time.monotonic()
+            self._last_exit = await process.wait()
+            _kill_group(process.pid)
+            self._on_exit()
+            if time.monotonic() - began > _STEADY_S:
+                wait_s = _BACK_OFF_S[0]
+            _log.warning("%s ended with %s; starting it again in %.1f s (see %s)", *self._told(wait_s))
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, _BACK_OFF_S[1])
+            self._restarts += 1
+            process = await self._spawn()
+
+    def _told(self, wait_s: float) -> tuple[str, int | None, float, Path]:
+        return self.spec.name, self._last_exit, wait_s, self.spec.log
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        spec = self.spec
+        _roll(spec.log)
+        with spec.log.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", guard.__file__, str(spec.grace_s), *spec.command),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, **spec.environment},
+                cwd=spec.folder,
+                start_new_session=True,
+            )
+        self._started_ms = time.time_ns() // 1_000_000
+        return self._process
+
+
+class Supervisor:
+    """Several children, started in order and stopped together."""
+
+    def __init__(self, specs: Sequence[ChildSpec] = ()) -> None:
+        self._children = [Child(spec) for spec in specs]
+
+    async def start(self) -> None:
+        """Start every child; if one cannot be started, none is left."""
+        try:
+            for child in self._children:
+                await child.start()
+        except OSError:
+            await self.stop()
+            raise
+
+    async def add(self, spec: ChildSpec, *, on_exit: Callable[[], None] = lambda: None) -> None:
+        """Start one more; `on_exit` is called each time it ends by itself."""
+        child = Child(spec, on_exit=on_exit)
+        await child.start()
+        self._children.append(child)
+
+    def restart(self, name: str) -> None:
+        """End the child of that name and start it again."""
+        for child in self._children:
+            if child.spec.name == name:
+                child.kill()
+
+    async def stop(self) -> None:
+        """End every child and everything that they started."""
+        await asyncio.gather(*(child.stop() for child in self._children))
+
+    @property
+    def status(self) -> list[ChildStatus]:
+        """How each child is."""
+        return [child.status for child in self._children]
+
+
+async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), grace_s + 2)
+        except TimeoutError:
+            _log.warning("process group %d does not stop; killing it", process.pid)
+    _kill_group(process.pid)
+    await process.wait()
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _roll(log: Path) -> None:
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > _MAX_LOG_BYTES:
+            log.replace(log.with_name(log.name + ".1"))

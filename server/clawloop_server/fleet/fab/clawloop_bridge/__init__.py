@@ -1,0 +1,1 @@
+"""A doorway for Flower; the code is in clawloop_server.fleet.bridge."""
