@@ -1,0 +1,242 @@
+"""The training engine: a model with a LoRA adapter and its optimizer, behind a small API.
+
+    forward_backward   gradients of the loss on samples, added to those that are there
+    optim_step         one AdamW step on them
+    logprobs           of samples, under the adapter or the bare base
+    generate           replies, for evaluation
+    save_adapter       in PEFT form, as the edges read it
+    save / load        everything that the next step depends on, bit for bit
+
+It is algorithm-blind: samples carry their advantages and weights. It knows no reward, round, database or clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from clawloop_server.errors import TrainerError
+from clawloop_server.trainer.base import attach_adapter, load_base
+from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
+from clawloop_server.trainer.generation import Reply, Sampling, generate
+from clawloop_server.trainer.losses import LossInputs, Sums, policy_loss
+from clawloop_server.trainer.packing import PackedRow, pack
+from clawloop_server.trainer.rows import Sample
+from clawloop_server.trainer.scorer import score_row
+from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_shared.files import publish
+from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
+
+_EXP_AVG, _EXP_AVG_SQ, _STEP, _ADAPTER, _RNG = "exp_avg/", "exp_avg_sq/", "step/", "adapter/", "rng/cpu"
+
+
+class PoisonedSamples(TrainerError):
+    """Samples whose logprobs are not finite; `trajectories` are their numbers in the update."""
+
+    def __init__(self, trajectories: list[int]) -> None:
+        super().__init__(
+            f"trajectories {trajectories} of this update have logprobs that are not finite; leave them out"
+        )
+        self.trajectories = trajectories
+
+
+class TrainEngine:
+    """One model, one adapter, one optimizer, in one process."""
+
+    def __init__(self, model: Any, settings: TrainSettings) -> None:
+        """`model`: a peft model as `attach_adapter` makes it."""
+        self.model = model
+        self.settings = check_settings(settings)
+        self._parameters: dict[str, Tensor] = {
+            name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+
+    @classmethod
+    def open(cls, folder: Path, settings: TrainSettings) -> TrainEngine:
+        """The base in `folder` with a fresh adapter. Sets torch's thread count for the whole process.
+
+        Raises:
+            ConfigError: the settings or the folder are not usable.
+        """
+        check_settings(settings)
+        torch.set_num_threads(settings.threads)
+        model = attach_adapter(
+            load_base(folder),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            target_modules=settings.target_modules,
+            seed=settings.seed,
+        )
+        return cls(model, settings)
+
+    def forward_backward(
+        self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None = None
+    ) -> Sums:
+        """Add the gradient of the loss on `samples`, row by row. `normalizer` defaults to their trained tokens.
+
+        Raises:
+            PoisonedSamples: logprobs that are not finite; the gradients that were there are gone, too.
+        """
+        total = normalizer or float(sum(len(sample.trained) for sample in samples))
+        sums = Sums()
+        for row in self._rows(samples):
+            loss, found = self._row_loss(row, settings, normalizer=total)
+            torch.autograd.backward(loss)
+            sums += found
+        return sums
+
+    def _row_loss(self, row: PackedRow, settings: LossSettings, *, normalizer: float) -> tuple[Tensor, Sums]:
+        reference_P = self._reference(row) if settings.kl_beta else None
+        logprobs_P, entropy_P = score_row(self.model, row, entropy=True)
+        self._check_finite(row, logprobs_P.detach())
+        inputs = LossInputs(
+            logprobs_P=logprobs_P,
+            behaviour_P=row.behaviour_P,
+            advantage_P=row.advantage_P,
+            unit_P=row.unit_P,
+            weight_U=row.weight_U,
+            gap_U=row.gap_U,
+            trajectory_tokens_U=row.trajectory_tokens_U,
+            normalizer=normalizer,
+            reference_P=reference_P,
+        )
+        loss, sums = policy_loss(inputs, settings)
+        return loss, sums + Sums(entropy=float(entropy_P.sum()) if entropy_P is not None else 0.0)
+
+    @torch.no_grad()
+    def _reference(self, row: PackedRow) -> Tensor:
+        with self.model.disable_adapter():
+            return score_row(self.model, row)[0]
+
+    def _check_finite(self, row: PackedRow, logprobs_P: Tensor) -> None:
+        broken = sorted(set(row.trajectory_U[row.unit_P[~logprobs_P.isfinite()]].tolist()))
+        if broken:
+            self._optimizer.zero_grad()
+            raise PoisonedSamples(broken)
+
+    def _rows(self, samples: Sequence[Sample]) -> Iterator[PackedRow]:
+        device = next(iter(self._parameters.values())).device
+        for row in pack(samples, row_tokens=self.settings.row_tokens):
+            yield row.to(device)
+
+    def optim_step(self, lr: float) -> float:
+        """One AdamW step on the gradients; their norm before clipping. Without finite gradients nothing moves."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.clip_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[Sample], *, adapter: bool = True) -> list[list[float]]:
+        """For each sample the logprobs of its trained tokens at its temperature, under the adapter or the bare base."""
+        found: dict[int, list[float]] = {}
+        with nullcontext() if adapter else self.model.disable_adapter():
+            for row in self._rows(samples):
+                parts = torch.split(score_row(self.model, row)[0], list(row.counts_S))
+                found |= {member: part.tolist() for member, part in zip(row.members_S, parts, strict=True)}
+        return [found[member] for member in range(len(samples))]
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:
+        """One sampled reply for each prompt, under the adapter."""
+        return generate(self.model, prompts, sampling=sampling)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """A copy of the adapter's tensors under their PEFT names."""
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def set_adapter(self, tensors: dict[str, Tensor]) -> None:
+        """Make `tensors` the adapter; the optimizer keeps its state.
+
+        Raises:
+            TrainerError: not the names and shapes of this engine's adapter.
+        """
+        wanted = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        if {name: tuple(t.shape) for name, t in tensors.items()} != wanted:
+            raise TrainerError("the adapter has other tensors than this rank and these target modules; start anew")
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+
+    @contextmanager
+    def with_adapter(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """For the time of a `with`, another adapter."""
+        mine = self.adapter()
+        self.set_adapter(tensors)
+        try:
+            yield
+        finally:
+            self.set_adapter(mine)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Publish the adapter in PEFT form (float32) in `folder`, which must exist.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        for name, data in self.adapter_files().items():
+            publish(folder / name, data)
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """The adapter's files in PEFT form (float32), by name."""
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted(self.settings.target_modules),
+            "inference_mode": True,
+        }
+        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.adapter().items()}
+        return {
+            CONFIG_FILE: msgspec.json.format(msgspec.json.encode(config), indent=2),
+            WEIGHTS_FILE: to_safetensors(tensors, metadata={"format": "pt"}),
+        }
+
+    def save(self, path: Path, *, text: str) -> None:
+        """Publish a checkpoint: adapter, AdamW, torch's random state, and `text` for whatever else the caller keeps.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        tensors = {_ADAPTER + name: parameter for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            for part, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{part}/{name}"] = value
+        write_checkpoint(path, tensors | {_RNG: torch.get_rng_state()}, text=text)
+
+    def load(self, path: Path) -> str:
+        """Go back to a checkpoint; the text that was saved with it.
+
+        Raises:
+            StorageError: it cannot be read.
+            TrainerError: it is of another adapter shape.
+        """
+        tensors, text = read_checkpoint(path)
+        self.set_adapter({n.removeprefix(_ADAPTER): t for n, t in tensors.items() if n.startswith(_ADAPTER)})
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            if _STEP + name in tensors:
+                parts = {part: tensors[part + name] for part in (_STEP, _EXP_AVG, _EXP_AVG_SQ)}
+                self._optimizer.state[parameter] = {part.rstrip("/"): value for part, value in parts.items()}
+        torch.set_rng_state(tensors[_RNG])
+        return text

@@ -1,0 +1,108 @@
+"""The trainer's process: `python -m clawloop_server.trainer.process --home HOME`.
+
+Waits until enough rewarded trajectories are ready, runs a round, prints it as one JSON line, and waits again. It can be
+killed at any moment: what was not recorded is run again from the same state. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from clawloop_server.errors import TrainerError
+from clawloop_server.home import Home, open_home
+from clawloop_shared.errors import ClawloopError
+
+POLL_S = 0.25
+LOCK_FILE = "lock"
+
+log = logging.getLogger("clawloop.trainer")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until told to stop; 0, or 1 after a known failure, which is one line on stderr."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        serve(open_home(options.home), rounds=options.rounds)
+    except ClawloopError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def serve(home: Home, *, rounds: int = 0) -> None:
+    """Run rounds as data arrive; `rounds` of them, or for ever if 0.
+
+    Raises:
+        TrainerError: another trainer runs on this home.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from clawloop_server.trainer.worker import Worker
+
+    parent = os.getppid()
+    with sole_trainer(home):
+        worker = Worker.open(home)
+        try:
+            _emit({"ready": True, "missing": worker.missing})
+            done = 0
+            while (not rounds or done < rounds) and os.getppid() == parent:
+                if worker.missing:
+                    time.sleep(POLL_S)
+                    continue
+                _emit(worker.run(_log_update))
+                done += 1
+        finally:
+            worker.close()
+
+
+@contextmanager
+def sole_trainer(home: Home) -> Iterator[None]:
+    """Hold the lock that only one trainer of a home can have; the system frees it when the process dies.
+
+    Raises:
+        TrainerError: another process has it.
+    """
+    with (home.trainer / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainerError(f"another trainer runs on {home.folder}; stop it first") from error
+        yield
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The trainer of a clawloop server; started by the server itself.")
+    parser.add_argument("--home", type=Path, required=True, help="the server's folder")
+    parser.add_argument("--rounds", type=int, default=0, help="stop after so many rounds; 0: never")
+    return parser
+
+
+def _emit(line: object) -> None:
+    print(msgspec.json.encode(line).decode(), flush=True)
+
+
+def _log_update(metrics: dict[str, float]) -> None:
+    shown = ("update", "reward", "kept", "k3", "ess", "gradient_norm", "lr")
+    log.info(" ".join(f"{name}={metrics[name]:.4g}" for name in shown))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What an operator can set about training: the `[train]` table of the server's configuration.
+
+A limit is switched off by the value that can never bite (`inf`, or 0 for a lower bound), not by a flag beside it.
+Defaults of the loss: docs/training.md. Knows no torch, so that reading a configuration costs nothing.
+"""
+
+import math
+
+import msgspec
+
+from clawloop_shared.errors import ConfigError
+from clawloop_shared.lora import LINEARS, MAX_RANK
+
+
+class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The loss: which tokens count, how much, and what holds the policy back."""
+
+    tis_cap: float = 2.0
+    """upper bound of a token's importance weight"""
+    opsm_delta: float = 0.05
+    """a trajectory further than this from the policy that sampled it (mean nats a token) teaches no negative lesson"""
+    geometric_low: float = 0.0
+    """trajectories whose geometric mean ratio lies outside [low, high] are left out"""
+    geometric_high: float = math.inf
+    veto: float = 1e-4
+    """a trajectory with one ratio below this is left out"""
+    trust_region: float = math.inf
+    """a token whose probability already moved this far in the wanted direction is not pushed further"""
+    max_staleness_versions: int = 16
+    """trajectories sampled by an adapter older than this many versions are left out"""
+    kl_beta: float = 0.05
+    """weight of the distance to the base model"""
+    anchor: float = 0.0
+    """weight of the distance to the policy that sampled"""
+    max_trajectory_share: float = 0.1
+    """the largest part of an update that one trajectory may have, by its tokens"""
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A round of training. `loss` is a table of its own."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = LINEARS
+    lr: float = 3e-3
+    warmup_updates: int = 10
+    decay_to: float = 0.2
+    """part of `lr` that is left after `planned_updates`; the way there is linear"""
+    planned_updates: int = 0
+    """0: the learning rate does not decay"""
+    batch_trajectories: int = 64
+    updates_per_round: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    advantage: str = "tracker"
+    """a name in trainer/advantages.py"""
+    reward_low: float = -1.0
+    """rewards in [reward_low, reward_high] become [0, 1] for the baseline"""
+    reward_high: float = 1.0
+    row_tokens: int = 1024
+    """token budget of a packed row"""
+    max_sample_tokens: int = 32768
+    seed: int = 0
+    threads: int = 1
+    """for models of a few million parameters more threads are slower, far slower beside other busy processes"""
+    min_ess: float = 0.5
+    """a round whose effective sample size is below this is not published"""
+    min_kept: float = 0.3
+    """a round of which less than this part of the tokens could be used is not published"""
+    loss: LossSettings = LossSettings()
+
+    @property
+    def round_trajectories(self) -> int:
+        """How many rewarded trajectories a round needs."""
+        return self.batch_trajectories * self.updates_per_round
+
+    def lr_at(self, update: int) -> float:
+        """The learning rate of the global update `update` (from 0): linear warm-up, then linear decay if planned."""
+        warm = min(1.0, (update + 1) / max(1, self.warmup_updates))
+        done = min(1.0, update / self.planned_updates) if self.planned_updates else 0.0
+        return self.lr * warm * (1.0 - (1.0 - self.decay_to) * done)
+
+
+def check_settings(settings: TrainSettings) -> TrainSettings:
+    """Return `settings` if a round can be run with them.
+
+    Raises:
+        ConfigError: a value is out of bounds; the message names it.
+    """
+    loss = settings.loss
+    rules = {
+        f"rank {settings.rank} is not in 1..{MAX_RANK}": 1 <= settings.rank <= MAX_RANK,
+        f"target_modules {settings.target_modules}: known are {LINEARS}": set(settings.target_modules) <= set(LINEARS),
+        "target_modules is empty": bool(settings.target_modules),
+        f"lr {settings.lr} is not above 0": settings.lr > 0,
+        f"batch_trajectories {settings.batch_trajectories} is below 1": settings.batch_trajectories >= 1,
+        f"updates_per_round {settings.updates_per_round} is below 1": settings.updates_per_round >= 1,
+        f"reward_low {settings.reward_low} is not below reward_high": settings.reward_low < settings.reward_high,
+        f"row_tokens {settings.row_tokens} is below 1": settings.row_tokens >= 1,
+        f"threads {settings.threads} is below 1": settings.threads >= 1,
+        f"loss.tis_cap {loss.tis_cap} is not above 0": loss.tis_cap > 0,
+        f"loss.max_trajectory_share {loss.max_trajectory_share} is not in (0, 1]": 0 < loss.max_trajectory_share <= 1,
+        f"loss.geometric_low {loss.geometric_low} is not below 1": loss.geometric_low < 1 < loss.geometric_high,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ConfigError(f"[train] {'; '.join(broken)}")
+    return settings

@@ -1,0 +1,217 @@
+"""A round: what may not be learned from stays out and is named, the rest is learned, the same way every time."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from clawloop_server.errors import TrainerError
+from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
+from clawloop_server.trainer.generation import Sampling as Drawing
+from clawloop_server.trainer.loop import NOT_FINITE, RoundResult, TrainState, run_round, unhealthy
+from clawloop_server.trainer.losses import Sums
+from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
+from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_shared.records import Channel, Policy, Sampling, Step, Trajectory
+
+QUESTION = list(range(2, 30))
+LIMITS = Limits(line_id="line", vocab_size=320, max_tokens=64)
+
+
+def step(name: str = "s", **fields: object) -> Step:
+    values: dict[str, object] = {
+        "step_id": name,
+        "session_id": "session",
+        "run_id": "run",
+        "prompt_ids": [5, 6, 7],
+        "response_ids": [8, 9],
+        "response_logprobs": [-5.5, -6.0],
+        "policy": Policy("line", 3),
+        "sampling": Sampling(temperature=0.9),
+        "finish_reason": "stop",
+        "created_ms": 1,
+    }
+    return Step(**(values | fields))  # type: ignore[arg-type]
+
+
+def trajectory(name: str, *steps: Step, reward: float = 1.0, weight: float = 1.0) -> Trajectory:
+    return Trajectory(trajectory_id=name, steps=list(steps) or [step(name)], signals=[], reward=reward, weight=weight)
+
+
+def test_a_step_becomes_a_sample_token_for_token() -> None:
+    (sample,) = make_samples([trajectory("t", weight=0.3)], [1.5], version=5)
+    assert sample == Sample(
+        step_id="t",
+        trajectory=0,
+        token_ids=[5, 6, 7, 8, 9],
+        trained=range(3, 5),
+        logprobs=[-5.5, -6.0],
+        advantages=[1.5, 1.5],
+        weight=0.3,
+        temperature=0.9,
+        version_gap=2,
+    )
+
+
+REJECTED: list[tuple[str, dict[str, object]]] = [
+    ("logprob missing", {"response_logprobs": [-1.0]}),
+    ("logprob not finite", {"response_logprobs": [-1.0, float("nan")]}),
+    ("logprob not finite", {"response_logprobs": [-1.0, float("-inf")]}),
+    ("marked untrainable", {"untrainable": "incognito"}),
+    ("not for training", {"channel": Channel.VAL}),
+    ("another model line", {"policy": Policy("other")}),
+    ("sampler cut the distribution", {"sampling": Sampling(top_p=0.9)}),
+    ("temperature without a distribution", {"sampling": Sampling(temperature=0.0)}),
+    ("empty prompt or response", {"response_ids": [], "response_logprobs": []}),
+    ("longer than the context", {"prompt_ids": [5] * 63}),
+    ("token outside the vocabulary", {"prompt_ids": [320]}),
+    ("token outside the vocabulary", {"prompt_ids": [-1]}),
+]
+
+
+@pytest.mark.parametrize(("reason", "fields"), REJECTED)
+def test_a_step_that_may_not_be_learned_from_is_rejected_and_counted(reason: str, fields: dict[str, object]) -> None:
+    mixed = trajectory("mixed", step("good"), step("bad", **fields))
+    alone = trajectory("alone", step("bad", **fields))
+    found = screen([mixed, alone], LIMITS)
+    assert found.rejected_steps == Counter({reason: 2})
+    assert [[s.step_id for s in t.steps] for t in found.trajectories] == [["good"]]
+    assert found.rejected_trajectories == {"alone": reason}
+
+
+def test_a_trajectory_without_a_usable_reward_is_rejected() -> None:
+    bad = [trajectory("nan", reward=float("nan")), trajectory("weightless", weight=0.0)]
+    assert screen(bad, LIMITS).rejected_trajectories == dict.fromkeys(("nan", "weightless"), "no usable reward")
+
+
+@pytest.fixture
+def fresh(tiny_folder: Path) -> Callable[[], TrainEngine]:
+    """Engines that all begin the same."""
+    settings = TrainSettings(
+        rank=4, warmup_updates=1, batch_trajectories=4, updates_per_round=3, loss=LossSettings(veto=0.0)
+    )
+    return lambda: TrainEngine.open(tiny_folder, settings)
+
+
+def some(count: int, *, seed: int = 0) -> list[Trajectory]:
+    rng = random.Random(seed)
+    found = []
+    for n in range(count):
+        steps = [
+            step(
+                f"{n}.{i}",
+                prompt_ids=[2, 3, 4, 5 + n, *range(6, 8 + i)],
+                response_ids=[rng.randrange(2, 320) for _ in range(3)],
+                response_logprobs=[-rng.uniform(5, 6.5) for _ in range(3)],
+            )
+            for i in range(2)
+        ]
+        found.append(trajectory(f"t{n:03}", *steps, reward=rng.choice((-1.0, 1.0))))
+    return found
+
+
+def test_a_round_is_the_same_whatever_the_order_of_arrival(fresh: Callable[[], TrainEngine]) -> None:
+    results, engines = [], []
+    for order in (some(12), list(reversed(some(12)))):
+        engine = fresh()
+        results.append(run_round(engine, order, state=TrainState(version=3), limits=LIMITS))
+        engines.append(engine.adapter())
+    assert results[0] == results[1]
+    assert all(torch.equal(engines[0][name], tensor) for name, tensor in engines[1].items())
+    assert results[0].state.updates == 3
+    assert results[0].state.rounds == 1
+    assert [u["trajectories"] for u in results[0].updates] == [4.0, 4.0, 4.0]
+
+
+def test_the_next_round_goes_on_where_the_last_one_was_saved(fresh: Callable[[], TrainEngine], tmp_path: Path) -> None:
+    engine = fresh()
+    first = run_round(engine, some(12), state=TrainState(version=3), limits=LIMITS)
+    engine.save(tmp_path / "c", text=msgspec.json.encode(first.state).decode())
+    second = run_round(engine, some(12, seed=1), state=first.state, limits=LIMITS)
+    other = fresh()
+    state = msgspec.json.decode(other.load(tmp_path / "c"), type=TrainState)
+    assert run_round(other, some(12, seed=1), state=state, limits=LIMITS) == second
+    mine = engine.adapter()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in other.adapter().items())
+
+
+def test_a_poisoned_trajectory_is_set_aside_and_named_and_the_rest_goes_on(
+    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fresh()
+    whole = engine.forward_backward
+
+    def forward_backward(samples: list[Sample], settings: LossSettings) -> Sums:
+        bad = [s.trajectory for s in samples if s.step_id.startswith("5.")]
+        if bad:
+            raise PoisonedSamples(bad)
+        return whole(samples, settings)
+
+    monkeypatch.setattr(engine, "forward_backward", forward_backward)
+    result = run_round(engine, some(12), state=TrainState(version=3), limits=LIMITS)
+    assert result.set_aside == {"t005": NOT_FINITE}
+    assert len(result.trajectory_ids) == 11
+    assert "t005" not in result.trajectory_ids
+    assert sorted(u["trajectories"] for u in result.updates) == [3.0, 4.0, 4.0]
+
+
+def test_a_round_of_nothing_usable_says_why(fresh: Callable[[], TrainEngine]) -> None:
+    with pytest.raises(TrainerError, match="another model line"):
+        run_round(fresh(), [trajectory("t", step(policy=Policy("other")))], state=TrainState(), limits=LIMITS)
+
+
+def test_a_round_that_could_use_little_is_not_healthy() -> None:
+    def result(**metrics: float) -> RoundResult:
+        return RoundResult(
+            state=TrainState(),
+            updates=[metrics],
+            trajectory_ids=["t"],
+            steps=1,
+            reward=0.0,
+            set_aside={},
+            rejected_steps={},
+        )
+
+    settings = TrainSettings()
+    assert unhealthy(result(ess=0.9, kept=0.9), settings) == ""
+    assert "effective sample size 0.20" in unhealthy(result(ess=0.2, kept=0.9), settings)
+    assert "0.10 of the tokens" in unhealthy(result(ess=0.9, kept=0.1), settings)
+
+
+def bandit(engine: TrainEngine, *, good: int, version: int, rng: random.Random) -> Iterator[Trajectory]:
+    """64 one-token answers to one question, rewarded for token `good` alone."""
+    prompt = QUESTION
+    drawing = Drawing(max_tokens=1, eos_ids=frozenset({1}), seed=rng.randrange(1 << 30))
+    replies = engine.generate([prompt] * 64, sampling=drawing)
+    samples = [Sample(f"{n}", n, prompt + reply.ids, [len(prompt)], [0.0], [0.0]) for n, reply in enumerate(replies)]
+    for n, (reply, logprobs) in enumerate(zip(replies, engine.logprobs(samples), strict=True)):
+        one = step(
+            f"{n}",
+            prompt_ids=prompt,
+            response_ids=reply.ids,
+            response_logprobs=logprobs,
+            policy=Policy("line", version),
+            sampling=Sampling(),
+        )
+        yield trajectory(f"t{n:03}", one, reward=1.0 if reply.ids == [good] else -1.0)
+
+
+def test_what_is_rewarded_becomes_likely(tiny_folder: Path) -> None:
+    settings = TrainSettings(
+        rank=4, warmup_updates=1, lr=2e-2, batch_trajectories=64, updates_per_round=1, loss=LossSettings(kl_beta=0.0)
+    )
+    engine, state, rng = TrainEngine.open(tiny_folder, settings), TrainState(), random.Random(0)
+    question = torch.tensor([QUESTION])
+    chances = engine.model(input_ids=question).logits[0, -1].softmax(-1)
+    good = int(chances.argsort(descending=True)[1])
+    before = float(chances[good].detach())
+    for version in range(20):
+        batch = list(bandit(engine, good=good, version=version, rng=rng))
+        state = msgspec.structs.replace(run_round(engine, batch, state=state, limits=LIMITS).state, version=version + 1)
+    after = float(engine.model(input_ids=question).logits[0, -1].softmax(-1)[good].detach())
+    assert before < 0.3
+    assert after > before + 0.3
