@@ -35,7 +35,7 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """of each reply"""
     z: float = 1.64
     """how many standard errors worse a candidate may be; 1.64 is one-sided 5 %"""
-    max_format_drop: float = 0.02
+    max_format_drop: float = 0.05
     """how much smaller the share of well-formed episodes may be, beyond its own noise"""
     seed: int = 0
 

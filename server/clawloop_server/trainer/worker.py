@@ -305,12 +305,13 @@ class Worker:
             return refuse(broken)
         if not self._gate.tasks:
             return decide_unevaluated(self._gate.settings)
-        candidate = self._play(result.state)
+        seed = _gate_seed(result, self._gate.settings.seed)
+        candidate = self._play(seed)
         with self._engine.with_adapter(current):
-            before = self._play(result.state)
+            before = self._play(seed)
         return decide(candidate, before, settings=self._gate.settings, suite=self._gate.suite)
 
-    def _play(self, state: TrainState) -> Scores:
+    def _play(self, seed: int) -> Scores:
         gate, settings = self._gate, self._gate.settings
 
         def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[Reply]:
@@ -318,11 +319,18 @@ class Worker:
                 max_tokens=settings.max_tokens,
                 eos_ids=gate.eos_ids,
                 temperature=settings.temperature,
-                seed=settings.seed + 1000 * state.rounds + turn,
+                seed=seed + turn,
             )
             return self._engine.generate(prompts, sampling=sampling)
 
         return play(gate.tasks, sample, renderer=gate.renderer, samples=settings.samples)
+
+
+def _gate_seed(result: RoundResult, seed: int) -> int:
+    """Another seed for each round's data, a refused round's too: with one seed for all, a lucky draw of the current
+    adapter would refuse one candidate after the other. The same data gives the same seed, so a round can be redone."""
+    digest = lineage_root([*result.trajectory_ids, f"gate seed {seed}"])
+    return int(digest[:8], 16)
 
 
 def _round_state(result: RoundResult, decision: Decision) -> RoundState:
