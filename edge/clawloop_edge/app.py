@@ -161,7 +161,10 @@ class Edge:
         handlers = Handlers(
             self.engine, self.outbox, consent=self.consent, activator=activator, loop=asyncio.get_running_loop()
         )
-        return NodeWorker(FlowerTransport(member), handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
+        transport = FlowerTransport(
+            member, node_id=state.node_id(self.pool), remember=lambda number: state.keep_node_id(self.pool, number)
+        )
+        return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
 
     async def _stop_node(self) -> None:
         if self.node is not None:

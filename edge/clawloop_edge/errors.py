@@ -6,9 +6,15 @@ ClawloopError
 │   ├── EngineBusy           too much is in flight; try again later
 │   ├── EngineGone           the engine's thread is not running
 │   └── UnknownVersion       no adapter of that version is loaded
-├── RequestError             what an HTTP client sent is wrong (becomes a 4xx in the caller's own shape)
-├── PoolError                the pool refuses (wrong home, locked, damaged)
-│   └── UnknownTarget        a signal judges something that this pool does not have
+├── InvalidError
+│   ├── RequestError         what an HTTP client sent is wrong (a 4xx in the caller's own shape)
+│   └── AdapterInvalid       adapters/errors.py: WrongLine, Expired, OldVersion, ProbeFailed
+├── UncheckedError
+│   └── PoolError            the pool refuses (wrong home, locked, damaged)
+│       └── UnknownTarget    a signal judges what is not kept here
+├── NodeError                node/transport.py: the server and this device cannot work together
+│   ├── ServerAway           the server cannot be reached now
+│   └── NodeRefused          the server does not know this device's key
 └── ConsentError             the privacy level does not allow it
 """
 

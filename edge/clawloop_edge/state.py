@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MEMBERSHIP = "membership"
 WANTED = "adapter.wanted"
+NODE_ID = "node.id"
 
 
 class WantedAdapter(msgspec.Struct, frozen=True, tag="wanted.v1"):
@@ -51,3 +52,13 @@ def wanted_adapter(pool: Pool) -> WantedAdapter | None:
 def want_adapter(pool: Pool, version: int, *, now_ms: int) -> None:
     """Ask the running edge for a version; returns when the wish is on disk."""
     pool.set_state(WANTED, wire.encode(WantedAdapter(version, now_ms))).result()
+
+
+def node_id(pool: Pool) -> int:
+    """The number that Flower last gave this device; 0 if it gave none."""
+    return int.from_bytes(pool.get_state(NODE_ID) or b"", "big")
+
+
+def keep_node_id(pool: Pool, number: int) -> None:
+    """Remember Flower's number (unsigned 64 bits), so that a key left taken by a crash can be freed at once."""
+    pool.set_state(NODE_ID, number.to_bytes(8, "big")).result()

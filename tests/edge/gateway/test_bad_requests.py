@@ -123,7 +123,7 @@ CORPUS: list[bytes] = [
     chat(logprobs="yes"),
     chat(logprobs=True, top_logprobs=2),
     chat(top_logprobs=21),
-    chat(messages=[{"role": "user", "content": "word " * 20_000}]),
+    chat(messages=[{"role": "user", "content": "word " * 80_000}]),
 ]
 
 
