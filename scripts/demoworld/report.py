@@ -33,7 +33,8 @@ def _axes(end: float) -> list[str]:
         parts.append(f'<text x="{x - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
     for n in range(6):
         x, y = _place(end * n / 5, 0, end=end)
-        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{end * n / 5:.0f} s</text>')
+        anchor = "end" if n == 5 else "middle"
+        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="{anchor}">{end * n / 5:.0f} s</text>')
     return parts
 
 

@@ -57,12 +57,25 @@ class Office:
         self.tally = Tally()
         self._rng = random.Random(seed)
         self._unjudged: list[tuple[str, float]] = []
+        self._progress = asyncio.Event()
+
+    async def __aenter__(self) -> Office:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.client.close()
 
     async def work(self, stop: asyncio.Event, *, concurrency: int) -> None:
         """Hold `concurrency` conversations at a time until `stop` is set, then finish those that are open."""
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(self._desk(stop))
+
+    async def played(self, episodes: int) -> None:
+        """Return when so many episodes were played and judged."""
+        while self.tally.episodes < episodes:
+            self._progress.clear()
+            await self._progress.wait()
 
     async def _desk(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -76,9 +89,10 @@ class Office:
             now = time.monotonic()
             self.tally.timings.extend((now, seconds) for seconds in episode.call_seconds)
             value = world.reward(task.kind, task.city, calls=episode.calls, answer=episode.answer)
+            await self._judge(episode.completion_ids[-1], value)
             self.tally.episodes += 1
             self.tally.recent.append(value)
-            await self._judge(episode.completion_ids[-1], value)
+            self._progress.set()
 
     async def _play(self, task: world.Task, *, temperature: float, channel: str) -> agent.Episode:
         return await agent.play(

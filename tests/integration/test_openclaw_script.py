@@ -1,9 +1,12 @@
 """What scripts/openclaw does without OpenClaw: its configuration, its reading, and checks that notice what is wrong."""
 
+import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,6 +16,7 @@ import zstandard
 from openclaw_drive.agent import DriveError, Turn, read_turn
 from openclaw_drive.check import Conversation, Finding, Kept, check_all, check_tool_loop, split_calls
 from openclaw_drive.config import openclaw_config, write_config
+from openclaw_drive.leftovers import remove_leftovers
 from openclaw_drive.transcript import Call, Said, ToolResult, Transcript, read_transcript
 
 END = "<|im_end|>"
@@ -87,6 +91,12 @@ def test_each_thing_that_may_go_wrong_is_noticed(change: dict[str, object]) -> N
     assert broken(STEPS[0], msgspec.structs.replace(STEPS[1], **change))
 
 
+def test_a_turn_that_openclaw_gave_up_may_be_two_runs() -> None:
+    talk = conversation(STEPS[0], msgspec.structs.replace(STEPS[1], run_id="trace2"))
+    given_up = replace(talk, turns=(replace(talk.turns[0], failed=True),))
+    assert all(f.ok for f in check_all([given_up], decode=decode, end=END))
+
+
 def test_a_tool_loop_needs_its_result_and_the_next_step_of_the_same_run() -> None:
     assert not check_tool_loop([conversation(*STEPS)], "other word").ok
     assert not check_tool_loop([conversation(STEPS[0], msgspec.structs.replace(STEPS[1], run_id="t2"))], "hi").ok
@@ -145,3 +155,18 @@ def test_a_transcript_is_read_from_plain_and_packed_events(tmp_path: Path) -> No
             connection.execute("INSERT INTO transcript_events VALUES ('s1', ?, ?, ?)", (seq, *row))
     assert read_transcript(database, "s1") == conversation().transcript
     assert read_transcript(database, "s2") == Transcript((), ())
+
+
+def test_only_the_locks_of_this_home_are_removed_from_the_temporary_folder(tmp_path: Path) -> None:
+    database = tmp_path / "home/.openclaw/state/openclaw.sqlite"
+    locks = tmp_path / f"openclaw-state-locks-{os.getuid()}"
+    for folder in (database.parent, locks, tmp_path / "openclaw"):
+        folder.mkdir(parents=True)
+    name = hashlib.sha256(str(database.resolve()).encode()).hexdigest()[:8]
+    own, foreign = locks / f"state-handles.{name}.lock.sqlite", locks / "state-handles.00000000.lock.sqlite"
+    for path in (database, own, foreign):
+        path.touch()
+    remove_leftovers(tmp_path / "home", tmp=tmp_path)
+    assert not own.exists()
+    assert foreign.exists()
+    assert not (tmp_path / "openclaw").exists()

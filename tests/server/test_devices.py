@@ -65,6 +65,20 @@ def test_the_same_device_may_ask_again_but_no_other(invitations: Invitations, de
         invitations.redeem(mine, lines={base.line_id})
 
 
+@pytest.mark.parametrize("spelling", ["{}\n", "my key\n{}"])
+def test_a_node_key_counts_once_however_it_is_written(
+    invitations: Invitations, base: Base, spelling: str
+) -> None:
+    mine = request(invitations.create(), base)
+    joined = invitations.redeem(mine, lines={base.line_id})
+    written = spelling.format(mine.node_key_pem)
+    again = msgspec.structs.replace(mine, node_key_pem=written)
+    assert invitations.redeem(again, lines={base.line_id}) == joined
+    other = msgspec.structs.replace(request(invitations.create(), base), node_key_pem=written)
+    with pytest.raises(DeviceError, match="already that of device"):
+        invitations.redeem(other, lines={base.line_id})
+
+
 def test_eight_who_come_at_once_with_one_code_are_one_device(home: Home, keys: ServerKeys, base: Base) -> None:
     first = ServerDatabase.open(home.database, keys.master)
     code = Invitations(first).create()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -51,6 +52,35 @@ async def test_a_killed_child_comes_back(tmp_path: Path) -> None:
         family(first)[0].kill()
         await until_async(lambda: supervisor.status[0].restarts == 1 and supervisor.status[0].pid not in (0, first))
         assert supervisor.status[0].last_exit == 128 + signal.SIGKILL
+    finally:
+        await supervisor.stop()
+
+
+async def test_one_that_fails_at_once_is_started_less_and_less_often(tmp_path: Path) -> None:
+    once = replace(spec(tmp_path, "import sys; sys.exit(3)"), longest_wait_s=600.0)
+    supervisor = Supervisor([once])
+    await supervisor.start()
+    try:
+        await until_async(lambda: supervisor.status[0].restarts == 2 and supervisor.status[0].wait_s > 0)
+        status = supervisor.status[0]
+        assert (status.pid, status.last_exit) == (0, 3)
+        assert 0.4 < status.wait_s <= 0.8
+        assert status.log == tmp_path / "child.log"
+    finally:
+        await supervisor.stop()
+
+
+async def test_a_start_that_the_system_refuses_is_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    supervisor = Supervisor([replace(spec(tmp_path, SLEEP), folder=folder)])
+    await supervisor.start()
+    try:
+        folder.rmdir()
+        supervisor.restart("child")
+        await asyncio.sleep(0.5)
+        folder.mkdir()
+        await until_async(lambda: supervisor.status[0].restarts == 1 and supervisor.status[0].pid)
     finally:
         await supervisor.stop()
 

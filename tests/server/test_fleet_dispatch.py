@@ -3,7 +3,9 @@
 import asyncio
 
 import pytest
+import zstandard
 
+from clawloop_server.errors import DeviceError
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
 from clawloop_shared import wire
@@ -208,3 +210,67 @@ async def test_waiting_ends_when_something_was_released(world: World) -> None:
     await asyncio.sleep(0)
     world.dispatcher.notify()
     await asyncio.wait_for(waiting, 5)
+
+
+async def waited_s(world: World, timeout_s: float = 0.3) -> float:
+    began = asyncio.get_running_loop().time()
+    await world.dispatcher.wait(timeout_s)
+    return asyncio.get_running_loop().time() - began
+
+
+async def test_the_hub_rests_while_a_device_is_away_or_was_only_greeted(world: World) -> None:
+    assert await world.asked() == [STATUS]
+    assert await waited_s(world) > 0.2
+    await world.says_status()
+    await world.work()
+    await world.says_upload()
+    assert await world.dispatcher.work([]) == []
+    world.now_s += 1000
+    assert await waited_s(world) > 0.2
+
+
+async def test_a_device_that_always_says_more_and_sends_nothing_is_not_asked_at_once(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.says_upload(more=True)
+    assert await world.asked() == []
+
+
+@pytest.mark.parametrize("version", [-1, 2**63])
+async def test_a_made_up_version_reaches_no_database_and_is_that_devices_failure_alone(
+    world: World, version: int
+) -> None:
+    assert await world.asked() == [STATUS]
+    await world.says_status(version)
+    assert world.seen_versions == []
+    assert await world.asked() == []
+
+
+@pytest.mark.parametrize("error", [StorageError("disk full"), DeviceError("revoked")])
+async def test_what_cannot_be_kept_is_not_acknowledged_and_ends_no_bridge(
+    world: World, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await greeted(world)
+    await world.work()
+
+    def receive(device_id: str, items: list[UploadItem]) -> list[str]:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(world, "receive", receive)
+        await world.says_upload("a")
+    world.now_s += 100
+    (again,) = await world.work()
+    assert wire.decode(again.payload, UploadRequest).received == []
+    await world.says_upload("a")
+    assert world.kept == ["a"]
+
+
+async def test_an_answer_that_is_nested_too_deeply_is_that_devices_failure_alone(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    deep = b"\x82\xa4type\xa9upload.v1\xa1x" + b"\x91" * 200_000 + b"\xc0"
+    packed = zstandard.ZstdCompressor().compress(deep)
+    await world.dispatcher.reply(Reply(7, UPLOAD, b"CLW\x01\x09upload.v1" + packed))
+    world.now_s += 100
+    assert await world.asked() == [UPLOAD]

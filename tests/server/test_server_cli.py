@@ -2,6 +2,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,7 +24,15 @@ from clawloop_server.errors import HomeError
 from clawloop_server.home import Home, open_home
 from clawloop_server.hub.admin import AdminPort
 from clawloop_server.hub.devices import Device, Devices, DeviceState
-from clawloop_server.hub.status import DeviceCounts, RoundCounts, ServerStatus, read_running
+from clawloop_server.hub.status import (
+    DeviceCounts,
+    Part,
+    RoundCounts,
+    Running,
+    ServerStatus,
+    read_running,
+    write_running,
+)
 from clawloop_server.release.keys import load_keys
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
@@ -280,9 +290,28 @@ async def test_the_admin_api_wants_its_token_and_a_loopback_name() -> None:
         assert (await get("/v1/status", **good))[1]["ready_trajectories"] == 3
         assert (await get("/v1/status"))[0] == 401
         assert (await get("/v1/status", Authorization="Bearer wrong"))[1]["error"]["type"] == "invalid_request_error"
+        assert (await get("/v1/status", Authorization="Bearer \udcff"))[0] == 401
         assert (await get("/v1/nothing", **good))[0] == 404
         assert (await get("/v1/status", Host="evil.example", **good))[0] == 403
     await admin.stop()
+
+
+def test_a_part_that_keeps_failing_says_when_it_is_tried_again_and_where_to_look() -> None:
+    part = Part(name="trainer", pid=0, restarts=4, last_exit=1, wait_s=41.3, log="/logs/trainer.log")
+    assert part.summary == "down, tried again in 41 s: it ended with 1, see /logs/trainer.log"
+    assert "restarted 4 times; it ended with 1" in msgspec.structs.replace(part, pid=7).summary
+    assert Part(name="trainer", pid=7, restarts=0).summary == "up"
+
+
+def test_a_server_that_is_too_busy_to_answer_is_not_called_down(
+    run: Run, made: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clawloop_server.cli.run._TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        write_running(made, Running(pid=1, url="https://x", port=1, admin_port=port))
+        (made.folder / "admin.token").touch(mode=0o600)
+        assert f"a server is on port {port} but did not answer" in run("status", code=1)
 
 
 def until(found: Callable[[], Any], *, timeout_s: float = 180.0) -> Any:

@@ -159,6 +159,20 @@ def test_a_poisoned_trajectory_is_set_aside_and_named_and_the_rest_goes_on(
     assert sorted(u["trajectories"] for u in result.updates) == [3.0, 4.0, 4.0]
 
 
+def test_a_batch_that_is_all_poisoned_leaves_the_baseline_alone(
+    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fresh()
+
+    def forward_backward(samples: list[Sample], settings: LossSettings) -> Sums:
+        raise PoisonedSamples(sorted({s.trajectory for s in samples}))
+
+    monkeypatch.setattr(engine, "forward_backward", forward_backward)
+    result = run_round(engine, some(4), state=TrainState(version=3), limits=LIMITS)
+    assert result.trajectory_ids == []
+    assert result.state.advantages == TrainState().advantages
+
+
 def test_a_round_of_nothing_usable_says_why(fresh: Callable[[], TrainEngine]) -> None:
     with pytest.raises(TrainerError, match="another model line"):
         run_round(fresh(), [trajectory("t", step(policy=Policy("other")))], state=TrainState(), limits=LIMITS)

@@ -22,6 +22,7 @@ from clawloop_server.home import Home
 from clawloop_server.release.keys import ServerKeys
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
+from clawloop_server.release.release import release_candidate, roll_back
 from clawloop_server.trainer.process import sole_trainer
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
@@ -154,6 +155,45 @@ def test_a_refused_round_leaves_the_last_passed_state_and_uses_up_its_data(
     assert worker._state.updates == 2
     assert worker._state.version == 1
     assert all(bool((tensor == before[name]).all()) for name, tensor in worker._engine.adapter().items())
+    worker.close()
+
+
+def test_a_round_under_way_does_not_bring_back_what_the_operator_took_back(
+    ready_home: Home, keys: ServerKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker.open(ready_home)
+    registry = registry_of(worker, ready_home)
+    for version in (1, 2):
+        assert worker.run().version == version
+        release_candidate(registry, keys, version=version)
+
+    def judge(result: object, settings: object) -> str:
+        roll_back(registry, keys, to_version=1)
+        return ""
+
+    monkeypatch.setattr("clawloop_server.trainer.worker.unhealthy", judge)
+    monkeypatch.setattr(Worker, "missing", 0)
+    report = worker.run()
+    assert (report.state, report.version) == (RoundState.REFUSED, None)
+    assert "adapter 2, which it went on from, was rolled back" in report.reason
+    assert [record.version for record in registry.adapters()] == [3, 2, 1]
+    worker._restore()
+    assert (worker._state.version, worker._state.updates) == (3, 2)
+    worker.close()
+
+
+def test_training_goes_on_from_an_adapter_whose_checkpoint_is_gone(ready_home: Home) -> None:
+    worker = Worker.open(ready_home)
+    worker.run()
+    after = worker._engine.adapter()
+    worker.close()
+    for path in ready_home.trainer.glob("*.safetensors"):
+        path.unlink()
+    worker = Worker.open(ready_home)
+    worker._restore()
+    assert worker._state.version == 1
+    assert all(bool((tensor == after[name]).all()) for name, tensor in worker._engine.adapter().items())
+    assert worker.run().version == 2
     worker.close()
 
 

@@ -1,0 +1,103 @@
+"""What OpenClaw itself keeps of a conversation: its SQLite transcript, opened read-only.
+
+Each assistant message there carries the completion id that it got over HTTP, so a kept step is compared with the very
+message that OpenClaw made of it. Observed on OpenClaw 2026.9.6.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+MAX_EVENT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call as OpenClaw ran it."""
+
+    call_id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One assistant message: the completion id that it came with, OpenClaw's run, its text and its calls."""
+
+    response_id: str
+    run_id: str
+    text: str
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool gave back to the model."""
+
+    call_id: str
+    text: str
+    is_error: bool
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One conversation, in order."""
+
+    said: tuple[Said, ...]
+    results: tuple[ToolResult, ...]
+
+
+def read_transcript(database: Path, session_id: str) -> Transcript:
+    """The conversation that OpenClaw keeps under `session_id`. Raises sqlite3.Error if the file is not its database."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        rows = connection.execute(
+            "SELECT event_json, event_zstd FROM transcript_events WHERE session_id = ? ORDER BY seq", (session_id,)
+        ).fetchall()
+    messages = [event["message"] for event in map(_event, rows) if event.get("type") == "message"]
+    return Transcript(
+        tuple(_said(m) for m in messages if m.get("role") == "assistant"),
+        tuple(_result(m) for m in messages if m.get("role") == "toolResult"),
+    )
+
+
+def find_session(database: Path, session_key: str) -> str:
+    """OpenClaw's id of the conversation that `session_key` names now, or an empty string."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        found = connection.execute(
+            "SELECT session_id FROM session_windows WHERE session_key = ? ORDER BY created_at DESC", (session_key,)
+        ).fetchone()
+    return str(found[0]) if found else ""
+
+
+def _event(row: tuple[str | None, bytes | None]) -> dict[str, Any]:
+    plain, packed = row
+    raw = plain or zstandard.ZstdDecompressor().decompress(packed or b"", max_output_size=MAX_EVENT_BYTES)
+    found: dict[str, Any] = json.loads(raw)
+    return found
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def _said(message: dict[str, Any]) -> Said:
+    calls = [part for part in message["content"] if part.get("type") == "toolCall"]
+    return Said(
+        response_id=message.get("responseId", ""),
+        run_id=message.get("__openclaw", {}).get("runId", ""),
+        text=_text(message["content"]),
+        calls=tuple(Call(part["id"], part["name"], part["arguments"]) for part in calls),
+    )
+
+
+def _result(message: dict[str, Any]) -> ToolResult:
+    return ToolResult(message["toolCallId"], _text(message["content"]), bool(message.get("isError")))
