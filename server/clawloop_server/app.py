@@ -47,6 +47,10 @@ _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """how often the hub looks for new candidates and revoked devices"""
+_LONGEST_LOOK_S = 60.0
+"""and how often at most it says that it cannot"""
+_TRAINER_WAIT_S = 300.0
+"""how long at most until a trainer that keeps failing is started again"""
 
 
 class ServerApp:
@@ -136,7 +140,10 @@ class ServerApp:
     async def _start_trainer(self) -> None:
         command = [sys.executable, "-m", "clawloop_server.trainer.process", "--home", str(self.home.folder)]
         self._open.push_async_callback(self._children.stop)
-        await self._children.add(ChildSpec("trainer", command, self.home.logs / "trainer.log"))
+        log = self.home.logs / "trainer.log"
+        # It loads a model each time: one that fails (a setting, memory) must not keep a core busy.
+        spec = ChildSpec("trainer", command, log, longest_wait_s=_TRAINER_WAIT_S, steady_s=2 * _TRAINER_WAIT_S)
+        await self._children.add(spec)
 
     async def _start_admin(self) -> None:
         admin = AdminPort(token=admin_token(self.home), status=self.status)
@@ -165,7 +172,7 @@ class ServerApp:
 
     async def _look(self) -> None:
         """Release what passed, renew what expires, tell of it, and put out of Flower who may sync no more."""
-        known = await asyncio.to_thread(self._releases.current_version)
+        known, wait_s = await asyncio.to_thread(self._releases.current_version), _LOOK_S
         while True:
             try:
                 await asyncio.to_thread(self._release)
@@ -175,9 +182,11 @@ class ServerApp:
                     self._dispatcher.notify()
                     known = current
                 await self._put_out()
+                wait_s = _LOOK_S
             except ClawloopError as error:
-                _log.error("the hub's look failed and is tried again: %s", error)
-            await asyncio.sleep(_LOOK_S)
+                wait_s = min(wait_s * 2, _LONGEST_LOOK_S)
+                _log.error("the hub's look failed and is tried again in %.0f s: %s", wait_s, error)
+            await asyncio.sleep(wait_s)
 
     def _release(self) -> None:
         days = self.config.release.expires_days
@@ -234,7 +243,14 @@ def _dispatch_settings(config: ServerConfig) -> DispatchSettings:
 
 
 def _part(child: ChildStatus) -> Part:
-    return Part(name=child.name, pid=child.pid, restarts=child.restarts)
+    return Part(
+        name=child.name,
+        pid=child.pid,
+        restarts=child.restarts,
+        last_exit=child.last_exit,
+        wait_s=round(child.wait_s, 1),
+        log=str(child.log),
+    )
 
 
 @contextmanager

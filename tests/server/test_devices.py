@@ -66,9 +66,7 @@ def test_the_same_device_may_ask_again_but_no_other(invitations: Invitations, de
 
 
 @pytest.mark.parametrize("spelling", ["{}\n", "my key\n{}"])
-def test_a_node_key_counts_once_however_it_is_written(
-    invitations: Invitations, base: Base, spelling: str
-) -> None:
+def test_a_node_key_counts_once_however_it_is_written(invitations: Invitations, base: Base, spelling: str) -> None:
     mine = request(invitations.create(), base)
     joined = invitations.redeem(mine, lines={base.line_id})
     written = spelling.format(mine.node_key_pem)

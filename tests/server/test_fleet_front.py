@@ -1,4 +1,4 @@
-"""The public port: whole bodies however they arrive, an end to those that stall, and never half an answer as a whole."""
+"""The public port: whole bodies however they arrive, an end to those that stall, no half answer taken for a whole."""
 
 import asyncio
 import ssl
@@ -90,6 +90,18 @@ async def test_a_join_request_without_a_length_that_is_too_large_is_told_so(worl
 async def test_a_caller_who_stalls_is_hung_up_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "_REQUEST_S", 0.2)
     await asyncio.wait_for(world.send(b"a", head=b"Content-Length: 100\r\n"), 5)
+
+
+async def test_a_connection_that_never_sends_a_whole_request_is_closed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world._front.stop()
+    monkeypatch.setattr(front, "_IDLE_S", 0.3)
+    world.port = await world._front.start("127.0.0.1", 0, tls=world._server_tls)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port, ssl=world.tls)
+    writer.write(b"POST /v1/join HTTP/1.1\r\nHo")
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
 
 
 async def test_an_answer_that_breaks_off_is_not_ended_as_if_it_were_whole(world: World) -> None:

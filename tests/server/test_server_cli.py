@@ -296,6 +296,17 @@ async def test_the_admin_api_wants_its_token_and_a_loopback_name() -> None:
     await admin.stop()
 
 
+def test_status_says_how_many_adapters_wait_for_a_decision(run: Run, made: Home, opened: Vault) -> None:
+    assert run("status", "--json")["waiting_adapters"] == 0
+    registry, base = Registry(opened.database, made.adapters), find_base(made)
+    registry.hold(add_adapter(registry, base))
+    add_adapter(registry, base)
+    assert run("status", "--json")["waiting_adapters"] == 2
+    assert "2 adapters are not released" in run("status")
+    run("adapters", "release", "2")
+    assert run("status", "--json")["waiting_adapters"] == 0
+
+
 def test_a_part_that_keeps_failing_says_when_it_is_tried_again_and_where_to_look() -> None:
     part = Part(name="trainer", pid=0, restarts=4, last_exit=1, wait_s=41.3, log="/logs/trainer.log")
     assert part.summary == "down, tried again in 41 s: it ended with 1, see /logs/trainer.log"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from clawloop_server import home as homes
 from clawloop_server.errors import DeviceError, HomeError, VaultError
 from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
 from clawloop_server.release.keys import ServerKeys
+from clawloop_server.vault.intake import MAX_TARGET_SIGNALS, Reason
 from clawloop_server.vault.store import Vault, lineage_root
 from clawloop_shared import wire
 from clawloop_shared.database import open_database
@@ -141,6 +143,28 @@ def test_a_bad_signal_and_an_unreadable_item_are_set_aside(vault: Vault, device:
     bad = item(found=[make_signal(Target.RUN, "run", math.nan), make_signal(Target.RUN, "")])
     assert len(vault.receive(device, [unreadable, large, bad])) == 3
     assert vault.stats().set_aside == {"bad signal": 2, "too large": 1, "unreadable": 1}
+
+
+def test_a_flood_of_signals_on_one_target_is_bounded_and_cheap(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    steps = [make_step(run_id=f"run {n}") for n in range(300)]
+    signals = [make_signal(Target.SESSION, "session") for _ in range(MAX_TARGET_SIGNALS + 1000)]
+    asked: list[str] = []
+    vault.database._database.conn.set_trace_callback(asked.append)
+    vault.receive(device, [item(steps, signals)])
+    assert sum("DISTINCT trajectory_id" in sql for sql in asked) == 1
+    assert vault.count_ready(steps[0].policy.line) == 300
+    stats = vault.stats()
+    assert stats.signals == MAX_TARGET_SIGNALS
+    assert stats.set_aside == {Reason.TOO_MANY: 1000}
+
+
+def test_an_item_that_is_nested_too_deeply_is_set_aside(vault: Vault, device: str) -> None:
+    deep = b"\x82\xa4type\xa8steps.v1\xa1x" + b"\x91" * 200_000 + b"\xc0"
+    body = b"CLW\x01\x08steps.v1" + zstandard.ZstdCompressor().compress(deep)
+    vault.receive(device, [UploadItem("deep", "r", "steps", body)])
+    assert vault.stats().set_aside == {Reason.UNREADABLE: 1}
 
 
 def test_only_a_device_that_is_let_in_may_send(vault: Vault, device: str, make_step: Make) -> None:

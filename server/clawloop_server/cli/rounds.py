@@ -29,18 +29,20 @@ def train_status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     found = server_status(home)
     with open_server(home) as server:
         latest = next(iter(server.registry.rounds(limit=1)), None)
+    part = next((part for part in found.parts if part.name == "trainer"), None)
     facts: dict[str, object] = {
-        "trainer": "up" if any(part.name == "trainer" and part.pid for part in found.parts) else "down",
+        "trainer": "up" if part and part.pid else "down",
         "line_id": found.line_id,
         "ready_trajectories": found.ready_trajectories,
         "round_trajectories": found.round_trajectories,
         "running_round": found.rounds.running,
     }
     if as_json:
-        print_json({**facts, "last_round": latest})
+        print_json({**facts, "part": part, "last_round": latest})
         return
+    shown = {**facts, "trainer": part.summary if part else "down"}
     last = f"{latest.round_id} {latest.state.value}: {latest.reason}" if latest else "none"
-    print_facts("trainer", {name.replace("_", " "): value for name, value in facts.items()} | {"last round": last})
+    print_facts("trainer", {name.replace("_", " "): value for name, value in shown.items()} | {"last round": last})
 
 
 @app.command("list")

@@ -68,9 +68,10 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "round under way": rounds.running or "none",
         "adapter": f"{adapter.version}, in use on {adapter.in_use} devices" if adapter else "none released",
     }
+    if found.waiting_adapters:
+        facts["waiting"] = f"{found.waiting_adapters} adapters are not released; see `clawloop-server adapters list`"
     for part in found.parts:
-        state = f"up (restarted {part.restarts} times)" if part.pid else "down"
-        facts[part.name] = state
+        facts[part.name] = part.summary
     print_facts("clawloop server", facts)
 
 
@@ -91,6 +92,7 @@ def _ask(home: Home, port: int) -> Any | None:
     """What the server on that port says; None if none is there (it was killed, and its note was left)."""
     import msgspec
 
+    from clawloop_server.errors import FleetError
     from clawloop_server.home import read_secret
     from clawloop_server.hub.status import ServerStatus
 
@@ -100,6 +102,8 @@ def _ask(home: Home, port: int) -> Any | None:
         connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {token}"})
         response = connection.getresponse()
         body = response.read()
+    except TimeoutError as error:
+        raise FleetError(f"a server is on port {port} but did not answer in {_TIMEOUT_S:.0f} s; try again") from error
     except (OSError, http.client.HTTPException):
         return None
     finally:

@@ -19,8 +19,7 @@ from clawloop_server.fleet import guard
 _log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-_BACK_OFF_S = (0.2, 5.0)
-_STEADY_S = 30.0
+_FIRST_WAIT_S = 0.2
 _MAX_LOG_BYTES = 10 << 20
 
 
@@ -35,17 +34,24 @@ class ChildSpec:
     folder: Path | None = None
     grace_s: float = GRACE_S
     """how long it may take to stop by itself"""
+    longest_wait_s: float = 5.0
+    """each start that fails doubles the wait before the next one, up to this"""
+    steady_s: float = 30.0
+    """one that ran for so long did not fail to start"""
 
 
 @dataclass(frozen=True)
 class ChildStatus:
-    """How a child is. `pid` is that of its guard, which leads its process group; 0 if it is not running."""
+    """How a child is. `pid` is that of its guard, which leads its process group; 0 if it is not running, and then
+    `wait_s` is how long until it is started again."""
 
     name: str
     pid: int
     restarts: int
     started_ms: int
     last_exit: int | None
+    wait_s: float
+    log: Path
 
 
 class Child:
@@ -57,12 +63,15 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._restarts, self._started_ms = 0, 0
         self._last_exit: int | None = None
+        self._next_s = 0.0
 
     @property
     def status(self) -> ChildStatus:
         """How it is now."""
         pid = self._process.pid if self._process and self._process.returncode is None else 0
-        return ChildStatus(self.spec.name, pid, self._restarts, self._started_ms, self._last_exit)
+        wait_s = 0.0 if pid else max(0.0, self._next_s - time.monotonic())
+        spec = self.spec
+        return ChildStatus(spec.name, pid, self._restarts, self._started_ms, self._last_exit, wait_s, spec.log)
 
     async def start(self) -> None:
         """Run it, and again whenever it ends."""
@@ -85,19 +94,29 @@ class Child:
             _kill_group(self._process.pid)
 
     async def _keep(self, process: asyncio.subprocess.Process) -> None:
-        wait_s = _BACK_OFF_S[0]
+        wait_s = _FIRST_WAIT_S
         while True:
             began = time.monotonic()
             self._last_exit = await process.wait()
             _kill_group(process.pid)
             self._on_exit()
-            if time.monotonic() - began > _STEADY_S:
-                wait_s = _BACK_OFF_S[0]
+            wait_s = _FIRST_WAIT_S if time.monotonic() - began > self.spec.steady_s else wait_s
             _log.warning("%s ended with %s; starting it again in %.1f s (see %s)", *self._told(wait_s))
+            process, wait_s = await self._again(wait_s)
+
+    async def _again(self, wait_s: float) -> tuple[asyncio.subprocess.Process, float]:
+        """Start it after `wait_s`, however often the system refuses; and how long to wait if it fails again."""
+        while True:
+            self._next_s = time.monotonic() + wait_s
             await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, _BACK_OFF_S[1])
+            wait_s = min(wait_s * 2, self.spec.longest_wait_s)
+            try:
+                process = await self._spawn()
+            except OSError as error:
+                _log.error("%s cannot be started: %s; trying again in %.1f s", self.spec.name, error, wait_s)
+                continue
             self._restarts += 1
-            process = await self._spawn()
+            return process, wait_s
 
     def _told(self, wait_s: float) -> tuple[str, int | None, float, Path]:
         return self.spec.name, self._last_exit, wait_s, self.spec.log

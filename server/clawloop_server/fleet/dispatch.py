@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_BACK_OFF_S = 60.0
 _OVERDUE_S = 30.0
+_MAX_VERSION = 1 << 31
+"""no server releases as many; a number that a device made up must not reach the database"""
 
 
 class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,10 +111,14 @@ class Dispatcher:
         self._vault, self._releases, self._members = vault, releases, members
         self._settings, self._clock = settings or DispatchSettings(), clock
         self._devices: dict[int, _Device] = {}
+        self._known_nodes: dict[int, str] = {}
         self._offer: tuple[int, bytes] = (0, b"")
         self._news = asyncio.Event()
-        self.online: list[str] = []
-        """device ids that the bridge reported last"""
+
+    @property
+    def online(self) -> list[str]:
+        """Device ids that the bridge reported last."""
+        return list(self._known_nodes.values())
 
     def notify(self) -> None:
         """Something was released: look at once. (Call from the hub's loop.)"""
@@ -124,8 +130,10 @@ class Dispatcher:
             device.under_way.clear()
 
     async def wait(self, timeout_s: float) -> None:
-        """Until news, the next upload that is due, or `timeout_s`."""
-        due_s = min((d.upload_due_s for d in self._devices.values() if UPLOAD not in d.under_way), default=float("inf"))
+        """Until news, the next upload of a device that is there, or `timeout_s`."""
+        there = (self._devices[node_id] for node_id in self._known_nodes if node_id in self._devices)
+        asked = (d for d in there if d.version is not None and UPLOAD not in d.under_way)
+        due_s = min((d.upload_due_s for d in asked), default=float("inf"))
         timeout_s = min(timeout_s, max(due_s - self._clock(), 0.01))
         try:
             await asyncio.wait_for(self._news.wait(), timeout_s)
@@ -137,15 +145,15 @@ class Dispatcher:
         """What each device should be asked now."""
         out: list[Outgoing] = []
         released = await asyncio.to_thread(self._releases.current_version)
-        known = await asyncio.to_thread(self._known, online)
-        self.online = list(known.values())
+        self._known_nodes = known = await asyncio.to_thread(self._known, online)
         for node_id, device_id in known.items():
             device = self._devices.setdefault(node_id, _Device(device_id))
             out += await self._for_device(node_id, device, released)
         return out
 
     async def reply(self, reply: Reply) -> None:
-        """Keep what a device answered."""
+        """Keep what a device answered. What cannot be read or kept is that device's failure alone: it is not
+        acknowledged, and asked for again later."""
         device = self._devices.get(reply.node_id)
         if device is None:
             return
@@ -156,7 +164,10 @@ class Dispatcher:
         try:
             await self._take(device, reply)
             device.failures = 0
-        except WireError as error:
+        except RecursionError:
+            self._failed(device, reply.type, "its answer is nested too deeply")
+        except ClawloopError as error:
+            _log.error("what device %s sent could not be kept", device.device_id)
             self._failed(device, reply.type, str(error))
 
     def _known(self, online: list[NodeInfo]) -> dict[int, str]:
@@ -221,7 +232,7 @@ class Dispatcher:
         kept = await asyncio.to_thread(self._vault.receive, device.device_id, upload.items) if upload.items else []
         told = set(device.told)
         device.received = [item_id for item_id in device.received if item_id not in told] + kept
-        device.upload_due_s = self._clock() + (0.0 if upload.more else self._settings.upload_every_s)
+        device.upload_due_s = self._clock() + (0.0 if upload.more and upload.items else self._settings.upload_every_s)
         await self._seen(device, upload.adapter_version)
 
     async def _take_adapter(self, device: _Device, answer: AdapterReply) -> None:
@@ -229,18 +240,20 @@ class Dispatcher:
             await self._seen(device, answer.version)
             return
         device.refused[device.offered] = self._clock() + self._settings.refused_again_s
-        _log.warning("device %s refused adapter %d: %.200s", device.device_id, device.offered, answer.reason)
+        _log.warning("device %s refused adapter %d: %.200r", device.device_id, device.offered, answer.reason)
 
     async def _seen(self, device: _Device, version: int, status: StatusReply | None = None) -> None:
         if status is None and version == device.version:
             return
+        if not 0 <= version < _MAX_VERSION:
+            raise WireError(f"it says that it uses adapter {version}, which no server ever made")
         device.version = version
         await asyncio.to_thread(self._members.seen, device.device_id, adapter_version=version, status=status)
 
     def _failed(self, device: _Device, kind: str, error: str) -> None:
         device.failures += 1
         wait_s = min(_MAX_BACK_OFF_S, max(self._settings.upload_every_s, 0.5) * 2 ** min(device.failures - 1, 10))
-        _log.info("device %s, %s: %s; asking again in %.1f s", device.device_id, kind, error, wait_s)
+        _log.info("device %s, %s: %.500r; asking again in %.1f s", device.device_id, kind, error, wait_s)
         if kind == UPLOAD:
             device.upload_due_s = self._clock() + wait_s
         elif kind == STATUS:

@@ -47,7 +47,9 @@ class AdminPort:
         if not _is_loopback(request.url.host or ""):  # a web page that made its name point here
             return _error(403, "call this API as 127.0.0.1 or localhost")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if request.path != "/healthz" and not hmac.compare_digest(given.encode(), self._token.encode()):
+        if request.path != "/healthz" and not hmac.compare_digest(
+            given.encode("utf-8", "replace"), self._token.encode()
+        ):
             return _error(401, "the admin API needs the token in admin.token as a bearer token")
         return await handler(request)
 

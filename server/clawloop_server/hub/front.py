@@ -7,6 +7,7 @@ Of the Fleet API only the calls of a node that is already known are passed: not 
 fetching code. The rest of Flower's port (runs, node keys) has no authentication and must never be reachable here.
 """
 
+import asyncio
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,6 +37,10 @@ MAX_FLEET_BODY_BYTES = 16 << 20
 """Flower cuts payloads into objects of 5 MB"""
 _WHOLE_BYTES = 1 << 20
 _UPSTREAM_S = 60.0
+_IDLE_S = 75.0
+"""for a connection without a whole request head; aiohttp's own is an hour"""
+_REQUEST_S = 300.0
+"""for one request and its answer, so that a caller who stalls holds nothing for ever"""
 _KEPT = frozenset({"content-type", "accept", "content-length"})
 _KEPT_PREFIX = "flwr-"
 _DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "content-encoding", "server", "date"})
@@ -65,7 +70,9 @@ class Front:
         app = web.Application(client_max_size=MAX_FLEET_BODY_BYTES, middlewares=[_errors])
         app.router.add_post(JOIN_PATH, self._join)
         app.router.add_post("/v1/fleet/{call}", self._fleet)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=1.0, keepalive_timeout=_IDLE_S
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port, ssl_context=tls)
         await site.start()
@@ -80,9 +87,10 @@ class Front:
             await self._session.close()
 
     async def _join(self, request: web.Request) -> web.Response:
-        if (request.content_length or 0) > MAX_JOIN_BYTES:
+        body = await _whole(request, MAX_JOIN_BYTES)
+        if body is None:
             return _error(413, f"a join request may have {MAX_JOIN_BYTES} bytes")
-        answer = await self._desk.answer(await request.content.read(MAX_JOIN_BYTES + 1))
+        answer = await self._desk.answer(body)
         if answer.status == 200:
             return web.Response(body=answer.body, content_type="application/octet-stream")
         return _error(answer.status, answer.message, retry_after_s=answer.retry_after_s)
@@ -104,9 +112,19 @@ class Front:
         try:
             async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as upstream:
                 return await _passed_on(request, upstream)
-        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+        except aiohttp.ClientError as error:
             _log.info("the SuperLink did not answer %s: %s", call, type(error).__name__)
             return _error(503, "the server is not ready; try again", retry_after_s=1)
+
+
+async def _whole(request: web.Request, limit: int) -> bytes | None:
+    """The body, however many pieces it comes in; None if it is larger than `limit`."""
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > limit:
+            return None
+    return bytes(body)
 
 
 async def _limited(request: web.Request) -> AsyncIterator[bytes]:
@@ -125,10 +143,18 @@ async def _passed_on(request: web.Request, upstream: aiohttp.ClientResponse) -> 
         return web.Response(status=upstream.status, headers=headers, body=await upstream.read())
     response = web.StreamResponse(status=upstream.status, headers=headers)
     await response.prepare(request)
-    async for chunk in upstream.content.iter_any():
-        await response.write(chunk)
-    await response.write_eof()
+    try:
+        async for chunk in upstream.content.iter_any():
+            await response.write(chunk)
+        await response.write_eof()
+    except aiohttp.ClientError:  # the head is out, so only a broken connection can tell the caller
+        _hang_up(request)
     return response
+
+
+def _hang_up(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 @web.middleware
@@ -136,7 +162,11 @@ async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     try:
-        return await handler(request)
+        async with asyncio.timeout(_REQUEST_S):
+            return await handler(request)
+    except TimeoutError:
+        _hang_up(request)
+        return _error(408, f"the request took longer than {_REQUEST_S:.0f} s")
     except web.HTTPException as error:
         known = {404: "there is nothing here", 405: "there is nothing here", 413: "the request is too large"}
         status = 404 if error.status == 405 else error.status

@@ -10,10 +10,9 @@ import secrets
 import time
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from clawloop_server.errors import InvitationError
+from clawloop_server.errors import FleetError, InvitationError
+from clawloop_server.fleet.control import canonical_key
 from clawloop_server.hub.devices import Device, Devices, DeviceState
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_shared.ids import new_id
@@ -21,6 +20,7 @@ from clawloop_shared.messages import JoinRequest
 
 DEFAULT_EXPIRES_S = 24 * 3600.0
 MAX_EXPIRES_S = 30 * 24 * 3600.0
+_MAX_PEM_CHARACTERS = 4096
 
 
 class InvitationRecord(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Invitations:
             InvitationError: the code is unknown, used or expired, or the device is not one for this server.
             DeviceError: its keys are another device's.
         """
-        _check_request(request, lines)
+        request = _checked(request, lines)
         now_ms = now_ms or _now_ms()
         with self._database.write() as database:
             row = database.row(
@@ -116,7 +116,9 @@ def _new_device(request: JoinRequest, now_ms: int) -> Device:
     )
 
 
-def _check_request(request: JoinRequest, lines: set[str]) -> None:
+def _checked(request: JoinRequest, lines: set[str]) -> JoinRequest:
+    """The request with its node key in the one spelling that Flower compares, so that a key counts once however it is
+    written."""
     if request.line.line_id not in lines:
         served = ", ".join(sorted(lines)) or "none"
         raise InvitationError(
@@ -125,8 +127,6 @@ def _check_request(request: JoinRequest, lines: set[str]) -> None:
     if len(request.device_key) != 32:
         raise InvitationError(f"the device's key has {len(request.device_key)} bytes, not 32; update the device")
     try:
-        key = load_pem_public_key(request.node_key_pem.encode()[:4096])
-    except ValueError as error:
-        raise InvitationError("the device's node key is no public key in PEM; update the device") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InvitationError("the device's node key is not on curve P-384; update the device")
+        return msgspec.structs.replace(request, node_key_pem=canonical_key(request.node_key_pem[:_MAX_PEM_CHARACTERS]))
+    except FleetError as error:
+        raise InvitationError(f"{error}; update the device") from error

@@ -86,7 +86,7 @@ class JoinDesk:
             return JoinAnswer(429, message="too many wrong invitations; try again later", retry_after_s=paused_s)
         try:
             request = wire.decode(body, JoinRequest, max_bytes=MAX_JOIN_BYTES)
-        except WireError as error:
+        except (WireError, RecursionError) as error:
             return JoinAnswer(400, message=str(error))
         try:
             return JoinAnswer(200, wire.encode(await self._admit(request)))

@@ -12,7 +12,7 @@ from clawloop_server.config import ServerConfig
 from clawloop_server.errors import HomeError
 from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
-from clawloop_server.release.records import RoundState
+from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.vault.store import Vault
 from clawloop_shared.files import publish_secret
@@ -59,11 +59,22 @@ class RoundCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One child process. `pid` is 0 while it is down."""
+    """One child process. `pid` is 0 while it is down; `wait_s` is then how long until it is started again."""
 
     name: str
     pid: int
     restarts: int
+    last_exit: int | None = None
+    wait_s: float = 0.0
+    log: str = ""
+
+    @property
+    def summary(self) -> str:
+        """How it is, in words: one that keeps failing names where to look."""
+        ended = f"it ended with {self.last_exit}, see {self.log}"
+        if not self.pid:
+            return f"down, tried again in {self.wait_s:.0f} s: {ended}"
+        return f"up (restarted {self.restarts} times; {ended})" if self.restarts else "up"
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +88,8 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     round_trajectories: int
     rounds: RoundCounts
     adapter: CurrentAdapter | None
+    waiting_adapters: int = 0
+    """newer than the released one, and not released: candidates, and those that the gate or the operator held"""
     fleet_ready: bool = False
     parts: list[Part] = []
 
@@ -88,6 +101,8 @@ def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStat
         ConfigError: there is no model line, or several and none is named.
     """
     base = find_base(home, config.hub.line)
+    registry, current = Registry(vault.database, home.adapters), _current(home, vault, line_id=base.line_id)
+    newer = [a for a in registry.adapters(line_id=base.line_id) if current is None or a.version > current.version]
     devices = Devices(vault.database).all()
     return ServerStatus(
         running=False,
@@ -99,8 +114,9 @@ def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStat
         ),
         ready_trajectories=vault.count_ready(base.line_id, Channel.TRAIN),
         round_trajectories=config.train.round_trajectories,
-        rounds=_rounds(Registry(vault.database, home.adapters)),
-        adapter=_current(home, vault, line_id=base.line_id),
+        rounds=_rounds(registry),
+        adapter=current,
+        waiting_adapters=sum(a.state in (AdapterState.CANDIDATE, AdapterState.HELD) for a in newer),
     )
 
 

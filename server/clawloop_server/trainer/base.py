@@ -13,6 +13,8 @@ from clawloop_shared.errors import ConfigError
 from clawloop_shared.model_line import read_config
 
 IGNORED_LAYERS = {"full_attention"}
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""settings of Gemma, Cohere and Granite; the scorer computes the head by itself and would be silently wrong"""
 
 
 def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -29,6 +31,9 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
         raise ConfigError(
             f"{folder} has layers of type {limited or 'sliding window'}; only full attention is supported"
         )
+    scaled = sorted(name for name in LOGIT_CHANGES if config.get(name) not in (None, 1, 1.0))
+    if scaled:
+        raise ConfigError(f"{folder} changes its logits after the head ({', '.join(scaled)}), which is not supported")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

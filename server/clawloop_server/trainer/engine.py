@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -170,7 +171,9 @@ class TrainEngine:
         """
         wanted = {name: tuple(p.shape) for name, p in self._parameters.items()}
         if {name: tuple(t.shape) for name, t in tensors.items()} != wanted:
-            raise TrainerError("the adapter has other tensors than this rank and these target modules; start anew")
+            raise TrainerError(
+                "the adapter has other tensors than [train] rank and target_modules ask for; change the settings back"
+            )
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
 
@@ -222,6 +225,16 @@ class TrainEngine:
             for part, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"{part}/{name}"] = value
         write_checkpoint(path, tensors | {_RNG: torch.get_rng_state()}, text=text)
+
+    def start_from(self, weights: bytes) -> None:
+        """Go on from an adapter's file alone: its tensors, and an optimizer that remembers nothing.
+
+        Raises:
+            TrainerError: it is of another adapter shape.
+        """
+        self.set_adapter(from_safetensors(weights))
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
 
     def load(self, path: Path) -> str:
         """Go back to a checkpoint; the text that was saved with it.

@@ -129,6 +129,7 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
             sums = engine.forward_backward(samples, settings.loss)
             break
         except PoisonedSamples as error:
+            tracked = state.advantages  # what is left out teaches the baseline nothing either
             poisoned += [learned[index].trajectory_id for index in error.trajectories]
             learned = [t for index, t in enumerate(learned) if index not in error.trajectories]
     lr = settings.lr_at(state.updates)

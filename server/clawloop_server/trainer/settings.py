@@ -8,8 +8,11 @@ import math
 
 import msgspec
 
+from clawloop_server.trainer.advantages import ADVANTAGES
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.lora import LINEARS, MAX_RANK
+
+_MAX_ALPHA = 4096.0
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,13 +98,22 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         f"rank {settings.rank} is not in 1..{MAX_RANK}": 1 <= settings.rank <= MAX_RANK,
         f"target_modules {settings.target_modules}: known are {LINEARS}": set(settings.target_modules) <= set(LINEARS),
         "target_modules is empty": bool(settings.target_modules),
-        f"lr {settings.lr} is not above 0": settings.lr > 0,
+        f"alpha {settings.alpha} is not in (0, {_MAX_ALPHA:g}]": 0 < settings.alpha <= _MAX_ALPHA,
+        f"lr {settings.lr} is not above 0": 0 < settings.lr < math.inf,
+        f"beta1 {settings.beta1} or beta2 {settings.beta2} is not in [0, 1)": _are_decays(settings),
+        f"weight_decay {settings.weight_decay} is below 0": 0 <= settings.weight_decay < math.inf,
+        f"clip_norm {settings.clip_norm} is not above 0": settings.clip_norm > 0,
+        f"decay_to {settings.decay_to} is not in [0, 1]": 0 <= settings.decay_to <= 1,
+        f"advantage {settings.advantage!r}: known are {sorted(ADVANTAGES)}": settings.advantage in ADVANTAGES,
         f"batch_trajectories {settings.batch_trajectories} is below 1": settings.batch_trajectories >= 1,
         f"updates_per_round {settings.updates_per_round} is below 1": settings.updates_per_round >= 1,
         f"reward_low {settings.reward_low} is not below reward_high": settings.reward_low < settings.reward_high,
         f"row_tokens {settings.row_tokens} is below 1": settings.row_tokens >= 1,
+        f"max_sample_tokens {settings.max_sample_tokens} is below 2": settings.max_sample_tokens >= 2,
         f"threads {settings.threads} is below 1": settings.threads >= 1,
         f"loss.tis_cap {loss.tis_cap} is not above 0": loss.tis_cap > 0,
+        f"loss.kl_beta {loss.kl_beta} is below 0": 0 <= loss.kl_beta < math.inf,
+        f"loss.anchor {loss.anchor} is below 0": 0 <= loss.anchor < math.inf,
         f"loss.max_trajectory_share {loss.max_trajectory_share} is not in (0, 1]": 0 < loss.max_trajectory_share <= 1,
         f"loss.geometric_low {loss.geometric_low} is not below 1": loss.geometric_low < 1 < loss.geometric_high,
     }
@@ -109,3 +121,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     if broken:
         raise ConfigError(f"[train] {'; '.join(broken)}")
     return settings
+
+
+def _are_decays(settings: TrainSettings) -> bool:
+    return 0 <= settings.beta1 < 1 and 0 <= settings.beta2 < 1

@@ -7,6 +7,7 @@ out. Knows no process, poll or signal.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,11 @@ from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.store import Vault, lineage_root
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import sha256_file
+from clawloop_shared.lora import WEIGHTS_FILE
 from clawloop_shared.manifest import Probe
 from clawloop_shared.records import Trajectory
+
+_log = logging.getLogger("clawloop.trainer")
 
 PROBE_TEXT = "A probe of sixteen tokens: 0123456789, one sentence that no task needs."
 PROBE_TOKENS = 16
@@ -159,7 +163,7 @@ class Worker:
             result, decision = _no_result(self._state), refuse(str(error))
         else:
             decision = self._judge(result, current=current)
-        version = self._record(round_id, trajectories, result=result, decision=decision)
+        version, decision = self._record(round_id, trajectories, result=result, decision=decision)
         evaluation = decision.evaluation
         return RoundReport(
             round_id=round_id,
@@ -195,7 +199,11 @@ class Worker:
         named = (newest.facts.round_id, newest.version) if newest else (START, 0)
         if self._loaded == named:
             return
-        saved = msgspec.json.decode(self._engine.load(self._checkpoint(named[0])), type=Saved)
+        checkpoint = self._checkpoint(named[0])
+        if newest is None or checkpoint.exists():
+            saved = msgspec.json.decode(self._engine.load(checkpoint), type=Saved)
+        else:
+            saved = self._start_from(newest)
         mine = self._saved(saved.state)
         if saved != mine:
             raise ConfigError(
@@ -206,6 +214,20 @@ class Worker:
         self._state = msgspec.structs.replace(saved.state, version=named[1])
         self._loaded = named
 
+    def _start_from(self, adapter: AdapterRecord) -> Saved:
+        """Go on from an adapter whose checkpoint was pruned (the operator went back further than they reach): its
+        weights are among its files; optimizer, learning rate and baseline begin anew."""
+        facts = adapter.facts
+        _log.warning("round %s has no checkpoint any more; going on from the files of its adapter", facts.round_id)
+        self._engine.start_from(self._registry.files(adapter.version)[WEIGHTS_FILE])
+        return Saved(
+            state=TrainState(),
+            line_id=adapter.line_id,
+            rank=facts.rank,
+            alpha=facts.alpha,
+            target_modules=tuple(sorted(facts.target_modules)),
+        )
+
     def _saved(self, state: TrainState) -> Saved:
         settings = self._settings
         return Saved(
@@ -213,7 +235,7 @@ class Worker:
             line_id=self._base.line_id,
             rank=settings.rank,
             alpha=settings.alpha,
-            target_modules=settings.target_modules,
+            target_modules=tuple(sorted(settings.target_modules)),
         )
 
     def _checkpoint(self, name: str) -> Path:
@@ -246,13 +268,15 @@ class Worker:
 
     def _record(
         self, round_id: str, trajectories: Sequence[Trajectory], *, result: RoundResult, decision: Decision
-    ) -> int | None:
-        """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any."""
-        refused = decision.verdict is Verdict.REFUSED
-        if not refused:
+    ) -> tuple[int | None, Decision]:
+        """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any, and the
+        last word on it."""
+        if decision.verdict is not Verdict.REFUSED:
             self._save(round_id, result.state)
-        self._loaded, version = None, None
+        went_on_from, self._loaded, version = self._loaded, None, None
         with self.vault.database.write() as database:
+            decision = self._unless_rolled_back(decision, went_on_from)
+            refused = decision.verdict is Verdict.REFUSED
             self.vault.consume(round_id, [t.trajectory_id for t in trajectories], database)
             if not refused:
                 version = self._registry.record_candidate(self._candidate(round_id, result, decision=decision))
@@ -269,7 +293,15 @@ class Worker:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
             self._prune()
-        return version
+        return version, decision
+
+    def _unless_rolled_back(self, decision: Decision, went_on_from: tuple[str, int] | None) -> Decision:
+        """A refusal if the operator took back, while the round ran, the adapter that it went on from: else it would
+        bring back what was taken back."""
+        newest = self._newest()
+        if went_on_from is None or newest is None or newest.facts.round_id == went_on_from[0]:
+            return decision
+        return refuse(f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile")
 
     def _candidate(self, round_id: str, result: RoundResult, *, decision: Decision) -> Candidate:
         return Candidate(

@@ -18,6 +18,8 @@ from clawloop_shared.records import Signal, Step, StepBatch, check_signal, check
 
 MAX_ITEM_BYTES = 8 << 20
 MAX_NAME_CHARS = 256
+MAX_TARGET_SIGNALS = 256
+"""of one step, run, session or trajectory; a reward reads them all"""
 
 
 class Reason(StrEnum):
@@ -39,6 +41,8 @@ class Reason(StrEnum):
     """a token id that the model does not have"""
     UNTRAINABLE = "untrainable"
     """the device itself says that it must not be learned from"""
+    TOO_MANY = "too many signals"
+    """its target was judged by so many before that one more tells nothing"""
     CHANGED = "changed"
     """the same id was sent before with other content"""
 
@@ -66,7 +70,7 @@ def sort_item(item: UploadItem, vocabularies: Mapping[str, int]) -> Intake:
         return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body)])
     try:
         batch = wire.decode(item.body, StepBatch)
-    except WireError as error:
+    except (WireError, RecursionError) as error:
         return Intake(refused=[Refused(Reason.UNREADABLE, str(error), item.body)])
     intake = Intake([], [], [])
     for step in batch.steps:

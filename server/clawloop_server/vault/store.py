@@ -8,7 +8,7 @@ no round that was. Knows no HTTP, no Flower and no tensor.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -17,7 +17,7 @@ from clawloop_server.bases import list_bases
 from clawloop_server.errors import DeviceError, VaultError
 from clawloop_server.home import Home
 from clawloop_server.vault.database import ServerDatabase
-from clawloop_server.vault.intake import Intake, Reason, Refused, sort_item
+from clawloop_server.vault.intake import MAX_TARGET_SIGNALS, Reason, Refused, sort_item
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import UploadItem
@@ -103,14 +103,21 @@ class Vault:
             StorageError: nothing could be written; send it again.
         """
         vocabularies = {base.line_id: base.shape.vocab_size for base in list_bases(self._home)}
-        sorted_items = [(item, sort_item(item, vocabularies)) for item in items]
         now_ms = now_ms or time.time_ns() // 1_000_000
         with self.database.write():
             seal = self._seal_to_write(device_id)
-            touched: list[str] = []
-            for item, intake in sorted_items:
-                touched += self._keep_item(item, intake, seal=seal, now_ms=now_ms)
-            self._mark_ready(dict.fromkeys(touched))
+            touched: dict[str, None] = {}
+            judged: dict[tuple[Target, bytes], None] = {}
+            for item in items:  # one at a time: unpacked, an item may be far larger than it came
+                if self._note_item(item, seal=seal, now_ms=now_ms):
+                    intake = sort_item(item, vocabularies)
+                    for refused in intake.refused:
+                        self._set_aside(refused, seal=seal, now_ms=now_ms)
+                    touched |= dict.fromkeys(self._keep_steps(intake.steps, seal=seal, now_ms=now_ms))
+                    judged |= dict.fromkeys(self._keep_signals(intake.signals, seal=seal, now_ms=now_ms))
+            for target, key in judged:
+                touched |= dict.fromkeys(self._trajectories_of(target, key))
+            self._mark_ready(touched)
         return [item.item_id for item in items]
 
     def _seal_to_write(self, device_id: str) -> DeviceSeal:
@@ -129,27 +136,22 @@ class Vault:
         vault_id = self.database.vault_id
         return DeviceSeal.unwrap(row[0], self._master_key, vault_id=vault_id, device_id=device_id)
 
-    def _keep_item(self, item: UploadItem, intake: Intake, *, seal: DeviceSeal, now_ms: int) -> list[str]:
+    def _note_item(self, item: UploadItem, *, seal: DeviceSeal, now_ms: int) -> bool:
+        """Whether the item is new; one with a known id and another body is set aside."""
         key, digest = seal.name("item", item.item_id), seal.digest(item.body)
         sql = "SELECT digest FROM items WHERE device_id = ? AND item_key = ?"
         known = self.database.row(sql, [seal.device_id, key])
-        if known is None:
-            facts = msgspec.msgpack.encode([item.item_id[:256], item.receipt_id[:256], item.kind[:64]])
-            self.database.run(
-                "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)",
-                [seal.device_id, key, digest, seal.seal("items", key, plain=facts), len(item.body), now_ms],
-            )
-        elif known[0] == digest:
-            return []
-        else:
-            refused = Refused(Reason.CHANGED, "an item with this id was sent before with another body", item.body)
-            self._set_aside(refused, seal=seal, now_ms=now_ms)
-            return []
-        for refused in intake.refused:
-            self._set_aside(refused, seal=seal, now_ms=now_ms)
-        touched = [self._keep_step(step, seal=seal, now_ms=now_ms) for step in intake.steps]
-        touched += [self._keep_signal(signal, seal=seal, now_ms=now_ms) for signal in intake.signals]
-        return [trajectory_id for some in touched for trajectory_id in some]
+        if known is not None:
+            if known[0] != digest:
+                refused = Refused(Reason.CHANGED, "an item with this id was sent before with another body", item.body)
+                self._set_aside(refused, seal=seal, now_ms=now_ms)
+            return False
+        facts = msgspec.msgpack.encode([item.item_id[:256], item.receipt_id[:256], item.kind[:64]])
+        self.database.run(
+            "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)",
+            [seal.device_id, key, digest, seal.seal("items", key, plain=facts), len(item.body), now_ms],
+        )
+        return True
 
     def _set_aside(self, refused: Refused, *, seal: DeviceSeal, now_ms: int) -> None:
         key = seal.digest(refused.record)
@@ -158,6 +160,18 @@ class Vault:
             "INSERT OR IGNORE INTO set_aside VALUES (?, ?, ?, ?, ?)",
             [seal.device_id, key, refused.reason, seal.seal("set_aside", key, plain=plain), now_ms],
         )
+
+    def _keep_steps(self, steps: Sequence[Step], *, seal: DeviceSeal, now_ms: int) -> Iterator[str]:
+        """Keep steps; the trajectories of those that are new."""
+        for step in steps:
+            yield from self._keep_step(step, seal=seal, now_ms=now_ms)
+
+    def _keep_signals(
+        self, signals: Sequence[Signal], *, seal: DeviceSeal, now_ms: int
+    ) -> Iterator[tuple[Target, bytes]]:
+        """Keep signals; what those that are new judge, by kind and key."""
+        for signal in signals:
+            yield from self._keep_signal(signal, seal=seal, now_ms=now_ms)
 
     def _keep_step(self, step: Step, *, seal: DeviceSeal, now_ms: int) -> list[str]:
         plain, key = msgspec.msgpack.encode(step), seal.name("step", step.step_id)
@@ -184,7 +198,7 @@ class Vault:
         )
         return [trajectory_id]
 
-    def _keep_signal(self, signal: Signal, *, seal: DeviceSeal, now_ms: int) -> list[str]:
+    def _keep_signal(self, signal: Signal, *, seal: DeviceSeal, now_ms: int) -> list[tuple[Target, bytes]]:
         plain, key = msgspec.msgpack.encode(signal), seal.name("signal", signal.signal_id)
         sql = "SELECT digest FROM signals WHERE device_id = ? AND signal_key = ?"
         known = self.database.row(sql, [seal.device_id, key])
@@ -192,12 +206,20 @@ class Vault:
             self._check_same(plain, known[0], seal=seal, now_ms=now_ms)
             return []
         target = seal.name(signal.target, signal.target_id)
+        sql = "SELECT count(*) FROM signals WHERE target_key = ? AND device_id = ?"
+        if self.database.count(sql, [target, seal.device_id]) >= MAX_TARGET_SIGNALS:
+            refused = Refused(Reason.TOO_MANY, f"its {signal.target} has {MAX_TARGET_SIGNALS} signals", plain)
+            self._set_aside(refused, seal=seal, now_ms=now_ms)
+            return []
         self.database.run(
             "INSERT INTO signals VALUES (?, ?, ?, ?, ?)",
             [seal.device_id, key, target, seal.digest(plain), seal.seal("signals", key, plain=plain)],
         )
-        sql = f"SELECT DISTINCT trajectory_id FROM steps WHERE {_COLUMN[signal.target]} = ?"  # noqa: S608 of a table
-        return [row[0] for row in self.database.rows(sql, [target])]
+        return [(signal.target, target)]
+
+    def _trajectories_of(self, target: Target, key: bytes) -> list[str]:
+        sql = f"SELECT DISTINCT trajectory_id FROM steps WHERE {_COLUMN[target]} = ?"  # noqa: S608 of a table
+        return [row[0] for row in self.database.rows(sql, [key])]
 
     def _check_same(self, plain: bytes, digest: bytes, *, seal: DeviceSeal, now_ms: int) -> None:
         if seal.digest(plain) != digest:

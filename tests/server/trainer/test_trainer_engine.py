@@ -155,7 +155,7 @@ def test_another_adapter_is_used_for_the_time_of_a_with(engine: TrainEngine, ses
     with engine.with_adapter(first):
         assert engine.logprobs(samples) == engine.logprobs(samples, adapter=False)
     assert engine.logprobs(samples) == trained
-    with pytest.raises(TrainerError, match="start anew"):
+    with pytest.raises(TrainerError, match="change the settings back"):
         engine.set_adapter({"other": torch.zeros(1)})
 
 
@@ -191,6 +191,8 @@ def test_quantised_and_limited_models_are_refused(tiny_folder: Path, tmp_path: P
     config = json.loads((tiny_folder / "config.json").read_text())
     for extra, word in (
         ({"quantization": {"bits": 4}}, "quantised"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | extra))
