@@ -108,15 +108,24 @@ def main() -> None:
     recipe = sft.Recipe(
         steps=args.steps, noise=args.noise, world_rows=args.world_rows, foreign_rows=args.foreign_rows, seed=args.seed
     )
-    seconds = sft.train(
-        model, words, source=foreign.Source.of(corpus), recipe=recipe, report=lambda line: print(line, flush=True)
-    )
+    seconds = [
+        train(
+            model,
+            words,
+            source=foreign.Source.of(corpus),
+            recipe=recipe,
+            report=lambda line: print(line, flush=True),
+        )
+        for train in (sft.train, sft.train_long)
+    ]
     model.generation_config.max_new_tokens = None
     model.save_pretrained(args.out)
     words.save_pretrained(args.out)
     for path in args.out.iterdir():
         path.chmod(0o644)  # save_pretrained leaves the weights at 0600
-    print(json.dumps({"sft_s": round(seconds, 1), "bytes": sum(path.stat().st_size for path in args.out.iterdir())}))
+    print(
+        json.dumps({"sft_s": round(sum(seconds), 1), "bytes": sum(path.stat().st_size for path in args.out.iterdir())})
+    )
 
 
 if __name__ == "__main__":
