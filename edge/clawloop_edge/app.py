@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.engine.protocol import Engine
-from clawloop_edge.gateway.app import DRAIN, make_app, make_runner
+from clawloop_edge.gateway.app import DRAIN, STATS, make_app, make_runner
+from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.join import Membership
@@ -29,7 +31,7 @@ from clawloop_edge.node.worker import NodeSettings, NodeWorker
 from clawloop_edge.opening import model_folder, open_engine, open_pool
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_edge.privacy.outbox import Outbox
-from clawloop_shared.errors import ClawloopError
+from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.levels import Level
 from clawloop_shared.model_line import read_shape
 
@@ -48,19 +50,14 @@ class Edge:
         self.home, self.config, self.pool, self.engine = home, config, pool, engine
         self.consent = ConsentLog(pool)
         self.outbox = Outbox(pool, self.consent, hold_s=config.privacy.hold_s)
-        self.store = AdapterStore(home.adapters, keep=config.adapters.keep)
-        self.shape = read_shape(model_folder(config.model.path))
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
         self.activator: Activator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._wish_ms = 0
 
     async def start(self) -> None:
         """Restore the adapter that was in use, and begin to watch."""
         await self._follow_membership()
-        wish = state.wanted_adapter(self.pool)
-        self._wish_ms = wish.asked_ms if wish else 0
         self._tasks = [
             asyncio.create_task(self._every(WATCH_S, self._watch)),
             asyncio.create_task(self._every(self.config.privacy.fill_every_s, self._fill)),
@@ -73,7 +70,7 @@ class Edge:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stop_node()
 
-    async def status(self, _request: web.Request) -> web.Response:
+    async def status(self, request: web.Request) -> web.Response:
         """GET /v1/status: facts for `clawloop-edge status`."""
         stats = await asyncio.to_thread(self.pool.stats)
         sent = await asyncio.to_thread(self.outbox.totals)
@@ -91,6 +88,7 @@ class Edge:
                 "trainable": stats.trainable,
                 "signals": stats.signals,
                 "refused_by_pool": stats.refused,
+                "not_kept": request.app[STATS]().keep_failures,
                 "outbox_waiting": sent.waiting,
                 "sent_items": sent.items,
                 "sent_bytes": sent.bytes,
@@ -110,6 +108,9 @@ class Edge:
                 await work()
             except ClawloopError as error:
                 _log.warning("%s; trying again", error)
+            except Exception as error:  # noqa: BLE001 - a watcher that ends would leave a lowered level unnoticed
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                _log.error("%s at %s:%s; trying again", type(error).__name__, where.filename, where.lineno)
             await asyncio.sleep(period_s)
 
     async def _fill(self) -> None:
@@ -120,49 +121,60 @@ class Edge:
     async def _watch(self) -> None:
         await self._follow_membership()
         wish = await asyncio.to_thread(state.wanted_adapter, self.pool)
-        if wish is None or wish.asked_ms == self._wish_ms or self.activator is None:
+        if wish is None or self.activator is None:
             return
-        self._wish_ms = wish.asked_ms
-        if wish.version < 0:
-            await self.activator.rollback()
-        else:
-            await self.activator.use(wish.version)
+        try:
+            await (self.activator.rollback() if wish.version < 0 else self.activator.use(wish.version))
+        except ClawloopError as error:
+            serving = self.engine.policy.version
+            _log.warning("the adapter asked for by command is not used, %d goes on serving: %s", serving, error)
+        await asyncio.to_thread(state.done_wanting, self.pool, wish)
 
     async def _follow_membership(self) -> None:
         """Take up a server that was joined, and let go of one that was left; at level `off` stay silent altogether."""
         member = await asyncio.to_thread(state.membership, self.pool)
         if member != self.member:
             await self._stop_node()
+            if self.member is not None:
+                await self._drop_adapters()
             self.member, self.activator = member, None
             if member is not None:
-                self.activator = self._make_activator(member)
+                self.activator = await asyncio.to_thread(self._make_activator, member)
                 await self.activator.restore()
         silent = await asyncio.to_thread(self.consent.level) is Level.OFF
         if self.node is not None and silent:
             await self._stop_node()
         if self.node is None and not silent and member is not None and self.activator is not None:
-            self.node = self._make_node(member, self.activator)
+            known_id = await asyncio.to_thread(state.node_id, self.pool)
+            self.node = self._make_node(member, self.activator, node_id=known_id)
             self.node.start()
+
+    async def _drop_adapters(self) -> None:
+        """Serve the base again: the next server's adapters have the same numbers as those of the one that was left."""
+        await self.engine.use(0)
+        for version in self.engine.health().versions:
+            if version:
+                await self.engine.unload(version)
 
     def _make_activator(self, member: Membership) -> Activator:
         limits = self.config.adapters
         return Activator(
             self.engine,
-            self.store,
+            AdapterStore.of_key(self.home.adapters, member.release_key, keep=limits.keep),
             release_key=member.release_key,
-            shape=self.shape,
+            shape=read_shape(model_folder(self.config.model.path)),
             limits=AdapterLimits(max_bytes=limits.max_bytes, max_rank=limits.max_rank),
             probe_tolerance=limits.probe_tolerance,
         )
 
-    def _make_node(self, member: Membership, activator: Activator) -> NodeWorker:
+    def _make_node(self, member: Membership, activator: Activator, *, node_id: int) -> NodeWorker:
         from clawloop_edge.node.flower import FlowerTransport
 
         handlers = Handlers(
             self.engine, self.outbox, consent=self.consent, activator=activator, loop=asyncio.get_running_loop()
         )
         transport = FlowerTransport(
-            member, node_id=state.node_id(self.pool), remember=lambda number: state.keep_node_id(self.pool, number)
+            member, node_id=node_id, remember=lambda number: state.keep_node_id(self.pool, number)
         )
         return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
 
@@ -185,18 +197,29 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> None:
     app = make_app(engine, pool, settings=config.gateway, token=home.token())
     app.router.add_get("/v1/status", edge.status)
     runner = make_runner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, config.gateway.host, config.gateway.port)
-    await edge.start()
-    await site.start()
-    _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
-    await stop.wait()
-    _log.info("stopping: finishing %d calls", engine.health().in_flight)
-    await app[DRAIN]()
-    await site.stop()
-    await edge.stop()
-    await runner.cleanup()
-    await engine.close()
+    try:
+        await runner.setup()
+        await edge.start()
+        await _listen(runner, config.gateway)
+        _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
+        await stop.wait()
+        _log.info("stopping: finishing %d calls", engine.health().in_flight)
+        await app[DRAIN]()
+    finally:
+        await edge.stop()
+        await runner.cleanup()
+        await engine.close()
+
+
+async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> None:
+    """Raises ConfigError: the address is taken, or is not one of this machine."""
+    try:
+        await web.TCPSite(runner, settings.host, settings.port).start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; stop the program that has this port, "
+            "or set another [gateway] port"
+        ) from error
 
 
 def run(home: EdgeHome) -> None:

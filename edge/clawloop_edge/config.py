@@ -1,9 +1,15 @@
 """The edge's configuration (`config.toml` in its home). Every key is described in docs/configuration.md."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from clawloop_edge.engine.settings import EngineSettings
 from clawloop_edge.gateway.settings import GatewaySettings
+
+_Period = Annotated[float, Meta(ge=0.05, le=86_400)]
+"""seconds between two tries of a thing that never ends"""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,14 +30,14 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long an item rests in the outbox before it may leave, and how often new records are put there."""
 
-    hold_s: float = 86_400.0
-    fill_every_s: float = 5.0
+    hold_s: Annotated[float, Meta(ge=0, le=3_650 * 86_400)] = 86_400.0
+    fill_every_s: _Period = 5.0
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often the edge asks the server for messages (with jitter)."""
 
-    poll_s: float = 15.0
+    poll_s: _Period = 15.0
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,8 +45,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_bytes: int = 1 << 30
     max_rank: int = 64
-    probe_tolerance: float = 0.05
-    keep: int = 3
+    probe_tolerance: Annotated[float, Meta(gt=0, le=10)] = 0.05
+    keep: Annotated[int, Meta(ge=1, le=100)] = 3
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

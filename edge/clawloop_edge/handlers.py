@@ -9,6 +9,8 @@ import asyncio
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from clawloop_edge.errors import ConsentError
+from clawloop_shared.levels import Level
 from clawloop_shared.messages import (
     MAX_PAYLOAD_BYTES,
     AdapterOffer,
@@ -43,9 +45,13 @@ class Handlers:
         self._activator, self._loop = activator, loop
 
     def status(self) -> StatusReply:
-        """How this device is: counters and hashes, no content."""
+        """How this device is: counters and hashes, no content.
+
+        Raises:
+            ConsentError: the level is off, so not even that may leave.
+        """
         return StatusReply(
-            level=self._consent.level(),
+            level=self._allowed(),
             line=self._engine.line,
             adapter_version=self._engine.policy.version,
             outbox_items=self._outbox.waiting(),
@@ -53,7 +59,8 @@ class Handlers:
         )
 
     def upload(self, request: UploadRequest) -> UploadReply:
-        """Forget what the server has on disk, and give the next items that may leave."""
+        """Forget what the server has on disk, and give the next items that may leave. Raises ConsentError."""
+        self._allowed()
         self._outbox.mark_received(request.received)
         limit = min(request.max_bytes, MAX_PAYLOAD_BYTES - ENVELOPE_BYTES)
         items, more = self._outbox.next_items(limit)
@@ -61,5 +68,13 @@ class Handlers:
         return UploadReply(items=items, more=more, adapter_version=self._engine.policy.version)
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
-        """Check and install an adapter while calls go on; a bad one is refused with its reason."""
+        """Check and install an adapter while calls go on; a bad one is refused with its reason. Raises ConsentError."""
+        self._allowed()
         return asyncio.run_coroutine_threadsafe(self._activator.install(offer), self._loop).result()
+
+    def _allowed(self) -> Level:
+        """The level, if it lets anything out: it may have been lowered since this message was taken."""
+        level = self._consent.level()
+        if level is Level.OFF:
+            raise ConsentError("the level is off; nothing is answered")
+        return level

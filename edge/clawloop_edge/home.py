@@ -40,10 +40,6 @@ class EdgeHome:
         return self.folder / "adapters"
 
     @property
-    def pid_file(self) -> Path:
-        return self.folder / "edge.pid"
-
-    @property
     def key_file(self) -> Path:
         return self.folder / "pool.key"
 
@@ -71,7 +67,14 @@ class EdgeHome:
         return config.load(self.config_file, EdgeConfig)
 
     def token(self) -> str:
-        """The token that agents must send; made on first use."""
+        """The token that agents must send; made on first use.
+
+        Raises:
+            ConfigError: its file is empty.
+        """
         if not self.token_file.is_file():
             publish_secret(self.token_file, (secrets.token_urlsafe(32) + "\n").encode())
-        return self.token_file.read_text().strip()
+        token = self.token_file.read_text().strip()
+        if not token:
+            raise ConfigError(f"{self.token_file} is empty; remove it, and a new token is made")
+        return token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from clawloop_edge.adapters.store import AdapterStore
+from clawloop_edge.adapters.store import kept_files
 from clawloop_edge.errors import UnknownVersion
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_engine
@@ -15,7 +15,8 @@ def rescore_step(home: EdgeHome, kept: KeptStep) -> float:
     """The largest absolute difference (nats) between kept and teacher-forced logprobs.
 
     Raises:
-        UnknownVersion: the model line changed since, or the adapter is kept here no more.
+        UnknownVersion: the model line changed since.
+        StorageError: the adapter is kept here no more.
     """
     return asyncio.run(_rescore(home, kept))
 
@@ -27,8 +28,7 @@ async def _rescore(home: EdgeHome, kept: KeptStep) -> float:
         if step.policy.line != engine.line.line_id:
             raise UnknownVersion(f"step {step.step_id} was sampled by model line {step.policy.line}, not by this one")
         if step.policy.version:
-            files = AdapterStore(home.adapters).read(step.policy.version).files
-            await engine.load(step.policy, files)
+            await engine.load(step.policy, kept_files(home.adapters, step.policy))
         scored = await engine.score(
             step.prompt_ids,
             step.response_ids,

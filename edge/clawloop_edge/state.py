@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from clawloop_edge.node.join import Membership
+from clawloop_edge.pool.state import read_state, write_state
 from clawloop_shared import wire
 
 if TYPE_CHECKING:
+    from sqlite_utils import Database
+
     from clawloop_edge.pool.store import Pool
 
 MEMBERSHIP = "membership"
@@ -39,12 +42,13 @@ def keep_membership(pool: Pool, value: Membership) -> None:
 
 
 def forget_membership(pool: Pool) -> None:
-    """Leave: the running edge stops talking to the server within a second."""
+    """Leave: the running edge stops talking to the server within a second. A wish for its adapters goes with it."""
+    pool.set_state(WANTED, b"").result()
     pool.set_state(MEMBERSHIP, b"").result()
 
 
 def wanted_adapter(pool: Pool) -> WantedAdapter | None:
-    """What the owner asked for last, or None."""
+    """What the owner asked for and did not get yet, or None."""
     raw = pool.get_state(WANTED)
     return wire.decode(raw, WantedAdapter) if raw else None
 
@@ -52,6 +56,16 @@ def wanted_adapter(pool: Pool) -> WantedAdapter | None:
 def want_adapter(pool: Pool, version: int, *, now_ms: int) -> None:
     """Ask the running edge for a version; returns when the wish is on disk."""
     pool.set_state(WANTED, wire.encode(WantedAdapter(version, now_ms))).result()
+
+
+def done_wanting(pool: Pool, wish: WantedAdapter) -> None:
+    """The wish was followed, or cannot be; a newer one stays. Returns when that is on disk."""
+
+    def operation(database: Database) -> None:
+        if read_state(database, pool.keyring, name=WANTED) == wire.encode(wish):
+            write_state(database, pool.keyring, name=WANTED, value=b"")
+
+    pool.submit(operation).result()
 
 
 def node_id(pool: Pool) -> int:

@@ -19,7 +19,8 @@ from openclaw_drive.agent import DriveError, OpenClaw, Turn
 from openclaw_drive.check import Conversation, Decode, Finding, Kept
 from openclaw_drive.transcript import Transcript, read_transcript
 
-TOOL_WORD = "clawloop-42"
+TOOL_WORD = "marble-42"
+"""not in OpenClaw's own prompt: of a word that is (`clawloop`), a small model copies what follows it there (0 of 12)"""
 GREETING, TOOL_ORDER, THANKS = "hello", f"Use the exec tool with command: echo {TOOL_WORD}", "thank you"
 HTTP_TIMEOUT_S = 30
 
@@ -34,27 +35,38 @@ class Drive:
     say: Callable[[str], object]
 
     def play(self, *, tries: int) -> tuple[list[Conversation], list[Finding]]:
-        """Four turns and more of one conversation and one of another; what both sides keep of them; checks over HTTP.
+        """Four turns and more of one conversation, one of another; what both sides keep of them; checks of the edge.
 
-        Each turn may be tried `tries` times, since the model samples. If it does not manage the tool turn, a scripted
-        engine plays that turn in a third conversation.
+        The model samples, so each turn may be tried `tries` times, the tool turn in a fresh conversation each time. If
+        the model never manages it, a scripted engine plays it in a conversation of its own.
         """
         with self._edge("edge", settings={}) as edge:
-            talk = self._ask([], "first", GREETING, tries=tries)
-            talk = self._ask(talk, "first", TOOL_ORDER, tries=tries)
-            called = self._ran_tool(talk[-1])
-            talk = self._ask(talk, "first", THANKS, tries=tries)
-            talk = self._ask(talk, "first", GREETING, tries=tries)
-            other = self._ask([], "second", GREETING, tries=tries)
-            conversations = [self._both_sides(edge, "first", talk), self._both_sides(edge, "second", other)]
+            talks, called = self._order_tool(tries)
+            if not called:
+                talks.append(self._ask([], "plain", GREETING, tries=tries))
+                talks[-1] = self._ask(talks[-1], "plain", GREETING, tries=tries)
+            for message in (THANKS, GREETING):
+                talks[-1] = self._ask(talks[-1], talks[-1][0].session_key, message, tries=tries)
+            talks.append(self._ask([], "other", GREETING, tries=tries))
+            conversations = [self._both_sides(edge, talk) for talk in talks]
             further = [*check_http(edge, conversations[0].steps[0].step_id), check_list(edge, conversations)]
         if not called:
             self.say(f"the model did not call the tool in {tries} tries: a SCRIPTED engine plays that turn")
             conversations.append(self._scripted_tool_turn())
         return conversations, further
 
+    def _order_tool(self, tries: int) -> tuple[list[list[Turn]], bool]:
+        """Conversations of a greeting and the order, until one has run the tool; and whether the last one has."""
+        talks = []
+        for attempt in range(1, tries + 1):
+            name = f"tool-{attempt}"
+            talks.append([*self._ask([], name, GREETING, tries=tries), self._turn(name, TOOL_ORDER)])
+            if self._ran_tool(talks[-1][-1]):
+                return talks, True
+        return talks, False
+
     def _ask(self, talk: list[Turn], session_key: str, message: str, *, tries: int) -> list[Turn]:
-        """`talk` with the turns that it took to get an answer to `message` (or the tool run that it orders).
+        """`talk` with the turns that it took to get an answer to `message`.
 
         Raises:
             DriveError: no answer in any try.
@@ -62,10 +74,8 @@ class Drive:
         taken = list(talk)
         for _ in range(tries):
             taken.append(self._turn(session_key, message))
-            if not taken[-1].failed and (message != TOOL_ORDER or self._ran_tool(taken[-1])):
+            if not taken[-1].failed:
                 return taken
-        if message == TOOL_ORDER:
-            return taken
         raise DriveError(f"OpenClaw got no answer to {message!r} in {tries} tries; see {self.agent.errors}")
 
     def _ran_tool(self, turn: Turn) -> bool:
@@ -77,8 +87,7 @@ class Drive:
         script = self.folder / "script.json"
         script.write_text(json.dumps([f"<tool_call>\n{call}\n</tool_call>", f"The result is: {TOOL_WORD}"]))
         with self._edge("scripted-edge", settings={"model": {"kind": "scripted", "script": str(script)}}) as edge:
-            talk = [self._turn("scripted", TOOL_ORDER)]
-            return self._both_sides(edge, "scripted", talk, scripted=True)
+            return self._both_sides(edge, [self._turn("scripted", TOOL_ORDER)], scripted=True)
 
     @contextmanager
     def _edge(self, name: str, *, settings: dict[str, dict[str, object]]) -> Iterator[Part]:
@@ -107,10 +116,10 @@ class Drive:
         except (sqlite3.Error, json.JSONDecodeError, KeyError) as error:
             raise DriveError(f"{self.agent.database} is not the transcript of OpenClaw 2026.9.6: {error!r}") from error
 
-    def _both_sides(self, edge: Part, name: str, turns: list[Turn], *, scripted: bool = False) -> Conversation:
+    def _both_sides(self, edge: Part, turns: list[Turn], *, scripted: bool = False) -> Conversation:
         """OpenClaw's transcript and the edge's steps of one conversation; sampled steps are scored again."""
+        name, session_id = turns[0].session_key, turns[0].session_id
         self.say(f"  reading what was kept of {name}{'' if scripted else ', and scoring it again'}")
-        session_id = turns[0].session_id
         again = [] if scripted else ["--rescore"]
         steps = [
             msgspec.convert(edge.run("explain", row["step_id"], *again, "--json", expect_json=True), Kept)

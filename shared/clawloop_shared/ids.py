@@ -4,12 +4,7 @@ A step's id is the completion id that the client got: the API's prefix and a ULI
 Source: https://github.com/ulid/spec.
 """
 
-import re
-
 from ulid import ULID
-
-_ULID = re.compile(r"\A[0-7][0-9A-HJKMNP-TV-Z]{25}\Z")
-_STEP = re.compile(r"\A[a-z]{2,16}[-_][0-7][0-9A-HJKMNP-TV-Z]{25}\Z")
 
 
 def new_id() -> str:
@@ -20,13 +15,3 @@ def new_id() -> str:
 def new_step_id(prefix: str = "chatcmpl") -> str:
     """A fresh completion id, e.g. `chatcmpl-01JD...`."""
     return f"{prefix}-{ULID()}"
-
-
-def is_id(text: str) -> bool:
-    """Whether `text` is a ULID."""
-    return bool(_ULID.match(text))
-
-
-def is_step_id(text: str) -> bool:
-    """Whether `text` is a completion id of ours."""
-    return bool(_STEP.match(text))

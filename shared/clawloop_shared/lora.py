@@ -87,13 +87,13 @@ def parse_config(raw: bytes) -> LoraConfig:
     try:
         fields: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any])
         config = msgspec.convert(fields, LoraConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AdapterInvalid(f"{CONFIG_FILE}: {error}") from error
     for name, value in fields.items():
         if name in LoraConfig.__struct_fields__ or name in _IGNORED or not value:
             continue
-        if name not in _HARMLESS or value not in _HARMLESS[name]:
-            raise AdapterInvalid(f"{CONFIG_FILE}: {name}={value!r} is not supported; only plain LoRA is")
+        if value not in list(_HARMLESS.get(name, ())):  # a list, because a value may be one that has no hash
+            raise AdapterInvalid(f"{CONFIG_FILE}: {name}={value!r:.100} is not supported; only plain LoRA is")
     if not 1 <= config.r <= MAX_RANK or not 0 < config.lora_alpha <= 4096:
         raise AdapterInvalid(f"{CONFIG_FILE}: rank {config.r} or alpha {config.lora_alpha} is out of bounds")
     unknown = sorted(set(config.target_modules) - set(LINEARS))

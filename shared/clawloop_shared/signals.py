@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from clawloop_shared.records import Signal, Step, Target, Trajectory
+from clawloop_shared.records import Channel, Signal, Step, Target, Trajectory
 
 
 class Reward(msgspec.Struct, frozen=True):
@@ -51,19 +51,19 @@ def signals_for(steps: list[Step], signals: Iterable[Signal]) -> list[Signal]:
 def assemble(steps: Iterable[Step], signals: Iterable[Signal]) -> list[Trajectory]:
     """Group steps into trajectories and reward them; those without a signal are left out.
 
-    Steps keep the order in which they were made; trajectories that of their first step.
+    Steps keep the order in which they were made; trajectories that of their first step. Steps of the two channels are
+    never in one trajectory, even where their caller gave them one name.
     """
     pool = list(signals)
-    groups: dict[str, list[Step]] = {}
+    groups: dict[tuple[str, Channel], list[Step]] = {}
     for step in sorted(steps, key=lambda s: (s.created_ms, s.step_id)):
-        groups.setdefault(trajectory_key(step), []).append(step)
+        groups.setdefault((trajectory_key(step), step.channel), []).append(step)
     found = []
-    for key, members in groups.items():
+    for (key, channel), members in groups.items():
         mine = signals_for(members, pool)
         reward = reward_of(mine)
         if reward is None:
             continue
-        first = members[0]
         found.append(
             Trajectory(
                 trajectory_id=key,
@@ -71,8 +71,8 @@ def assemble(steps: Iterable[Step], signals: Iterable[Signal]) -> list[Trajector
                 signals=mine,
                 reward=reward.value,
                 weight=reward.weight,
-                group_id=first.group_id,
-                channel=first.channel,
+                group_id=members[0].group_id,
+                channel=channel,
             )
         )
     return found

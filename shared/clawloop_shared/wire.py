@@ -55,7 +55,7 @@ def decode(data: bytes, kind: type[T], *, max_bytes: int = MAX_DECODED_BYTES) ->
     limit = min(max_bytes, max(_RATIO_FLOOR_BYTES, len(packed) * MAX_RATIO))
     try:
         return msgspec.msgpack.decode(_decompress(packed, limit), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"{tag.decode()}: {error}") from error
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from clawloop_edge.adapters.activate import Activator
 from clawloop_edge.adapters.errors import Expired, OldVersion, WrongLine
-from clawloop_edge.adapters.store import AdapterStore, Pointer
+from clawloop_edge.adapters.store import AdapterStore, Pointer, kept_files
 from clawloop_edge.adapters.verify import AdapterLimits, VerifiedAdapter, verify_offer
 from clawloop_edge.engine.mlx import MlxEngine
 from clawloop_edge.engine.protocol import GenerateRequest
@@ -266,7 +266,9 @@ def test_the_store_sweeps_drafts_and_keeps_the_current_version(
     files = make_adapter()
     store = AdapterStore(tmp_path / "a", keep=2)
     (tmp_path / "a" / ".draft-7-x").mkdir()
-    store = AdapterStore(tmp_path / "a", keep=2)
+    AdapterStore(tmp_path / "a", keep=2)
+    assert (tmp_path / "a" / ".draft-7-x").is_dir(), "another process looks on while the edge publishes"
+    store.sweep_drafts()
     for version in (1, 2, 3):
         store.publish(version, offer_of(files, make_manifest(files, line=line, version=version, probe=PROBE)))
         store.point(1)
@@ -278,6 +280,51 @@ def test_the_store_sweeps_drafts_and_keeps_the_current_version(
     (tmp_path / "a" / "current.json").write_bytes(b"{")
     with pytest.raises(StorageError, match="remove it"):
         store.pointer()
+
+
+async def test_an_adapter_that_a_crash_left_before_its_first_use_can_be_offered_again(desk: Desk) -> None:
+    offer = await desk.offer(1)
+    desk.store.publish(1, offer)  # and then kill -9, before the pointer named it
+    assert desk.store.pointer() == Pointer(0, 0)
+    reply = await desk.activator.install(offer)
+    assert (reply.version, reply.installed, reply.reason) == (1, True, "")
+
+
+async def test_a_probe_that_is_not_a_number_is_refused_wherever_it_stands(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = await desk.offer(1)
+    right = msgspec.json.decode(offer.manifest.body, type=Manifest).probe.logprobs
+
+    async def score(*_: Any, **__: Any) -> list[float]:
+        return [*right[:-1], float("nan")]
+
+    monkeypatch.setattr(desk.engine, "score", score)
+    reply = await desk.activator.install(offer)
+    assert not reply.installed
+    assert "probe is off" in reply.reason
+    assert desk.engine.health().versions == [0]
+
+
+async def test_a_trouble_of_this_device_is_told_by_its_kind_alone(desk: Desk, tmp_path: Path) -> None:
+    offer = await desk.offer(1)
+    (tmp_path / "adapters" / "current.json").write_bytes(b"{")
+    assert (await desk.activator.install(offer)).reason == "StorageError"
+
+
+def test_each_server_has_versions_of_its_own_and_a_step_finds_its_adapter(
+    tmp_path: Path, line: ModelLine, make_adapter: MakeAdapter
+) -> None:
+    first, second = make_adapter(seed=1), make_adapter(seed=2)
+    for key, files in ((b"a" * 32, first), (b"b" * 32, second)):
+        store = AdapterStore.of_key(tmp_path / "adapters", key)
+        assert store.pointer() == Pointer(0, 0)
+        store.publish(1, offer_of(files, make_manifest(files, line=line, version=1, probe=PROBE)))
+        store.point(1)
+    policy = Policy(line.line_id, 1, sha256(second["adapter_model.safetensors"]))
+    assert kept_files(tmp_path / "adapters", policy) == second
+    with pytest.raises(StorageError, match="no more"):
+        kept_files(tmp_path / "adapters", Policy(line.line_id, 1, "0" * 64))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

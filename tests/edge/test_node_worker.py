@@ -103,6 +103,18 @@ def test_messages_are_answered(line: Wire, worker: NodeWorker) -> None:
     assert worker.status.state is NodeState.ONLINE
 
 
+def test_what_nobody_foresaw_does_not_end_the_sync(line: Wire, worker: NodeWorker) -> None:
+    worker.start()
+    until(lambda: worker.status.state is NodeState.ONLINE)
+    line.trouble = KeyError("what the server sent")
+    until(lambda: worker.status.state is NodeState.AWAY)
+    assert "KeyError" in worker.status.detail
+    assert "what the server sent" not in worker.status.detail
+    line.trouble = None
+    ask(line)
+    until(lambda: line.answers)
+
+
 @pytest.mark.parametrize(
     ("trouble", "state"), [(ServerAway("away"), NodeState.AWAY), (NodeRefused("who?"), NodeState.REFUSED)]
 )

@@ -99,6 +99,8 @@ def test_tensors_that_do_not_fit_the_base_are_refused(change: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"bias": ["none"]},
+        {"layers_pattern": {"a": 1}},
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
@@ -123,3 +125,9 @@ def test_anything_but_plain_lora_is_refused(change: dict[str, Any]) -> None:
 def test_a_config_of_random_bytes_is_refused_and_never_crashes(data: bytes) -> None:
     with pytest.raises(AdapterInvalid):
         parse_config(b'{"r":"' + data)
+
+
+def test_a_configuration_nested_too_deep_is_refused() -> None:
+    raw = json.dumps(CONFIG).encode()[:-1] + b', "more": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+    with pytest.raises(AdapterInvalid):
+        parse_config(raw)

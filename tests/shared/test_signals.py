@@ -1,5 +1,6 @@
 """Rewards: the latest word of each source counts, silence is no reward, and every kind of target is found."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +80,9 @@ def test_runs_sessions_and_named_trajectories_are_targets_too() -> None:
     assert {t.trajectory_id: t.reward for t in assemble(steps, judged)} == {"r1": 1.0, "t": -1.0}
     whole = assemble(steps, [signal(Target.SESSION, "s1", 0.5)])
     assert {t.trajectory_id for t in whole} == {"r1", "r2"}
+
+
+def test_the_channels_are_never_in_one_trajectory() -> None:
+    steps = [step("a", at=1), msgspec.structs.replace(step("b", at=2), channel=Channel.VAL)]
+    found = assemble(steps, [signal(Target.RUN, "r1", 1.0)])
+    assert [(t.channel, [s.step_id for s in t.steps]) for t in found] == [(Channel.TRAIN, ["a"]), (Channel.VAL, ["b"])]

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from math import inf, isnan
 
 import msgspec
 
@@ -14,7 +15,8 @@ from clawloop_edge.adapters.errors import OldVersion, ProbeFailed
 from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.adapters.verify import AdapterLimits, VerifiedAdapter, verify_offer
 from clawloop_edge.engine.protocol import Engine
-from clawloop_shared.errors import ClawloopError
+from clawloop_edge.errors import EngineError
+from clawloop_shared.errors import ClawloopError, InvalidError
 from clawloop_shared.lora import ModelShape
 from clawloop_shared.messages import AdapterOffer, AdapterReply
 from clawloop_shared.records import Policy
@@ -64,7 +66,7 @@ class Activator:
             except ClawloopError as error:
                 serving = self._engine.policy.version
                 log.warning("adapter refused, %d goes on serving: %s", serving, error)
-                return AdapterReply(serving, installed=False, reason=str(error))
+                return AdapterReply(serving, installed=False, reason=_told(error))
             log.info("adapter %d is in use", version)
             return AdapterReply(version, installed=True)
 
@@ -90,6 +92,7 @@ class Activator:
     async def restore(self) -> Restored:
         """At start: verify and load the version that was in use; if it is damaged, an older one, at last the base."""
         async with self._lock:
+            await asyncio.to_thread(self._store.sweep_drafts)
             wanted = self._store.pointer().version
             refused: list[str] = []
             for version in sorted((v for v in self._store.versions() if v <= wanted), reverse=True):
@@ -106,7 +109,7 @@ class Activator:
     async def _install(self, offer: AdapterOffer) -> int:
         pointer = await asyncio.to_thread(self._store.pointer)
         try:
-            adapter = self._verify(offer, seen_version=pointer.seen, now_ms=self._now_ms())
+            adapter = await self._verify(offer, seen_version=pointer.seen, now_ms=self._now_ms())
         except OldVersion:
             if await self._is_serving(offer):
                 return self._engine.policy.version
@@ -145,10 +148,11 @@ class Activator:
 
     async def _load_kept(self, version: int) -> None:
         offer = await asyncio.to_thread(self._store.read, version)
-        await self._load(self._verify(offer, seen_version=version - 1, now_ms=None))
+        await self._load(await self._verify(offer, seen_version=version - 1, now_ms=None))
 
-    def _verify(self, offer: AdapterOffer, *, seen_version: int, now_ms: int | None) -> VerifiedAdapter:
-        return verify_offer(
+    async def _verify(self, offer: AdapterOffer, *, seen_version: int, now_ms: int | None) -> VerifiedAdapter:
+        return await asyncio.to_thread(  # hashing a large adapter takes longer than a token may wait
+            verify_offer,
             offer,
             release_key=self._release_key,
             line=self._engine.line,
@@ -170,6 +174,12 @@ class Activator:
         """Raises ProbeFailed: a wrong scale or a matrix that was not transposed loads without a word."""
         probe, version = adapter.manifest.probe, adapter.manifest.version
         found = await self._engine.score(probe.ids[:1], probe.ids[1:], version=version)
-        worst = max(abs(got - wanted) for got, wanted in zip(found, probe.logprobs, strict=True))
+        off = [abs(got - wanted) for got, wanted in zip(found, probe.logprobs, strict=True)]
+        worst = max(off, key=lambda nats: inf if isnan(nats) else nats)  # `max` alone passes NaN by
         if not worst <= self._tolerance:
             raise ProbeFailed(f"adapter {version}: its probe is off by {worst:.3f} nats, more than {self._tolerance}")
+
+
+def _told(error: ClawloopError) -> str:
+    """What the server is told: what is wrong with its adapter, but of a trouble of this device's only the kind."""
+    return str(error) if isinstance(error, InvalidError | EngineError) else type(error).__name__

@@ -1,7 +1,10 @@
 """The adapters on this device: one folder a version, published whole and never changed, and a pointer to the current.
 
-    adapters/<version>/{adapter_config.json, adapter_model.safetensors, manifest.bin}
-    adapters/current.json     {"version": the one in use, 0 is the base, "seen": the newest ever taken}
+    adapters/<key id>/<version>/{adapter_config.json, adapter_model.safetensors, manifest.bin}
+    adapters/<key id>/current.json    {"version": the one in use, 0 is the base, "seen": the newest ever taken}
+
+A store is one `<key id>`: each release key counts its versions by itself, so that one server's do not stand in the way
+of another's.
 
 Whoever reads must verify again: this module only keeps bytes. Knows no engine.
 """
@@ -15,10 +18,12 @@ import msgspec
 
 from clawloop_shared import wire
 from clawloop_shared.errors import StorageError
-from clawloop_shared.files import private_folder, publish, sync_folder
-from clawloop_shared.lora import FILES
+from clawloop_shared.files import private_folder, publish, sha256, sync_folder
+from clawloop_shared.lora import FILES, WEIGHTS_FILE
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import AdapterOffer
+from clawloop_shared.records import Policy
+from clawloop_shared.signing import key_id
 
 MANIFEST_FILE = "manifest.bin"
 POINTER_FILE = "current.json"
@@ -36,10 +41,18 @@ class AdapterStore:
     """Adapters under one folder, which it makes (0700)."""
 
     def __init__(self, folder: Path, *, keep: int = 3) -> None:
-        """`keep` is how many versions stay; the current one always does. Drafts of a crash are swept away."""
+        """`keep` is how many versions stay; the current one always does."""
         self._folder, self._keep = private_folder(folder), keep
-        for draft in folder.glob(f"{_DRAFT}*"):
-            shutil.rmtree(draft)
+
+    @classmethod
+    def of_key(cls, adapters: Path, release_key: bytes, *, keep: int = 3) -> "AdapterStore":
+        """The store of one server below a home's `adapters`, by the key that signs what it releases."""
+        return cls(private_folder(adapters) / key_id(release_key), keep=keep)
+
+    def sweep_drafts(self) -> None:
+        """Remove what a crash left half written. Only for the process that serves: others may see its live drafts."""
+        for draft in self._folder.glob(f"{_DRAFT}*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def publish(self, version: int, offer: AdapterOffer) -> None:
         """Keep an adapter: it is there whole or not at all. What a crash left of this version gives way.
@@ -48,6 +61,8 @@ class AdapterStore:
             StorageError: the disk is full or not writable.
         """
         target = self._folder / str(version)
+        if not (self._folder / POINTER_FILE).exists():
+            self._write(self.pointer())  # else a crash before `point` would make this version look taken for ever
         if target.exists():
             self._remove(version)
         draft = self._folder / f"{_DRAFT}{version}-{secrets.token_hex(4)}"
@@ -97,9 +112,11 @@ class AdapterStore:
 
     def point(self, version: int) -> None:
         """Make `version` the current one, durably, and let old ones go. Raises StorageError."""
-        seen = max(version, self.pointer().seen, *self.versions())
-        publish(self._folder / POINTER_FILE, msgspec.json.encode(Pointer(version, seen)), mode=0o600)
+        self._write(Pointer(version, max(version, self.pointer().seen)))
         self._sweep(version)
+
+    def _write(self, pointer: Pointer) -> None:
+        publish(self._folder / POINTER_FILE, msgspec.json.encode(pointer), mode=0o600)
 
     def _sweep(self, current: int) -> None:
         for version in self.versions()[: -self._keep or None]:
@@ -111,3 +128,16 @@ class AdapterStore:
         gone = self._folder / f"{_DRAFT}gone-{version}-{secrets.token_hex(4)}"
         os.replace(self._folder / str(version), gone)  # no reader ever sees half a folder
         shutil.rmtree(gone)
+
+
+def kept_files(adapters: Path, policy: Policy) -> dict[str, bytes]:
+    """The files of the adapter that `policy` names, whichever server it came from; not verified but for their hash.
+
+    Raises:
+        StorageError: it is not kept on this device any more.
+    """
+    for folder in sorted(adapters.glob(f"*/{policy.version}")):
+        found = AdapterStore(folder.parent).read(policy.version).files
+        if sha256(found[WEIGHTS_FILE]) == policy.adapter_sha256:
+            return found
+    raise StorageError(f"adapter {policy.version} ({policy.adapter_sha256[:16]}) is kept in {adapters} no more")

@@ -12,6 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from clawloop_edge.home import EdgeHome
 
@@ -62,8 +63,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, emp
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(shown(cell) for cell in row))
     console.print(table)
+
+
+def shown(value: object) -> Text:
+    """What others wrote, as it is: no markup of ours is read in it, and no control character reaches the terminal."""
+    text = str(value)
+    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
 
 
 def when(time_ms: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clawloop_edge.cli.context import Json, console, opened_pool, print_json, print_table
+from clawloop_edge.cli.context import Json, console, opened_pool, print_json, print_table, shown
 
 group = typer.Typer(help="The encrypted pool.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def verify(context: typer.Context, as_json: Json = False) -> None:
     else:
         console.print(f"{report.steps} steps in {report.sessions} sessions, {report.signals} signals")
         for problem in report.problems:
-            console.print(f"[red]wrong:[/red] {problem}")
+            console.print("[red]wrong:[/red]", shown(problem))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -46,7 +46,7 @@ def list_ids(context: typer.Context, as_json: Json = False) -> None:
         print_json(found)
         return
     for step_id in found:
-        console.print(step_id, highlight=False)
+        console.print(shown(step_id))
 
 
 def register(app: typer.Typer) -> None:

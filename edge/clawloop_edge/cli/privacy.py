@@ -45,10 +45,13 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
     from clawloop_edge.privacy.consent import ConsentLog
 
     with opened_pool(context) as pool:
-        level = ConsentLog(pool).level()
+        state = ConsentLog(pool).state()
+    level = state.level
     if as_json:
-        print_json({"level": level, "means": meaning(level)})
+        print_json({"level": level, "means": meaning(level), "chosen": state.chosen, "reason": state.reason})
         return
+    if state.chosen is not level:
+        console.print(f"{state.chosen} was chosen, but {state.reason}; to allow it again: privacy set {state.chosen}")
     rows = [("→" if each is level else "", each, meaning(each)) for each in Level]
     print_table(("", "level", "what leaves"), rows, empty="")
 
@@ -60,7 +63,7 @@ def set_level(context: typer.Context, level: Level, yes: Yes = False, as_json: J
     from clawloop_edge.privacy.policy import policy_text
 
     if level is not Level.OFF:
-        console.print(f"level [bold]{level}[/bold]: {policy_text(level)}")
+        typer.echo(f"level {level}: {policy_text(level)}", err=as_json)
         confirm("Let that leave from now on?", yes=yes)
     with opened_pool(context) as pool:
         receipt = ConsentLog(pool).set_level(level)
@@ -139,10 +142,11 @@ def show_audit(context: typer.Context, as_json: Json = False) -> None:
 def verify_audit(context: typer.Context) -> None:
     """Check the chain of the audit log and of the receipts."""
     from clawloop_edge.privacy.audit import AuditLog
+    from clawloop_edge.privacy.consent import ConsentLog
 
     with opened_pool(context) as pool:
-        count = AuditLog(pool).verify()
-    console.print(f"{count} entries, unbroken")
+        count, receipts = AuditLog(pool).verify(), ConsentLog(pool).receipts()
+    console.print(f"{count} entries and {len(receipts)} receipts, unbroken")
 
 
 def register(app: typer.Typer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     """Join a server by its invitation. Keys are made on this device; nothing else leaves at level off."""
     from clawloop_edge import state
     from clawloop_edge.node.join import join as ask
+    from clawloop_edge.opening import model_folder
     from clawloop_edge.privacy.consent import ConsentLog, Recipient, device_key
     from clawloop_shared.messages import read_invitation
     from clawloop_shared.model_line import read_line
@@ -25,7 +25,7 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     found = read_invitation(invitation)
     console.print(f"server {found.url}\nits words: [bold]{key_words(found.root_key)}[/bold]")
     confirm("Are these the words that the operator sees?", yes=yes)
-    line = read_line(Path(home_of(context).require().load_config().model.path))
+    line = read_line(model_folder(home_of(context).require().load_config().model.path))
     with opened_pool(context) as pool:
         if state.membership(pool) is not None:
             raise ConfigError("this device has joined a server; run `clawloop-edge leave` first")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from typing import Annotated, Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import msgspec
 import typer
 
 from clawloop_edge.cli.context import Json, Yes, confirm, console, home_of, print_json, print_table
-from clawloop_edge.config import EdgeConfig, ModelConfig, PoolConfig
+from clawloop_edge.config import ModelConfig
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.home import EdgeHome
 from clawloop_shared import config
+from clawloop_shared.errors import ConfigError
 
 Model = Annotated[str, typer.Option("--model", help="Model folder, or a hub id like owner/model.")]
-Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on loopback for your agent.")]
+Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port on loopback for your agent (8100).")]
 KeyFile = Annotated[
     bool, typer.Option("--key-file", help="Keep the pool's key in a 0600 file of the home, not in the Keychain.")
 ]
@@ -27,31 +27,36 @@ Script = Annotated[str, typer.Option("--script", help="Drill: answer from this f
 def setup(
     context: typer.Context,
     model: Model = "",
-    port: Port = 8100,
+    port: Port = None,
     key_file: KeyFile = False,
     script: Script = "",
     yes: Yes = False,
 ) -> None:
-    """Make an edge here: configuration, keys, token, encrypted pool. Nothing leaves until you raise the level."""
+    """Make an edge here: configuration, keys, token, encrypted pool. Nothing leaves until you raise the level.
+
+    Run again, it sets the model, and what else is given; all other settings stay.
+    """
     from clawloop_edge.opening import model_folder, open_pool
     from clawloop_shared.model_line import read_line
 
     home = home_of(context)
+    old = home.load_config()
     if home.exists:
-        confirm(f"{home.config_file} is there already. Write it anew (keys and pool stay)?", yes=yes)
-    if not model:
-        model = typer.prompt("Model (a folder, or a hub id like owner/model)") if not yes else ""
-    folder = model_folder(model)
+        confirm(f"{home.config_file} is there already. Change it (other settings, keys and pool stay)?", yes=yes)
+    if not model and yes:
+        raise ConfigError("no model is named; give --model with a folder, or a hub id like owner/model")
+    folder = model_folder(model or typer.prompt("Model (a folder, or a hub id like owner/model)"))
     line = read_line(folder)
     home.make()
-    chosen = EdgeConfig(
+    chosen = msgspec.structs.replace(
+        old,
         model=ModelConfig(path=str(folder), kind="scripted" if script else "mlx", script=script),
-        gateway=GatewaySettings(port=port),
-        pool=PoolConfig(key="file" if key_file else "keychain"),
+        gateway=msgspec.structs.replace(old.gateway, port=port or old.gateway.port),
+        pool=msgspec.structs.replace(old.pool, key="file") if key_file else old.pool,
     )
     config.save(home.config_file, chosen)
     home.token()
-    open_pool(home, writer=True).close()
+    open_pool(home, writer=False).close()
     console.print(f"edge at [bold]{home.folder}[/bold], model line {line.line_id}, privacy level [bold]off[/bold]")
     console.print("next: clawloop-edge serve")
 
@@ -78,15 +83,36 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
 
 def ask(home: EdgeHome) -> dict[str, Any]:
-    """The running edge's own word on how it is; `running` is false if it does not answer."""
+    """The running edge's own word on how it is; `running` is false if nothing answers.
+
+    Raises:
+        ConfigError: what answers at its address is not this edge.
+    """
     gateway = home.load_config().gateway
-    url = f"http://{gateway.host}:{gateway.port}/v1/status"
+    connection = HTTPConnection(gateway.host, gateway.port, timeout=10)  # no proxy may see the token
     try:
-        with urlopen(Request(url, headers={"Authorization": f"Bearer {home.token()}"}), timeout=10) as reply:
-            found: dict[str, Any] = msgspec.json.decode(reply.read(), type=dict[str, Any])
-    except (URLError, json.JSONDecodeError, TimeoutError, ConnectionError):
+        connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {home.token()}"})
+        reply = connection.getresponse()
+        status, data = reply.status, reply.read()
+    except OSError:
         return {"running": False}
-    return {"running": True, **found}
+    except HTTPException as error:
+        raise _stranger(gateway, type(error).__name__) from error
+    finally:
+        connection.close()
+    if status != HTTPStatus.OK:
+        raise _stranger(gateway, f"status {status}")
+    try:
+        return {"running": True, **msgspec.json.decode(data, type=dict[str, Any])}
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _stranger(gateway, "no JSON") from error
+
+
+def _stranger(gateway: GatewaySettings, answer: str) -> ConfigError:
+    return ConfigError(
+        f"{gateway.host}:{gateway.port} answers, but not as this edge does ({answer}); stop that program, "
+        "or set another [gateway] port"
+    )
 
 
 def register(app: typer.Typer) -> None:

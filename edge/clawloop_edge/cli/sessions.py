@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, Limit, console, opened_pool, print_json, print_table, when
+from clawloop_edge.cli.context import Json, Limit, console, opened_pool, print_json, print_table, shown, when
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def show_session(
     as_json: Json = False,
 ) -> None:
     """One session: every step with what was said, in order."""
+    from clawloop_edge.sessions.tree import text_of
+
     with opened_pool(context) as pool:
         steps = pool.session_steps(session_id)
     if not steps:
@@ -49,15 +51,9 @@ def show_session(
         step = kept.step
         console.rule(f"{step.step_id} · {kept.kind} · adapter {step.policy.version} · {when(step.created_ms)}")
         last = next((m for m in reversed(kept.messages) if m.get("role") in {"user", "tool"}), {})
-        console.print(f"[dim]{last.get('role', '')}:[/dim] {_text(last.get('content'))}", markup=True, highlight=False)
-        console.print(kept.text, markup=False, highlight=False)
+        console.print(shown(f"{last.get('role', '')}: {text_of(last.get('content'))}"), style="dim")
+        console.print(shown(kept.text))
         console.print("trainable" if step.trainable else f"not trainable: {step.untrainable}", style="dim")
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return str(content or "").replace("[", r"\[")
 
 
 def explain(

@@ -25,6 +25,8 @@ from clawloop_edge.sessions.memory import StepMemory
 from clawloop_edge.sessions.tracker import REPLY_INDEX, FindKept, Tracker
 from clawloop_shared.records import Signal
 
+_SHUTDOWN_S = 1.0
+"""how long the runner waits for what still runs after the drain; aiohttp's own minute would come on top of it"""
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
@@ -99,7 +101,7 @@ def make_app(engine: Engine, pool: PoolSide, *, settings: GatewaySettings, token
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """The runner to serve the gateway with: a client that goes away cancels its call; calls are not logged."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None)
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S)
 
 
 def _finder(pool: PoolSide) -> FindKept:

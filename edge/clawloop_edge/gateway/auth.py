@@ -20,7 +20,7 @@ class Guard:
         if not token:
             raise ValueError("the gateway needs a token")
         self._token = token.encode()
-        self._hosts = {host.lower().strip("[]") for host in hosts}
+        self._hosts = {host.lower().strip("[]") for host in hosts} - {""}  # an empty name is that of `Origin: null`
 
     def check_names(self, headers: Mapping[str, str]) -> None:
         """Return if the request was sent to this machine, and by no page of another one.

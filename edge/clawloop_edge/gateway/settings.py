@@ -1,6 +1,11 @@
 """The gateway's settings: where it listens, how much a client may send, and how much it remembers."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
+
+_Count = Annotated[int, Meta(ge=1)]
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -12,12 +17,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     host: str = "127.0.0.1"
-    port: int = 8100
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8100
     allowed_hosts: list[str] = []
-    max_body_bytes: int = 16 << 20
-    default_max_tokens: int = 4096
-    default_temperature: float = 1.0
+    max_body_bytes: _Count = 16 << 20
+    default_max_tokens: _Count = 4096
+    default_temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     retry_after_s: int = 2
     memory_entries: int = 2000
     memory_bytes: int = 24 << 20
-    drain_s: float = 30.0
+    drain_s: Annotated[float, Meta(ge=0, le=3_600)] = 30.0

@@ -45,11 +45,6 @@ class Membership(msgspec.Struct, frozen=True, tag="membership.v1"):
     def __repr__(self) -> str:
         return f"Membership(device_id={self.device_id!r}, url={self.url!r})"
 
-    @property
-    def server_words(self) -> str:
-        """Six words that name the server's root key, for two people to compare."""
-        return signing.key_words(self.root_key)
-
 
 def join(
     invitation_text: str, *, line: ModelLine, device_key: bytes | None = None, timeout_s: float = 30.0
@@ -101,8 +96,11 @@ def _post(invitation: Invitation, body: bytes, *, timeout_s: float) -> JoinReply
     url = urlsplit(invitation.url)
     if url.scheme != "https" or not url.hostname:
         raise WireError(f"the invitation names {invitation.url!r}; a server's address begins with https://")
-    context = ssl.create_default_context(cadata=invitation.ca_pem)
-    connection = http.client.HTTPSConnection(url.hostname, url.port or 443, timeout=timeout_s, context=context)
+    try:
+        context, port = ssl.create_default_context(cadata=invitation.ca_pem), url.port or 443
+    except (ssl.SSLError, ValueError) as error:
+        raise WireError(f"the invitation's certificate or port is damaged ({error}); ask for a new one") from error
+    connection = http.client.HTTPSConnection(url.hostname, port, timeout=timeout_s, context=context)
     try:
         connection.request("POST", JOIN_PATH, body, {"Content-Type": "application/octet-stream"})
         response = connection.getresponse()
@@ -124,7 +122,7 @@ def _reason(data: bytes) -> str:
     try:
         found = msgspec.json.decode(data, type=dict[str, dict[str, str]])
         return found["error"]["message"]
-    except (msgspec.DecodeError, KeyError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
         return "no reason given"
 
 

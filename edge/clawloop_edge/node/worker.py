@@ -7,13 +7,14 @@ import logging
 import random
 import threading
 import time
+import traceback
 from enum import StrEnum
 
 import msgspec
 
 from clawloop_edge.node import messages
 from clawloop_edge.node.messages import NodeHandlers
-from clawloop_edge.node.transport import NodeError, NodeRefused, Transport
+from clawloop_edge.node.transport import NodeError, NodeRefused, ServerAway, Transport
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +107,11 @@ class NodeWorker:
             except NodeError as error:
                 failures += 1
                 self._failed(error, failures)
+            except Exception as error:  # noqa: BLE001 - whatever a server sends or a disk does, sync comes back by itself
+                failures += 1
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                kind = f"{type(error).__name__} at {where.filename}:{where.lineno}"
+                self._failed(ServerAway(f"sync failed with {kind}"), failures)
             finally:
                 self._transport.close()
         self._set(NodeState.STOPPED)

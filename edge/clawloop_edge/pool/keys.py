@@ -17,7 +17,8 @@ from clawloop_shared.errors import KeyMissing
 from clawloop_shared.files import private_folder, sync_folder
 
 DATABASE_NAME = "pool.db"
-_NO_KEYCHAIN = "unlock it (a session over ssh or cron has it locked), or give a key file: --key-file FILE"
+_USE_A_FILE = "keep the key in a file: clawloop-edge setup --key-file"
+_NO_KEYCHAIN = f"unlock it (a session over ssh or cron has it locked), or {_USE_A_FILE}"
 
 
 class KeyStore(Protocol):
@@ -120,7 +121,7 @@ class KeychainKeyStore:
         except KeyringError as error:
             raise PoolError(f"the keychain cannot be written ({type(error).__name__}); {_NO_KEYCHAIN}") from error
         if self.load() != key:
-            raise PoolError("the keychain gave back another key than was put in; use a key file: --key-file FILE")
+            raise PoolError(f"the keychain gave back another key than was put in; {_USE_A_FILE}")
         return key
 
 

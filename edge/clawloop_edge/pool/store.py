@@ -23,7 +23,8 @@ from clawloop_edge.pool.records import Change, KeptStep, PoolReport, PoolStats, 
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.verify import SealedColumn, count_pool, verify_pool
 from clawloop_edge.pool.writer import Writer
-from clawloop_shared.database import migrate, open_database, transaction
+from clawloop_shared.database import migrate, open_database, sqlcipher, transaction
+from clawloop_shared.errors import StorageError
 from clawloop_shared.files import private_folder
 from clawloop_shared.records import Signal, Step, check_signal
 
@@ -133,15 +134,22 @@ class Pool:
 
     @contextmanager
     def read(self) -> Iterator["Database"]:
-        """A connection that sees the pool as it is now, for as long as the block lasts. Only for reading."""
-        with self._reader() as database:
-            database.conn.execute("PRAGMA query_only = ON")
-            database.conn.execute("BEGIN")
-            try:
-                yield database
-            finally:
-                database.conn.execute("ROLLBACK")
-                database.conn.execute("PRAGMA query_only = OFF")
+        """A connection that sees the pool as it is now, for as long as the block lasts. Only for reading.
+
+        Raises:
+            StorageError: the file is damaged or cannot be read.
+        """
+        try:
+            with self._reader() as database:
+                database.conn.execute("PRAGMA query_only = ON")
+                database.conn.execute("BEGIN")
+                try:
+                    yield database
+                finally:
+                    database.conn.execute("ROLLBACK")
+                    database.conn.execute("PRAGMA query_only = OFF")
+        except sqlcipher().DatabaseError as error:
+            raise StorageError(f"the pool cannot be read: {error}; run `clawloop-edge pool verify`") from error
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:

@@ -30,6 +30,7 @@ KIND = "steps.v1"
 DEFAULT_HOLD_S = 86_400
 _ITEM_OVERHEAD_BYTES = 256
 _UNRECEIVED = " WHERE state IN ('queued', 'approved', 'sent')"
+_SENT = " WHERE state = 'sent'"
 _LIST = "SELECT item_id, state, kind, receipt_id, release_ms, size, facts, body IS NOT NULL FROM outbox"
 
 
@@ -130,7 +131,8 @@ class Outbox:
             self._pool.submit(lambda database: self._mark_sent(database, item_ids)).result()
 
     def mark_received(self, item_ids: Sequence[str]) -> None:
-        """Note that the server has these on disk. Names that are not known, or known as received, change nothing."""
+        """Note that the server has these on disk. Names of items that were not sent, or are not known, change nothing:
+        the server's word must not end an item that never left."""
         if item_ids:
             self._pool.submit(lambda database: self._mark_received(database, item_ids)).result()
 
@@ -254,10 +256,10 @@ class Outbox:
             self._write_down(database, "sent", item=item)
 
     def _mark_received(self, database: "Database", item_ids: Sequence[str]) -> None:
-        known = {item.item_id: item for item in self._items(database, _UNRECEIVED)}
+        sent = {item.item_id: item for item in self._items(database, _SENT)}
         for item_id in item_ids:
-            item = known.pop(item_id, None)
-            if item is not None and item.state is not ItemState.RECEIVED:
+            item = sent.pop(item_id, None)
+            if item is not None:
                 _set_state(database, item_id, state=ItemState.RECEIVED)
                 self._write_down(database, "received", item=item)
 

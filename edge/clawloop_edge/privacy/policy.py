@@ -14,7 +14,8 @@ TEXTS = {
     Level.METRICS: "Only counters leave this device: its level, its model line, its adapter version, how many items "
     "wait, and the version of this program. Nothing that was said.",
     Level.FULL: "The trainable steps that are kept from now on leave this device as they are: what you and your agent "
-    "said, the tools' results, and how they were judged. The server learns from them. Secrets in them leave too.",
+    "said, the tools' results, and how they were judged. The server learns from them. Secrets in them leave too. "
+    "A conversation that goes on takes along what was said in it before.",
 }
 """the levels that are built, and what is said of each"""
 

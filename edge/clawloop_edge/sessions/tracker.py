@@ -5,6 +5,7 @@ Knows no HTTP.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from clawloop_edge.sessions.identity import Identity
 from clawloop_edge.sessions.memory import Known, StepMemory, known_ids
 from clawloop_edge.sessions.splice import Sampled
 from clawloop_edge.sessions.tree import Turn
+from clawloop_shared.errors import ClawloopError
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Step
 
+_LOG = logging.getLogger(__name__)
 FindKept = Callable[[bytes, str | None], KeptStep | None]
 """the latest kept step whose reply ends this chain, in any session or in this one; blocking, run in a thread"""
 Decode = Callable[[Sequence[int]], str]
@@ -103,7 +106,11 @@ class Tracker:
         positions = _replies(turns)[:_POOL_DEPTH]
         if not positions:
             return None
-        return await asyncio.to_thread(self._search, positions, chain, session_id=session_id)
+        try:
+            return await asyncio.to_thread(self._search, positions, chain, session_id=session_id)
+        except ClawloopError as error:  # the user is served first: without its parent a call is only encoded anew
+            _LOG.warning("an earlier step could not be looked up, its ids are not reused: %s", type(error).__name__)
+            return None
 
     def _search(self, positions: list[int], chain: list[bytes], *, session_id: str) -> tuple[Known, int] | None:
         for position in positions:

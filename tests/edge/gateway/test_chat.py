@@ -394,3 +394,16 @@ async def test_feedback_on_what_is_not_known_is_404_and_bad_values_are_400(scrip
     for bad in wrong:
         status, _, body = await served.post("/v1/feedback", bad)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error"), bad
+
+
+async def test_a_call_is_answered_even_if_an_earlier_step_cannot_be_opened(scripted: Any) -> None:
+    first = await scripted(["Hello."])
+    asked = [{"role": "user", "content": "hi"}]
+    _, _, body = await first.post("/v1/chat/completions", {"messages": asked})
+    first.kept(body["id"])
+    first.pool.submit(lambda database: database.execute("DELETE FROM keys WHERE scope LIKE 'session/%'")).result(10)
+    restarted = await scripted(["Still here."])
+    history = [*asked, body["choices"][0]["message"], {"role": "user", "content": "and now?"}]
+    status, _, body = await restarted.post("/v1/chat/completions", {"messages": history})
+    assert status == 200
+    assert body["choices"][0]["message"]["content"] == "Still here."

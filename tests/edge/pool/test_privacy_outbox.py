@@ -254,6 +254,18 @@ def test_what_was_sent_comes_again_until_it_is_received_and_is_written_down_each
         outbox.drop(item.item_id)
 
 
+def test_the_servers_word_does_not_end_an_item_that_never_left(
+    pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept
+) -> None:
+    consent.set_level(Level.FULL)
+    pool.keep_step(make_kept()).result()
+    outbox.fill()
+    (item,) = outbox.list()
+    outbox.mark_received([item.item_id])
+    assert outbox.list()[0].state is ItemState.QUEUED
+    assert AuditLog(pool).entries() == []
+
+
 def test_marking_is_all_or_nothing(pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept) -> None:
     consent.set_level(Level.FULL)
     pool.keep_step(make_kept()).result()

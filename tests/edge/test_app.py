@@ -1,0 +1,171 @@
+"""The running edge: joining and leaving servers, wishes of its owner, silence at level off, and how it starts."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from clawloop_edge import state
+from clawloop_edge.adapters.store import AdapterStore
+from clawloop_edge.app import Edge, serve
+from clawloop_edge.config import EdgeConfig, ModelConfig
+from clawloop_edge.engine.mlx import MlxEngine
+from clawloop_edge.errors import ConsentError
+from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.handlers import Handlers
+from clawloop_edge.home import EdgeHome
+from clawloop_edge.node.join import Membership
+from clawloop_edge.pool.store import Pool
+from clawloop_shared import signing
+from clawloop_shared.errors import ConfigError
+from clawloop_shared.files import sha256
+from clawloop_shared.levels import Level
+from clawloop_shared.lora import parse_config
+from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, sign_manifest
+from clawloop_shared.messages import AdapterOffer, UploadRequest
+from clawloop_shared.model_line import ModelLine
+from clawloop_shared.records import Policy
+
+MakeAdapter = Callable[..., dict[str, bytes]]
+PROBE_IDS = [5, 300, 301, 302]
+FAR_MS = 1 << 42
+
+
+def member(line: ModelLine, key: bytes, *, name: str = "one") -> Membership:
+    """A membership at a server whose release key is `key`."""
+    return Membership(
+        device_id=name,
+        url=f"https://{name}.invalid:1",
+        ca_pem="",
+        root_key=b"r" * 32,
+        release_key=signing.public_key(key),
+        line=line,
+        device_key=b"d" * 32,
+        node_key_pem="",
+        node_id=1,
+    )
+
+
+async def offer(engine: MlxEngine, files: dict[str, bytes], *, key: bytes, version: int) -> AdapterOffer:
+    """What the server with `key` would release."""
+    await engine.load(Policy(engine.line.line_id, 9999, "probe"), files)
+    probe = await engine.score(PROBE_IDS[:1], PROBE_IDS[1:], version=9999)
+    await engine.unload(9999)
+    config = parse_config(files["adapter_config.json"])
+    manifest = Manifest(
+        line=engine.line,
+        version=version,
+        previous_sha256="",
+        files=[FileEntry(name, len(data), sha256(data)) for name, data in files.items()],
+        rank=config.r,
+        alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        probe=Probe(PROBE_IDS, probe),
+        evaluation=Evaluation("none", 0, 0.0, 0.0, 0.0),
+        round_id="r",
+        lineage_root="",
+        created_ms=1,
+        expires_ms=FAR_MS,
+    )
+    return AdapterOffer(sign_manifest(manifest, key), files)
+
+
+@pytest.fixture
+async def edge(tmp_path: Path, engine: MlxEngine, tiny_model: Path) -> AsyncIterator[Edge]:
+    """An edge that was not started, on a home with an empty pool."""
+    home = EdgeHome(tmp_path / "home")
+    home.make()
+    config = EdgeConfig(model=ModelConfig(path=str(tiny_model)))
+    with Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+        edge = Edge(home, config, pool=pool, engine=engine)
+        yield edge
+        await edge.stop()
+
+
+async def test_after_leaving_one_server_the_adapters_of_another_are_taken(
+    edge: Edge, engine: MlxEngine, make_adapter: MakeAdapter
+) -> None:
+    one, two = signing.new_key(), signing.new_key()
+    state.keep_membership(edge.pool, member(engine.line, one))
+    await edge._follow_membership()
+    assert edge.activator is not None
+    for version in (1, 2):
+        reply = await edge.activator.install(await offer(engine, make_adapter(seed=version), key=one, version=version))
+        assert reply.installed
+    state.want_adapter(edge.pool, 1, now_ms=5)
+    state.forget_membership(edge.pool)
+    await edge._watch()
+    assert engine.policy.version == 0
+    assert engine.health().versions == [0]
+
+    state.keep_membership(edge.pool, member(engine.line, two, name="two"))
+    await edge._watch()
+    assert edge.activator is not None
+    reply = await edge.activator.install(await offer(engine, make_adapter(seed=8), key=two, version=1))
+    assert (reply.installed, reply.reason) == (True, "")
+    state.keep_membership(edge.pool, member(engine.line, one))
+    await edge._watch()
+    assert engine.policy.version == 2, "who comes back finds what was in use there"
+
+
+async def test_a_wish_made_while_the_edge_was_down_is_followed_at_its_start(
+    edge: Edge, engine: MlxEngine, make_adapter: MakeAdapter
+) -> None:
+    key = signing.new_key()
+    state.keep_membership(edge.pool, member(engine.line, key))
+    await edge._follow_membership()
+    assert edge.activator is not None
+    assert (await edge.activator.install(await offer(engine, make_adapter(), key=key, version=1))).installed
+    state.want_adapter(edge.pool, 0, now_ms=5)
+    await edge.start()
+    await edge._watch()
+    assert engine.policy.version == 0
+    assert state.wanted_adapter(edge.pool) is None
+    state.want_adapter(edge.pool, 77, now_ms=6)
+    await edge._watch()
+    assert state.wanted_adapter(edge.pool) is None, "what cannot be followed is not tried for ever"
+    assert AdapterStore.of_key(edge.home.adapters, signing.public_key(key)).pointer().version == 0
+
+
+async def test_a_newer_wish_is_not_taken_for_the_one_that_was_followed(edge: Edge) -> None:
+    state.want_adapter(edge.pool, 1, now_ms=5)
+    old = state.wanted_adapter(edge.pool)
+    assert old is not None
+    state.want_adapter(edge.pool, 2, now_ms=6)
+    state.done_wanting(edge.pool, old)
+    newer = state.wanted_adapter(edge.pool)
+    assert newer is not None
+    assert newer.version == 2
+
+
+async def test_at_level_off_not_even_a_counter_is_answered(edge: Edge, engine: MlxEngine) -> None:
+    state.keep_membership(edge.pool, member(engine.line, signing.new_key()))
+    await edge._follow_membership()
+    assert edge.activator is not None
+    assert edge.node is None
+    loop = asyncio.get_running_loop()
+    handlers = Handlers(engine, edge.outbox, consent=edge.consent, activator=edge.activator, loop=loop)
+    with pytest.raises(ConsentError):
+        handlers.status()
+    with pytest.raises(ConsentError):
+        handlers.upload(UploadRequest([], 1 << 20))
+    edge.consent.set_level(Level.METRICS)
+    assert handlers.status().level == "metrics"
+
+
+async def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    script = tmp_path / "script.json"
+    script.write_text('["hello"]')
+    home = EdgeHome(tmp_path / "home")
+    home.make()
+    with socket.socket() as taken, Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = EdgeConfig(
+            model=ModelConfig(path=str(tiny_model), kind="scripted", script=str(script)),
+            gateway=GatewaySettings(port=taken.getsockname()[1]),
+        )
+        with pytest.raises(ConfigError, match="cannot listen on 127"):
+            await serve(home, config, pool=pool)

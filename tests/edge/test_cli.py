@@ -1,0 +1,132 @@
+"""The command line: what others wrote breaks no table, facts are one JSON value, and known failures are one line."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from clawloop_edge import state
+from clawloop_edge.cli.root import app
+from clawloop_edge.config import EdgeConfig
+from clawloop_edge.home import EdgeHome
+from clawloop_edge.opening import open_pool
+from clawloop_edge.pool.records import KeptStep
+from clawloop_shared import config
+from clawloop_shared.errors import ConfigError
+from clawloop_shared.ids import new_step_id
+from clawloop_shared.records import Policy, Sampling, Step
+
+NASTY = "[/INST] \x1b]0;owned\x07 say [bold]hi[/bold]"
+
+
+def kept(words: str) -> KeptStep:
+    step = Step(
+        step_id=new_step_id(),
+        session_id="s",
+        run_id="r",
+        prompt_ids=[1],
+        response_ids=[2],
+        response_logprobs=[-0.5],
+        policy=Policy("line"),
+        sampling=Sampling(),
+        finish_reason="stop",
+        created_ms=1,
+    )
+    messages = [{"role": "user", "content": [{"type": "text", "text": words}]}]
+    reply = {"role": "assistant", "content": words}
+    return KeptStep(step=step, messages=messages, reply=reply, text=words, started_ms=1, finished_ms=2)
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_model: Path) -> EdgeHome:
+    """A home as `setup` makes it."""
+    found = EdgeHome(tmp_path / "home")
+    made = run(found, "setup", "--model", str(tiny_model), "--key-file", "--port", "8123", "--yes")
+    assert made.exit_code == 0, made.output
+    return found
+
+
+def run(home: EdgeHome, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--home", str(home.folder), *arguments])
+
+
+def test_what_a_model_or_a_person_wrote_is_shown_as_it_is(home: EdgeHome) -> None:
+    with open_pool(home, writer=True) as pool:
+        pool.keep_step(kept(NASTY)).result()
+    for command in (("sessions", "list"), ("sessions", "show", "s")):
+        shown = run(home, *command)
+        assert shown.exit_code == 0, shown.output
+        assert "[/INST]" in shown.output
+        assert "\x1b]0" not in shown.output
+        assert "[bold]" in shown.output.replace("\n", "")
+
+
+def test_a_level_can_be_set_by_a_program(home: EdgeHome) -> None:
+    done = run(home, "privacy", "set", "full", "--yes", "--json")
+    assert json.loads(done.stdout)["level"] == "full"
+    shown = json.loads(run(home, "privacy", "show", "--json").stdout)
+    assert (shown["level"], shown["chosen"], shown["reason"]) == ("full", "full", "")
+    assert "1 receipts, unbroken" in run(home, "audit", "verify").output
+
+
+def test_setup_run_again_keeps_what_was_set(home: EdgeHome, tiny_model: Path) -> None:
+    before = home.load_config()
+    config.save(home.config_file, EdgeConfig(before.model, before.gateway, before.engine, before.pool))
+    assert run(home, "setup", "--model", str(tiny_model), "--yes").exit_code == 0
+    after = home.load_config()
+    assert (after.pool.key, after.gateway.port) == ("file", 8123)
+
+
+def test_an_adapter_can_be_chosen_only_where_a_server_was_joined(home: EdgeHome) -> None:
+    failed = run(home, "adapters", "rollback")
+    assert isinstance(failed.exception, ConfigError)
+    assert "joined no server" in str(failed.exception)
+    with open_pool(home, writer=False) as pool:
+        assert state.wanted_adapter(pool) is None
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """The port of a program that is not an edge."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not to the test's output."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_status_tells_an_edge_from_another_program_and_asks_no_proxy(
+    home: EdgeHome, tiny_model: Path, stranger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{stranger}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    down = run(home, "status", "--json")
+    assert (down.exit_code, json.loads(down.stdout)) == (1, {"running": False})
+    run(home, "setup", "--model", str(tiny_model), "--port", str(stranger), "--yes")
+    failed = run(home, "status")
+    assert isinstance(failed.exception, ConfigError)
+    assert "not as this edge does" in str(failed.exception)
+
+
+@pytest.mark.parametrize("line", ["[privacy]\nhold_s = inf", "[node]\npoll_s = 0", "[gateway]\nport = 99999"])
+def test_a_setting_out_of_bounds_is_refused_by_name(home: EdgeHome, line: str) -> None:
+    home.config_file.write_text(line)
+    with pytest.raises(ConfigError, match=line.split()[1]):
+        home.load_config()
