@@ -52,7 +52,7 @@ def server_settings(tasks_file: Path, *, control: bool) -> dict[str, dict[str, o
     and not the reward.
     """
     gate: dict[str, object] = {"required": False} if control else {"tasks": str(tasks_file)}
-    train: dict[str, object] = {"lr": 3e-3, "planned_updates": 150, "loss": {"kl_beta": 0.05}}
+    train: dict[str, object] = {"lr": 3e-3, "planned_updates": 120, "loss": {"kl_beta": 0.05}}
     return {"fleet": {"upload_every_s": 0.5}, "gate": gate, "train": train}
 
 

@@ -58,7 +58,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     beta2: float = 0.99
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    advantage: str = "tracker"
+    advantage: str = "ema"
     """a name in trainer/advantages.py"""
     reward_low: float = -1.0
     """rewards in [reward_low, reward_high] become [0, 1] for the baseline"""
