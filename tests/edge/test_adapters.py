@@ -198,12 +198,12 @@ async def test_a_bad_adapter_is_refused_with_its_reason_and_the_old_one_serves(d
 
 
 async def test_no_call_fails_while_adapters_arrive(desk: Desk) -> None:
-    offers = [await desk.offer(version) for version in (1, 2, 3, 4)]
-    seen: set[int] = set()
-    stop = asyncio.Event()
+    versions = (1, 2, 3, 4)
+    offers = [await desk.offer(version) for version in versions]
+    seen = {version: asyncio.Event() for version in (0, *versions)}
 
     async def agent(seed: int) -> None:
-        while not stop.is_set():
+        while not seen[4].is_set():
             ask = GenerateRequest(prompt_ids=[300 + seed, 310, 320, 330], max_tokens=12, sampling=Sampling())
             generation = await desk.engine.generate(ask)
             tokens = [token async for token in generation]
@@ -211,16 +211,14 @@ async def test_no_call_fails_while_adapters_arrive(desk: Desk) -> None:
             if version in desk.engine.health().versions:
                 scored = await desk.engine.score(ask.prompt_ids, ids, version=version)
                 assert max(abs(t.logprob - s) for t, s in zip(tokens, scored, strict=True)) < 1e-3
-            seen.add(version)
+            seen[version].set()
 
-    agents = [asyncio.create_task(agent(n)) for n in range(8)]
-    for offer in offers:
-        assert (await desk.activator.install(offer)).installed
-        await asyncio.sleep(0.05)
-    stop.set()
-    await asyncio.gather(*agents)
-    assert 4 in seen
-    assert len(seen) >= 3
+    async with asyncio.TaskGroup() as group:
+        for n in range(8):
+            group.create_task(agent(n))
+        for version, offer in zip(versions, offers, strict=True):
+            assert (await desk.activator.install(offer)).installed
+            await seen[version].wait()
 
 
 async def test_rollback_and_use_move_between_kept_versions(desk: Desk) -> None:

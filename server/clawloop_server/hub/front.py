@@ -119,6 +119,8 @@ class Front:
 
 async def _whole(request: web.Request, limit: int) -> bytes | None:
     """The body, however many pieces it comes in; None if it is larger than `limit`."""
+    if (request.content_length or 0) > limit:
+        return None
     body = bytearray()
     async for piece in request.content.iter_any():
         body += piece
