@@ -7,17 +7,16 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demoworld import foreign, world
-
-transformers = pytest.importorskip("transformers")
-from demoworld.tokenizer import MARKS, SPECIAL_TOKENS, encode, policy_mask, read_template  # noqa: E402
+from demoworld.tokenizer import MARKS, SPECIAL_TOKENS, encode, policy_mask, read_template
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MODEL = SCRIPTS / "demoworld" / "model"
@@ -205,14 +204,14 @@ def test_the_committed_folder_is_small_readable_and_of_this_template() -> None:
 
 @cache
 def mlx_model() -> Any:
-    return pytest.importorskip("mlx_lm").load(str(MODEL))
+    return import_module("mlx_lm").load(str(MODEL))
 
 
 def answer(messages: list[world.JsonObject], tools: list[world.JsonObject] | None) -> str:
     """The greedy answer of the committed model through mlx_lm."""
     model, words = mlx_model()
     prompt = words.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
-    return str(pytest.importorskip("mlx_lm").generate(model, words, prompt, max_tokens=60))
+    return str(import_module("mlx_lm").generate(model, words, prompt, max_tokens=60))
 
 
 def parse_call(text: str) -> Any:
