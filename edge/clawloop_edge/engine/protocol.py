@@ -4,31 +4,40 @@ An engine knows tokens, adapters and versions. It does not know HTTP, sessions o
 """
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from clawloop_edge.engine.tool_calls import ToolFormat
+from clawloop_edge.engine.thinking import ThinkMarks
+from clawloop_edge.engine.tool_calls import Piece, ToolFormat
 from clawloop_shared.model_line import ModelLine
 from clawloop_shared.records import Policy, Sampling
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One call: the exact prompt, how to sample, and how much. `version` asks for one adapter; None is the current."""
+    """One call: the exact prompt, how to sample, and how much. `version` asks for one adapter; None is the current.
+
+    `top_logprobs` asks for that many of the likeliest tokens beside each sampled one. `grammar`, in the form that
+    `engine.grammar` makes, is what the response must match; it cuts the distribution, which the logprobs do not show.
+    """
 
     prompt_ids: list[int]
     max_tokens: int
     sampling: Sampling
     version: int | None = None
+    top_logprobs: int = 0
+    grammar: str = ""
 
 
 class Token(msgspec.Struct, frozen=True, gc=False):
     """One sampled token and its logprob under the sampled distribution. `finish_reason` is set on the last alone:
-    `stop` (the end token, which is part of the response), or `length`."""
+    `stop` (the end token, which is part of the response), or `length`. `top` are the likeliest tokens and their
+    logprobs, likeliest first, if they were asked for."""
 
     token_id: int
     logprob: float
     finish_reason: str | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Generation(Protocol):
@@ -42,17 +51,30 @@ class Generation(Protocol):
 
     @property
     def cached_tokens(self) -> int: ...
+    async def ready(self, timeout_s: float) -> bool:
+        """Wait until the first token, or the error that ended the call, can be had without waiting; False if it took
+        longer. Takes nothing out of the stream."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[Token]: ...
     async def aclose(self) -> None: ...
 
 
 class EngineHealth(msgspec.Struct, frozen=True):
-    """Whether the engine serves, how much is in flight, and which adapter versions are loaded."""
+    """Whether the engine serves, how much is in flight, and which adapter versions are loaded.
+
+    `waiting` are the calls of those in flight that have no row yet. `memory_bytes` is what weights, attention caches of
+    running calls and kept prefixes (`cache_bytes` of them) take, `budget_bytes` what they may; 0 where nothing bounds it.
+    """
 
     alive: bool
     in_flight: int
     versions: list[int]
     detail: str = ""
+    waiting: int = 0
+    memory_bytes: int = 0
+    budget_bytes: int = 0
+    cache_bytes: int = 0
 
 
 class Detokenizer(Protocol):
@@ -68,14 +90,23 @@ class Detokenizer(Protocol):
 
 
 class ChatTokenizer(Protocol):
-    """The model's tokenizer and chat template. `tool_format` is how the model writes a tool call, if it can."""
+    """The model's tokenizer and chat template. `tool_format` and `think_marks` are how the model writes a tool call and
+    its thoughts, if it can."""
 
     eos_ids: frozenset[int]
     context_length: int
     tool_format: ToolFormat | None
+    think_marks: ThinkMarks | None
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
-        """The prompt text, ready for the assistant's turn. Raises RequestError if the template refuses."""
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        thinking: bool | None = None,
+    ) -> str:
+        """The prompt text, ready for the assistant's turn; `thinking` asks a model that can do both to think first, or
+        not to. Raises RequestError if the template refuses."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -92,6 +123,84 @@ class ChatTokenizer(Protocol):
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one for one response; its pieces together are `visible` of the ids (end tokens give no text)."""
+        ...
+
+
+class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One call for a server that renders prompts itself. `tool_choice` is `auto`, `required`, or the name of a tool if
+    `tool_named`; `schema` is what the answer must match ({}: any JSON object), None for free text."""
+
+    messages: list[dict[str, Any]]
+    sampling: Sampling
+    max_tokens: int
+    raw: str | list[int] | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: str = "auto"
+    tool_named: bool = False
+    parallel_tools: bool = True
+    schema: dict[str, Any] | None = None
+    stops: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    model: str = ""
+
+
+class TextPart(msgspec.Struct, frozen=True, gc=False):
+    """What a text-only server said: pieces, logprobs in OpenAI's shape, and on the last alone why it ended (`stop`,
+    `length`; a server's `tool_calls` is `stop`)."""
+
+    pieces: list[Piece]
+    entries: list[dict[str, Any]] = []
+    finish_reason: str | None = None
+
+
+class TextGeneration(Protocol):
+    """A call in flight at a text-only server. `usage` is (prompt, completion, cached) tokens, 0 where it is not said."""
+
+    policy: Policy
+    usage: tuple[int, int, int]
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Wait for the first part, or for the error that ended the call; takes nothing."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[TextPart]: ...
+    async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class TextEngine(Protocol):
+    """A server that answers with text: served and kept, never trainable."""
+
+    @property
+    def line(self) -> ModelLine:
+        """What stands for the model; no step of it is trained on."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """What all calls get."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have; 0 if the server does not say."""
+        ...
+
+    async def generate_text(self, request: TextRequest) -> TextGeneration:
+        """Start a call. Raises RequestError (the server refuses it), EngineBusy or EngineGone."""
+        ...
+
+    async def count(self, request: TextRequest) -> int:
+        """Tokens of a prompt. Raises RequestError: the server cannot say."""
+        ...
+
+    def health(self) -> EngineHealth:
+        """The truth about the server, as far as calls have shown it."""
+        ...
+
+    async def close(self) -> None:
+        """Stop; calls in flight end with EngineGone."""
         ...
 
 

@@ -28,6 +28,18 @@ class TokenStream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    async def ready(self, timeout_s: float) -> bool:
+        """Wait until something can be taken, at most `timeout_s`; False if nothing came."""
+        if self._items:
+            return True
+        waiter = self._waiter = self.loop.create_future()
+        timer = self.loop.call_later(timeout_s, _give_up, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+        return bool(self._items)
+
     async def next(self) -> Token:
         """The next token; raises the error that ended the call."""
         while not self._items:
@@ -37,6 +49,11 @@ class TokenStream:
         if isinstance(item, BaseException):
             raise item
         return item
+
+
+def _give_up(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def deliver(items: Sequence[tuple[TokenStream, Item]]) -> None:
@@ -57,6 +74,10 @@ class StreamGeneration:
     def cached_tokens(self) -> int:
         """Prompt tokens that were not computed again; known from the first token on."""
         return self._stream.cached_tokens
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Wait for the first token or error, at most `timeout_s`; takes nothing."""
+        return await self._stream.ready(timeout_s)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         try:

@@ -14,6 +14,7 @@ import msgspec
 
 from clawloop_edge.engine.detokenizer import ByteDetokenizer, WindowDetokenizer
 from clawloop_edge.engine.protocol import Detokenizer
+from clawloop_edge.engine.thinking import ThinkMarks
 from clawloop_edge.engine.tool_calls import ToolFormat, Tools, parse_json_calls
 from clawloop_edge.errors import RequestError
 from clawloop_shared.errors import ConfigError
@@ -49,18 +50,26 @@ class HfChatTokenizer:
         self.eos_ids = frozenset(int(i) for i in wrapper.eos_token_ids)
         self.context_length = _context_length(folder, self._hf.model_max_length)
         self.tool_format = _tool_format(wrapper)
+        self.think_marks = ThinkMarks(wrapper.think_start, wrapper.think_end) if wrapper.has_thinking else None
         self._byte_level = _is_byte_level(self._backend)
         self._table: dict[int, bytes] = {}
         self._keeps_strings = self._template_keeps_strings()
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
-        """The prompt text, ready for the assistant's turn.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        thinking: bool | None = None,
+    ) -> str:
+        """The prompt text, ready for the assistant's turn; `thinking` is for templates that know `enable_thinking`.
 
         Raises:
             RequestError: a role or content that text models do not have, or the template refuses.
         """
         plain = [self._plain(message, position) for position, message in enumerate(messages)]
-        return self._apply(plain, list(tools) if tools else None)
+        more = {} if thinking is None else {"enable_thinking": thinking}
+        return self._apply(plain, list(tools) if tools else None, **more)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added."""
@@ -80,11 +89,13 @@ class HfChatTokenizer:
             return ByteDetokenizer(self._table, self._backend.id_to_token, skip=self.eos_ids)
         return WindowDetokenizer(self.decode, skip=self.eos_ids)
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    def _apply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **more: Any) -> str:
         from jinja2 import TemplateError
 
         try:
-            text = self._hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            text = self._hf.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True, **more
+            )
         except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
             reason = type(error).__name__ if not isinstance(error, TemplateError) else error.message
             raise RequestError(

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from clawloop_edge.engine.thinking import Reasoning, overlap
+
 Tools = Sequence[dict[str, Any]]
 
 
@@ -26,7 +28,8 @@ class ToolCall(msgspec.Struct, frozen=True):
         return {"id": self.call_id, "type": "function", "function": function}
 
 
-Piece = str | ToolCall
+Piece = str | Reasoning | ToolCall
+"""what a client gets to see of a reply: text, a thought, or a whole call"""
 
 
 class ToolFormat(msgspec.Struct, frozen=True):
@@ -93,7 +96,7 @@ class ReplyParser:
             return self._find_end(form, found)
         at = self._text.find(form.start)
         if at < 0:
-            sure = len(self._text) - _overlap(self._text, form.start)
+            sure = len(self._text) - overlap(self._text, form.start)
             sure = len(self._text[:sure].rstrip())
             self._content(found, self._text[:sure])
             self._text = self._text[sure:]
@@ -131,11 +134,6 @@ class ReplyParser:
         if text:
             found.append(text)
             self._after_call = False
-
-
-def _overlap(text: str, marker: str) -> int:
-    """How many last characters of `text` may be the beginning of `marker`."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def parse_reply(text: str, tokenizer: HasToolFormat, *, tools: Tools = ()) -> tuple[str, list[dict[str, Any]]]:

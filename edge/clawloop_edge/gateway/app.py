@@ -1,8 +1,9 @@
 """The gateway: routes, and what every request passes on its way in.
 
-Host and Origin -> token -> (no new calls while draining) -> handler; every error in OpenAI's shape
+Host and Origin -> token -> (no new calls while draining) -> handler; errors in the called API's shape
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -10,16 +11,18 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from clawloop_edge.engine.protocol import Engine
+from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.gateway.auth import Guard
-from clawloop_edge.gateway.chat import ChatHandler
+from clawloop_edge.gateway.call import Api
+from clawloop_edge.gateway.chat_writer import ChatApi
 from clawloop_edge.gateway.drain import Drain
-from clawloop_edge.gateway.errors import failure_of
+from clawloop_edge.gateway.errors import Shape, failure_of
 from clawloop_edge.gateway.feedback import FeedbackHandler
 from clawloop_edge.gateway.health import HealthHandler
-from clawloop_edge.gateway.prompt import Preparer
 from clawloop_edge.gateway.recorder import Recorder
+from clawloop_edge.gateway.serving import Service
 from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.gateway.source import Source, TextSource, TokenSource
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.sessions.memory import StepMemory
 from clawloop_edge.sessions.tracker import REPLY_INDEX, FindKept, Tracker
@@ -28,6 +31,10 @@ from clawloop_shared.records import Signal
 _SHUTDOWN_S = 1.0
 """how long the runner waits for what still runs after the drain; aiohttp's own minute would come on top of it"""
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+APIS: dict[str, Api] = {
+    "/v1/chat/completions": ChatApi(),
+}
+"""the APIs that answer calls, by path"""
 
 
 class PoolSide(Protocol):
@@ -52,8 +59,9 @@ class GatewayStats(msgspec.Struct, frozen=True, kw_only=True):
 class StatsReader:
     """Reads the counts where they are kept."""
 
-    def __init__(self, recorder: Recorder, preparer: Preparer, *, drain: Drain, memory: StepMemory) -> None:
-        self._recorder, self._preparer, self._drain, self._memory = recorder, preparer, drain, memory
+    def __init__(self, recorder: Recorder, source: Source, *, drain: Drain, memory: StepMemory) -> None:
+        self._recorder, self._drain, self._memory = recorder, drain, memory
+        self._counts = source.preparer.counts if isinstance(source, TokenSource) else {}
 
     def __call__(self) -> GatewayStats:
         """The counts now."""
@@ -62,7 +70,7 @@ class StatsReader:
             keep_failures=self._recorder.failed,
             in_flight=self._drain.in_flight,
             remembered_steps=len(self._memory),
-            spliced={how.value: count for how, count in self._preparer.counts.items()},
+            spliced={how.value: count for how, count in self._counts.items()},
         )
 
 
@@ -72,29 +80,36 @@ STATS: web.AppKey[StatsReader] = web.AppKey("stats", StatsReader)
 """`app[STATS]()` counts since the start"""
 
 
-def make_app(engine: Engine, pool: PoolSide, *, settings: GatewaySettings, token: str) -> web.Application:
+def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySettings, token: str) -> web.Application:
     """The gateway before `engine`, keeping what passes in `pool`. Must be called on a running event loop.
 
     Run it with `make_runner`, so that a client that goes away frees the engine at once.
     """
     memory = StepMemory(max_entries=settings.memory_entries, max_bytes=settings.memory_bytes)
-    tracker = Tracker(memory, find_kept=_finder(pool), decode=engine.tokenizer.decode)
-    preparer, recorder, drain = Preparer(engine.tokenizer), Recorder(pool, tracker), Drain(settings.drain_s)
-    chat = ChatHandler(engine, tracker, preparer=preparer, recorder=recorder, settings=settings)
+    source: TokenSource | TextSource
+    if isinstance(engine, TextEngine):
+        source, decode = TextSource(engine), _no_text
+    else:
+        source, decode = TokenSource(engine), engine.tokenizer.decode
+    tracker = Tracker(memory, find_kept=_finder(pool), decode=decode)
+    recorder, drain = Recorder(pool, tracker), Drain(settings.drain_s)
+    service = Service(source, tracker, recorder=recorder, settings=settings)
     feedback, health = FeedbackHandler(pool), HealthHandler(engine, drain)
 
     async def close(app: web.Application) -> None:
-        preparer.close()
+        if isinstance(source, TokenSource):
+            source.preparer.close()
 
     guard = Guard(token, hosts=[settings.host, *settings.allowed_hosts])
     app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[_border(guard, settings)])
-    app.router.add_post("/v1/chat/completions", _counted(chat.handle, drain))
+    for path, api in APIS.items():
+        app.router.add_post(path, _counted(_answering(service, api), drain))
     app.router.add_post("/v1/feedback", _counted(feedback.handle, drain))
     app.router.add_get("/v1/models", health.models)
     app.router.add_get("/v1/models/{name}", health.model)
     app.router.add_get("/healthz", health.healthz)
     app.router.add_get("/readyz", health.readyz)
-    app[DRAIN], app[STATS] = drain, StatsReader(recorder, preparer, drain=drain, memory=memory)
+    app[DRAIN], app[STATS] = drain, StatsReader(recorder, source, drain=drain, memory=memory)
     app.on_cleanup.append(close)
     return app
 
@@ -104,12 +119,23 @@ def make_runner(app: web.Application) -> web.AppRunner:
     return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S)
 
 
+def _no_text(ids: Sequence[int]) -> str:
+    return ""
+
+
 def _finder(pool: PoolSide) -> FindKept:
     def find(chain: bytes, session_id: str | None) -> KeptStep | None:
         step_id = pool.find_step_by(REPLY_INDEX, chain, session_id=session_id)
         return pool.get_step(step_id) if step_id else None
 
     return find
+
+
+def _answering(service: Service, api: Api) -> Handler:
+    async def answering(request: web.Request) -> web.StreamResponse:
+        return await service.answer(request, api)
+
+    return answering
 
 
 def _counted(handler: Handler, drain: Drain) -> Handler:
@@ -131,6 +157,11 @@ def _border(guard: Guard, settings: GatewaySettings) -> Middleware:
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 - the border: a client always gets an answer in its API's shape
-            return failure_of(error, retry_after_s=settings.retry_after_s).response()
+            return failure_of(error, retry_after_s=settings.retry_after_s).response(_shape(request.path))
 
     return border
+
+
+def _shape(path: str) -> Shape:
+    """In which shape an error is said to whoever calls this path."""
+    return Shape.ANTHROPIC if path.startswith("/v1/messages") else Shape.OPENAI

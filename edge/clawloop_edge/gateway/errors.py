@@ -1,10 +1,12 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, with the right status.
+"""Errors in the shape that the caller's API has, with the right status.
 
+OpenAI: `{"error": {"message", "type", "param", "code"}}`; Anthropic: `{"type": "error", "error": {"type", "message"}}`.
 Says nothing of what was asked or answered, only what is wrong with it.
 """
 
 import logging
 import traceback
+from enum import StrEnum
 from http import HTTPStatus
 
 import msgspec
@@ -14,7 +16,17 @@ from clawloop_edge.errors import EngineBusy, EngineError, EngineGone, PromptTooL
 from clawloop_shared.errors import ClawloopError
 
 _LOG = logging.getLogger(__name__)
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error"}
+
+
+class Shape(StrEnum):
+    """How an API writes its errors."""
+
+    OPENAI = "openai"
+    """OpenAI's, and of all paths that are ours alone"""
+    ANTHROPIC = "anthropic"
+    """Anthropic's"""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,17 +41,21 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kind(self) -> str:
         """OpenAI's word for this class of error."""
-        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return _OPENAI_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
-    def body(self) -> bytes:
+    def body(self, shape: Shape = Shape.OPENAI) -> bytes:
         """The JSON body."""
+        if shape is Shape.ANTHROPIC:
+            default = "api_error" if self.status >= 500 else "invalid_request_error"
+            named = {"type": _ANTHROPIC_TYPES.get(self.status, default), "message": self.message}
+            return msgspec.json.encode({"type": "error", "error": named})
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
-    def response(self) -> web.Response:
+    def response(self, shape: Shape = Shape.OPENAI) -> web.Response:
         """The whole reply."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=headers)
+        return web.Response(status=self.status, body=self.body(shape), content_type="application/json", headers=headers)
 
 
 def failure_of(error: Exception, *, retry_after_s: int) -> Failure:
@@ -81,7 +97,7 @@ def _engine_failure(error: EngineError, retry_after_s: int) -> Failure:
 def _http_failure(error: web.HTTPException) -> Failure:
     codes = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
     messages = {
-        404: "no such path; see GET /v1/models and POST /v1/chat/completions",
+        404: "no such path; GET /openapi.json lists those that are served",
         405: f"this path takes {error.headers.get('Allow', 'another method')}",
         413: error.text or "the request is too large",
     }

@@ -13,7 +13,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from clawloop_edge.errors import RequestError, UnknownTarget
-from clawloop_edge.gateway.chat_request import convert_body, decode_json
+from clawloop_edge.gateway.body import convert_body, decode_json
 from clawloop_shared.errors import RecordError
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Signal, Target, check_signal

@@ -4,9 +4,9 @@ from typing import Any
 
 from aiohttp import web
 
-from clawloop_edge.engine.protocol import Engine
+from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.errors import RequestError
-from clawloop_edge.gateway.chat_request import pinned_version
+from clawloop_edge.gateway.body import pinned_version
 from clawloop_edge.gateway.drain import Drain
 
 _CREATED_S = 0
@@ -15,7 +15,7 @@ _CREATED_S = 0
 class HealthHandler:
     """Says how the edge is, and which models it serves."""
 
-    def __init__(self, engine: Engine, drain: Drain) -> None:
+    def __init__(self, engine: Engine | TextEngine, drain: Drain) -> None:
         self._engine, self._drain = engine, drain
 
     async def healthz(self, request: web.Request) -> web.Response:
@@ -45,5 +45,11 @@ class HealthHandler:
         return web.json_response(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        context = self._engine.tokenizer.context_length
-        return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": "clawloop", "context_length": context}
+        model = {"id": name, "object": "model", "created": _CREATED_S, "owned_by": "clawloop"}
+        context = context_length(self._engine)
+        return {**model, "context_length": context} if context else model
+
+
+def context_length(engine: Engine | TextEngine) -> int:
+    """Tokens that a prompt and its answer may have; 0 if that is not known."""
+    return engine.context_length if isinstance(engine, TextEngine) else engine.tokenizer.context_length

@@ -12,6 +12,7 @@ import msgspec
 
 from clawloop_edge.engine.protocol import ChatTokenizer
 from clawloop_edge.errors import PromptTooLong, RequestError
+from clawloop_edge.gateway.call import Call
 from clawloop_edge.sessions.splice import How, splice
 from clawloop_edge.sessions.tracker import Placement
 
@@ -27,19 +28,22 @@ class Prompt(msgspec.Struct, frozen=True):
     how: How
 
 
-def prepare(tokenizer: ChatTokenizer, messages: list[Json], *, tools: list[Json], placed: Placement) -> Prompt:
+def prepare(tokenizer: ChatTokenizer, call: Call, *, placed: Placement) -> Prompt:
     """Render and encode a prompt.
 
     Raises:
-        RequestError: the chat template refuses the messages.
+        RequestError: the chat template refuses the messages, or a raw prompt is empty.
     """
+    if call.raw is not None:
+        return _raw(tokenizer, call.raw)
+    messages, tools = call.messages, call.offered or None
     try:
-        text = tokenizer.render(messages, tools or None)
+        text = tokenizer.render(messages, tools, thinking=call.thinking)
 
         def reply_at() -> int | None:
             if placed.reply_index < 0:
                 return None
-            head = tokenizer.render(messages[: placed.reply_index], tools or None)
+            head = tokenizer.render(messages[: placed.reply_index], tools, thinking=call.thinking)
             return len(head) if text.startswith(head) else None
 
         sampled = placed.parent.sampled if placed.parent else None
@@ -71,19 +75,28 @@ class Preparer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self.counts: Counter[How] = Counter()
 
-    async def prepare(self, messages: list[Json], *, tools: list[Json], placed: Placement, size_bytes: int) -> Prompt:
+    async def prepare(self, call: Call, *, placed: Placement, size_bytes: int) -> Prompt:
         """Like the function `prepare`; `size_bytes`, the size of the request, decides where it runs."""
-
-        def work() -> Prompt:
-            return prepare(self._tokenizer, messages, tools=tools, placed=placed)
-
         if size_bytes <= _INLINE_BYTES:
-            prompt = work()
+            prompt = prepare(self._tokenizer, call, placed=placed)
         else:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            loop = asyncio.get_running_loop()
+            prompt = await loop.run_in_executor(self._thread, lambda: prepare(self._tokenizer, call, placed=placed))
         self.counts[prompt.how] += 1
         return prompt
 
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _raw(tokenizer: ChatTokenizer, raw: str | list[int]) -> Prompt:
+    if isinstance(raw, str):
+        ids = tokenizer.encode(raw)
+        text = raw
+    else:
+        ids = raw
+        text = ""
+    if not ids:
+        raise RequestError("prompt is empty; send at least one token", param="prompt")
+    return Prompt(text, ids, How.RAW)

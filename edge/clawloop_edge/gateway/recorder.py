@@ -11,15 +11,15 @@ from typing import Protocol
 
 import msgspec
 
-from clawloop_edge.gateway.chat_request import ChatCall
-from clawloop_edge.gateway.prompt import Prompt
+from clawloop_edge.gateway.call import Call
 from clawloop_edge.gateway.reply import CUT, Reply
+from clawloop_edge.gateway.source import Answer
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.sessions.classify import Kind
 from clawloop_edge.sessions.identity import Identity
 from clawloop_edge.sessions.tracker import REPLY_INDEX, Placement, Tracker
 from clawloop_shared.errors import RecordError
-from clawloop_shared.records import Policy, Step, check_step
+from clawloop_shared.records import Step, check_step
 
 _LOG = logging.getLogger(__name__)
 _LOG_EVERY_S = 60.0
@@ -33,19 +33,21 @@ class KeepsSteps(Protocol):
 
 
 class LiveCall(msgspec.Struct, kw_only=True):
-    """Everything known of a call in flight; complete once its last token is there. Times are ms since 1970."""
+    """One choice of a call in flight; complete once its last token is there. Times are ms since 1970."""
 
     step_id: str
-    call: ChatCall
+    call: Call
     identity: Identity
     placed: Placement
-    prompt: Prompt
-    policy: Policy
-    reply: Reply
-    engine_reason: str
+    answer: Answer
     started_ms: int
     first_token_ms: int = 0
     finished_ms: int = 0
+
+    @property
+    def reply(self) -> Reply:
+        """What was answered so far."""
+        return self.answer.reply
 
 
 def reason_before(live: LiveCall) -> str:
@@ -53,8 +55,8 @@ def reason_before(live: LiveCall) -> str:
     sampling, kind = live.call.sampling, live.placed.kind
     if live.identity.incognito:
         return "incognito"
-    if live.engine_reason:
-        return live.engine_reason
+    if live.answer.reason:
+        return live.answer.reason
     if kind is Kind.UNKNOWN:
         return "unknown traffic"
     if kind is not Kind.MAIN:
@@ -63,6 +65,8 @@ def reason_before(live: LiveCall) -> str:
         return "temperature 0"
     if sampling.truncates:
         return "truncating sampler"
+    if live.call.constrained:
+        return "constrained decoding"
     return ""
 
 
@@ -85,7 +89,7 @@ class Recorder:
 
     def keep(self, live: LiveCall) -> None:
         """Keep one call and let later calls continue it; nothing is kept of incognito calls and of empty ones."""
-        if live.identity.incognito or not live.reply.ids:
+        if live.identity.incognito or not (live.reply.ids or live.reply.text()):
             return
         try:
             self._keep(live)
@@ -95,7 +99,7 @@ class Recorder:
     def _keep(self, live: LiveCall) -> None:
         step = step_of(live)
         message, text = live.reply.message(), live.reply.text()
-        prompt_text = live.prompt.text
+        prompt_text = live.answer.prompt.text
         chain = self._tracker.remember(live.placed, step, reply=message, prompt_text=prompt_text, text=text)
         kept = KeptStep(
             step=step,
@@ -132,10 +136,10 @@ def step_of(live: LiveCall) -> Step:
         session_id=live.placed.session_id,
         run_id=live.placed.run_id,
         parent_id=live.placed.parent_id,
-        prompt_ids=live.prompt.ids,
+        prompt_ids=live.answer.prompt.ids,
         response_ids=live.reply.ids,
         response_logprobs=live.reply.logprobs,
-        policy=live.policy,
+        policy=live.answer.policy,
         sampling=live.call.sampling,
         finish_reason=live.reply.ended,
         created_ms=live.started_ms,

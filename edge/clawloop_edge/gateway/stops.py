@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from clawloop_edge.engine.thinking import overlap
+
 
 class StopMatcher:
     """Lets text through up to the first stop string; what may become one is held back."""
@@ -10,6 +12,8 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
+        self.met: str | None = None
+        """the stop string that was met"""
         self.rest = ""
         """text after the stop string, in the same piece: it was sampled, and is not delivered"""
 
@@ -19,13 +23,13 @@ class StopMatcher:
             return text
         self._held += text
         # The one that is complete first wins, so that the result does not depend on how the text was cut into pieces.
-        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
-            end, at = min(ends)
+            end, at, self.met = min(ends)
             self.stopped, self.rest = True, self._held[end:]
             out, self._held = self._held[:at], ""
             return out
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
 
@@ -33,8 +37,3 @@ class StopMatcher:
         """What was held back when the reply ends without a stop string."""
         out, self._held = self._held, ""
         return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many last characters of `text` may be the beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -33,6 +33,8 @@ class How(StrEnum):
     """a message moved; the parent's reply stands at its new place"""
     ENCODED = "encoded"
     """the history was rewritten: everything was encoded again"""
+    RAW = "raw"
+    """the caller gave a prompt, not messages"""
 
 
 class Sampled(msgspec.Struct, frozen=True):
