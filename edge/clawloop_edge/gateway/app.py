@@ -3,6 +3,7 @@
 Host and Origin -> token -> (no new calls while draining) -> handler; errors in the called API's shape
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -19,6 +20,7 @@ from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.errors import Shape, failure_of
 from clawloop_edge.gateway.feedback import FeedbackHandler
 from clawloop_edge.gateway.health import HealthHandler
+from clawloop_edge.gateway.metrics import Metrics, StateCollector
 from clawloop_edge.gateway.recorder import Recorder
 from clawloop_edge.gateway.serving import Service
 from clawloop_edge.gateway.settings import GatewaySettings
@@ -93,7 +95,8 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
         source, decode = TokenSource(engine), engine.tokenizer.decode
     tracker = Tracker(memory, find_kept=_finder(pool), decode=decode)
     recorder, drain = Recorder(pool, tracker), Drain(settings.drain_s)
-    service = Service(source, tracker, recorder=recorder, settings=settings)
+    metrics = Metrics()
+    service = Service(source, tracker, recorder=recorder, settings=settings, metrics=metrics)
     feedback, health = FeedbackHandler(pool), HealthHandler(engine, drain)
 
     async def close(app: web.Application) -> None:
@@ -101,7 +104,7 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
             source.preparer.close()
 
     guard = Guard(token, hosts=[settings.host, *settings.allowed_hosts])
-    app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[_border(guard, settings)])
+    app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[_border(guard, settings, metrics)])
     for path, api in APIS.items():
         app.router.add_post(path, _counted(_answering(service, api), drain))
     app.router.add_post("/v1/feedback", _counted(feedback.handle, drain))
@@ -109,7 +112,9 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
     app.router.add_get("/v1/models/{name}", health.model)
     app.router.add_get("/healthz", health.healthz)
     app.router.add_get("/readyz", health.readyz)
+    app.router.add_get("/metrics", metrics.handle)
     app[DRAIN], app[STATS] = drain, StatsReader(recorder, source, drain=drain, memory=memory)
+    metrics.watch(StateCollector(engine, app[STATS]))
     app.on_cleanup.append(close)
     return app
 
@@ -146,9 +151,18 @@ def _counted(handler: Handler, drain: Drain) -> Handler:
     return counted
 
 
-def _border(guard: Guard, settings: GatewaySettings) -> Middleware:
+def _border(guard: Guard, settings: GatewaySettings, metrics: Metrics) -> Middleware:
     @web.middleware
     async def border(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began, status = time.perf_counter(), 499  # nginx's word for a client that went away
+        try:
+            response = await _checked(request, handler)
+            status = response.status
+            return response
+        finally:
+            metrics.request(_route(request), status=status, seconds=time.perf_counter() - began)
+
+    async def _checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             guard.check_names(request.headers)
             if request.path not in _OPEN_PATHS:
@@ -160,6 +174,12 @@ def _border(guard: Guard, settings: GatewaySettings) -> Middleware:
             return failure_of(error, retry_after_s=settings.retry_after_s).response(_shape(request.path))
 
     return border
+
+
+def _route(request: web.Request) -> str:
+    """The route's own path, never what the client sent."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "other"
 
 
 def _shape(path: str) -> Shape:

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from clawloop_edge.gateway.call import Api, Call, Delta, Head, Usage, Writer
 from clawloop_edge.gateway.errors import failure_of
+from clawloop_edge.gateway.metrics import Metrics
 from clawloop_edge.gateway.recorder import LiveCall, Recorder, reason_after, reason_before
 from clawloop_edge.gateway.reply import CANCELLED
 from clawloop_edge.gateway.settings import GatewaySettings
@@ -35,8 +36,10 @@ _STREAM_HEADERS = {
 class Service:
     """Answers calls."""
 
-    def __init__(self, source: Source, tracker: Tracker, *, recorder: Recorder, settings: GatewaySettings) -> None:
-        self._source, self._tracker = source, tracker
+    def __init__(
+        self, source: Source, tracker: Tracker, *, recorder: Recorder, settings: GatewaySettings, metrics: Metrics
+    ) -> None:
+        self._source, self._tracker, self._metrics = source, tracker, metrics
         self._recorder, self._settings = recorder, settings
 
     async def answer(self, request: web.Request, api: Api, *, renamed: Renamed | None = None) -> web.StreamResponse:
@@ -132,6 +135,12 @@ class Service:
         finally:
             live.finished_ms = now_ms()
             self._recorder.keep(live)
+            self._metrics.answer(
+                live.answer.usage,
+                started_ms=live.started_ms,
+                first_token_ms=live.first_token_ms,
+                finished_ms=live.finished_ms,
+            )
 
 
 class _Stream:
