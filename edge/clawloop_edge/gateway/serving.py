@@ -5,13 +5,13 @@ format is the API's.
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from aiohttp import web
 
+from clawloop_edge.errors import RequestError
 from clawloop_edge.gateway.call import Api, Call, Delta, Head, Usage, Writer
 from clawloop_edge.gateway.errors import failure_of
 from clawloop_edge.gateway.metrics import Metrics
@@ -19,6 +19,7 @@ from clawloop_edge.gateway.recorder import LiveCall, Recorder, reason_after, rea
 from clawloop_edge.gateway.reply import CANCELLED
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.gateway.source import Sink, Source
+from clawloop_edge.gateway.streaming import EventStream, watched
 from clawloop_edge.sessions.classify import classify
 from clawloop_edge.sessions.identity import Identity, identify
 from clawloop_edge.sessions.tracker import Placement, Tracker
@@ -26,11 +27,6 @@ from clawloop_shared.ids import new_step_id
 
 Renamed = Callable[[Identity], Identity]
 """what a path says of a call's place, over what its headers and body say"""
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 
 
 class Service:
@@ -45,7 +41,7 @@ class Service:
     async def answer(self, request: web.Request, api: Api, *, renamed: Renamed | None = None) -> web.StreamResponse:
         """Serve one call."""
         started_ms = now_ms()
-        data = await request.read()
+        data = await self._body(request)
         call, make_writer = api.read(data, self._settings)
         placed, identity = await self._place(request, call, renamed)
         answers = await self._source.start(call, placed=placed, size_bytes=len(data))
@@ -71,10 +67,20 @@ class Service:
 
     async def count(self, request: web.Request, make_call: Callable[[bytes, GatewaySettings], Call]) -> int:
         """Tokens of the prompt that a call with this body would have."""
-        data = await request.read()
+        data = await self._body(request)
         call = make_call(data, self._settings)
         placed, _ = await self._place(request, call, None)
         return await self._source.count(call, placed=placed, size_bytes=len(data))
+
+    async def _body(self, request: web.Request) -> bytes:
+        """Raises RequestError: it did not come in time (408)."""
+        limit_s = self._settings.body_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await request.read()
+        except TimeoutError as error:
+            message = f"the body did not arrive within {limit_s:g} s; send it faster, or raise [gateway] body_timeout_s"
+            raise RequestError(message, status=408, code="request_timeout") from error
 
     async def _place(self, request: web.Request, call: Call, renamed: Renamed | None) -> tuple[Placement, Identity]:
         agent = request.headers.get("User-Agent", "")
@@ -93,11 +99,11 @@ class Service:
         return web.Response(body=body, content_type="application/json", headers=_headers(lives, reason_after))
 
     async def _stream(self, request: web.Request, lives: list[LiveCall], *, writer: Writer) -> web.StreamResponse:
-        stream = _Stream(request, writer, headers=_headers(lives, reason_before))
+        stream = EventStream(request, writer, headers=_headers(lives, reason_before))
         try:
             if not await lives[0].answer.ready(self._settings.headers_after_s):
                 await stream.begin()
-            async with _kept_alive(stream, self._settings.keep_alive_s):
+            async with watched(stream, self._settings):
                 await self._run(lives, stream.put)
             await stream.finish(writer.end([live.reply for live in lives], _usage(lives)))
         except ConnectionError:
@@ -141,74 +147,6 @@ class Service:
                 first_token_ms=live.first_token_ms,
                 finished_ms=live.finished_ms,
             )
-
-
-class _Stream:
-    """The response of a stream. Its headers go out with the first token, so that an error before it has a status."""
-
-    def __init__(self, request: web.Request, writer: Writer, *, headers: dict[str, str]) -> None:
-        self.response = web.StreamResponse(headers={**headers, **_STREAM_HEADERS})
-        self.begun = False
-        self.written_at = time.monotonic()
-        self._request, self._writer = request, writer
-
-    async def begin(self, more: bytes = b"") -> None:
-        """Send the headers, and the events that open the stream."""
-        self.begun = True
-        await self.response.prepare(self._request)
-        await self._write(self._writer.begin() + more)
-
-    async def put(self, delta: Delta) -> None:
-        """Send what a token adds."""
-        data = self._writer.delta(delta)
-        if not self.begun:
-            await self.begin(data)
-        elif data:
-            await self._write(data)
-
-    async def ping(self) -> None:
-        """Send an event that means nothing."""
-        if self.begun:
-            await self._write(self._writer.keep_alive)
-
-    async def finish(self, data: bytes) -> None:
-        """Send the last events."""
-        if not self.begun:
-            await self.begin()
-        await self._write(data)
-        await self.response.write_eof()
-
-    async def _write(self, data: bytes) -> None:
-        self.written_at = time.monotonic()
-        await self.response.write(data)
-
-
-@asynccontextmanager
-async def _kept_alive(stream: _Stream, period_s: float) -> AsyncIterator[None]:
-    """Ping whenever nothing was written for `period_s`; costs nothing to a stream that is shorter."""
-    loop = asyncio.get_running_loop()
-    task: asyncio.Task[None] | None = None
-
-    async def ping() -> None:
-        with contextlib.suppress(ConnectionError):  # the one who writes the tokens is told
-            while True:
-                idle_s = time.monotonic() - stream.written_at
-                if idle_s >= period_s:
-                    await stream.ping()
-                    idle_s = 0.0
-                await asyncio.sleep(period_s - idle_s)
-
-    def start() -> None:
-        nonlocal task
-        task = loop.create_task(ping())
-
-    timer = loop.call_later(period_s, start)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if task is not None:
-            task.cancel()
 
 
 def _cause(error: Exception) -> Exception:
