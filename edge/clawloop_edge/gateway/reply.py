@@ -28,6 +28,8 @@ class Reply:
         """logprobs in OpenAI's shape, if they were asked for"""
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.thought_tokens = 0
+        """tokens up to the last one that was a thought"""
         self.ended = CANCELLED
         self.stopped_by: str | None = None
         """the stop string that was met"""
@@ -36,6 +38,11 @@ class Reply:
     def cut(self) -> bool:
         """Whether the delivered text ends inside a token."""
         return False
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all was said."""
+        return not (self.ids or self._content or self._reasoning or self.calls)
 
     @property
     def finish_reason(self) -> str:
@@ -59,6 +66,7 @@ class Reply:
                 self.calls.append(piece)
             elif isinstance(piece, Reasoning):
                 self._reasoning.append(piece.text)
+                self.thought_tokens = len(self.ids)
             else:
                 self._content.append(piece)
         return pieces
@@ -89,16 +97,18 @@ class TokenReply(Reply):
         tools: list[Json] | None = None,
         one_call: bool = False,
         thinking: bool = False,
+        verbatim: bool = False,
     ) -> None:
         """`tools` are those offered; None or none: calls are text. `one_call` ends the answer with its first call;
-        `thinking`: the prompt ends within the model's thoughts."""
+        `thinking`: the prompt ends within the model's thoughts; `verbatim`: all text is delivered as it is, and what it
+        says of calls is delivered beside it."""
         super().__init__()
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopMatcher(stops)
         self._thoughts = ThinkSplitter(tokenizer.think_marks, begun=thinking)
         self._parser = ReplyParser(tokenizer.tool_format if tools else None, tools=tools or [])
-        self._one_call = one_call
+        self._one_call, self._verbatim = one_call, verbatim
 
     @property
     def stopped(self) -> bool:
@@ -128,24 +138,25 @@ class TokenReply(Reply):
             text += self._stops.finish()
         self.stopped_by = self._stops.met
         pieces = self._take(text)
-        pieces += self._parsed(self._thoughts.finish())
-        return pieces + self._seen(self._parser.finish())
+        return pieces + self._seen(self._parsed(self._thoughts.finish()) + self._parser.finish(), text="")
 
     def text(self) -> str:
         """Everything that was sampled, special tokens included."""
         return self._tokenizer.decode(self.ids)
 
     def _take(self, text: str) -> list[Piece]:
-        return self._parsed(self._thoughts.feed(text))
+        return self._seen(self._parsed(self._thoughts.feed(text)), text=text)
 
     def _parsed(self, parts: list[Reasoning | str]) -> list[Piece]:
         found: list[Piece] = []
         for part in parts:
             found += self._parser.feed(part) if isinstance(part, str) else [part]
-        return self._seen(found)
+        return found
 
-    def _seen(self, pieces: list[Piece]) -> list[Piece]:
-        """Of several calls in one text, the first is delivered if it may be but one."""
+    def _seen(self, pieces: list[Piece], *, text: str) -> list[Piece]:
+        """What is delivered of the pieces found in `text`: of several calls the first alone if it may be but one."""
+        if self._verbatim:
+            pieces = [*([text] if text else []), *(piece for piece in pieces if isinstance(piece, ToolCall))]
         if self._one_call:
             room = 0 if self.calls else 1
             calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
