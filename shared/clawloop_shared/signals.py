@@ -32,9 +32,12 @@ def reward_of(signals: Iterable[Signal]) -> Reward | None:
     return Reward(value=value, weight=max(s.weight for s in latest.values()))
 
 
-def trajectory_key(step: Step) -> str:
-    """What the step is rewarded with: the caller's own trajectory if it named one, else its run."""
-    return step.trajectory_id or step.run_id
+def trajectory_key(step: Step) -> tuple[str, str]:
+    """What the step is rewarded with: the caller's own trajectory if it named one, else its run in its session.
+
+    One trace may pass through several conversations, as that of an agent with sub-agents does: each is rewarded alone.
+    """
+    return (step.trajectory_id, "") if step.trajectory_id else (step.run_id, step.session_id)
 
 
 def signals_for(steps: list[Step], signals: Iterable[Signal]) -> list[Signal]:
@@ -55,7 +58,7 @@ def assemble(steps: Iterable[Step], signals: Iterable[Signal]) -> list[Trajector
     never in one trajectory, even where their caller gave them one name.
     """
     pool = list(signals)
-    groups: dict[tuple[str, Channel], list[Step]] = {}
+    groups: dict[tuple[tuple[str, str], Channel], list[Step]] = {}
     for step in sorted(steps, key=lambda s: (s.created_ms, s.step_id)):
         groups.setdefault((trajectory_key(step), step.channel), []).append(step)
     found = []
@@ -66,7 +69,7 @@ def assemble(steps: Iterable[Step], signals: Iterable[Signal]) -> list[Trajector
             continue
         found.append(
             Trajectory(
-                trajectory_id=key,
+                trajectory_id="/".join(filter(None, key)),
                 steps=members,
                 signals=mine,
                 reward=reward.value,

@@ -74,12 +74,21 @@ def test_a_signal_on_one_step_rewards_its_whole_run() -> None:
     assert found.channel == Channel.TRAIN
 
 
+def test_one_run_through_two_conversations_is_two_trajectories() -> None:
+    steps = [step("a"), step("b", session="s2"), step("c", at=1)]
+    found = assemble(steps, [signal(Target.STEP, "a", 1.0), signal(Target.SESSION, "s2", -1.0)])
+    assert {t.trajectory_id: ([s.step_id for s in t.steps], t.reward) for t in found} == {
+        "r1/s1": (["a", "c"], 1.0),
+        "r1/s2": (["b"], -1.0),
+    }
+
+
 def test_runs_sessions_and_named_trajectories_are_targets_too() -> None:
     steps = [step("a", run="r1"), step("b", run="r2"), step("c", run="r3", session="s2", trajectory="t")]
     judged = [signal(Target.RUN, "r1", 1.0), signal(Target.TRAJECTORY, "t", -1.0)]
-    assert {t.trajectory_id: t.reward for t in assemble(steps, judged)} == {"r1": 1.0, "t": -1.0}
+    assert {t.trajectory_id: t.reward for t in assemble(steps, judged)} == {"r1/s1": 1.0, "t": -1.0}
     whole = assemble(steps, [signal(Target.SESSION, "s1", 0.5)])
-    assert {t.trajectory_id for t in whole} == {"r1", "r2"}
+    assert {t.trajectory_id for t in whole} == {"r1/s1", "r2/s1"}
 
 
 def test_the_channels_are_never_in_one_trajectory() -> None:

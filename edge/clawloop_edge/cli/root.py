@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clawloop_edge.cli import adapters, pool, privacy, server, service, sessions
+from clawloop_edge.cli import adapters, doctor, pool, privacy, server, service, sessions
 from clawloop_edge.home import ENVIRONMENT, EdgeHome
 
 app = typer.Typer(
@@ -28,5 +28,5 @@ def root(context: typer.Context, home: Home = None) -> None:
     context.obj = EdgeHome.at(home)
 
 
-for module in (service, sessions, privacy, server, adapters, pool):
+for module in (service, doctor, sessions, privacy, server, adapters, pool):
     module.register(app)

@@ -12,6 +12,7 @@ from clawloop_edge.pool.crypt import Keyring, Scope, blind, session_scope
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.summary import read_summary, seal_summary, summarise
+from clawloop_edge.pool.tally import count_step, label_of
 from clawloop_shared.records import Signal, Target
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Keeper:
         run("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*plain, *layout, *sealed))
         for name, value in index.items():
             run("INSERT INTO lookups (tag, step_id) VALUES (?, ?)", (self.tag(name, value), step.step_id))
+        count_step(database, self._keyring, index_key=self._index_key, label=label_of(kept))
         self._remember(step.step_id, lists)
 
     def keep_signal(self, database: "Database", signal: Signal) -> None:

@@ -19,6 +19,9 @@ from clawloop_shared.records import Signal, Step, Target
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
+_MAIN = "main"
+_SIDE_STEPS = 200
+_RUN_SESSIONS = 16
 _STEP = "SELECT step_id, session_id, base_id, shared_tokens, shared_messages, tokens, talk FROM steps"
 
 
@@ -63,6 +66,26 @@ class Reading:
             kept = self._join_kept(row)
             self._ids[row.step_id] = kept.step.token_ids
             yield kept
+
+    def labels(self, session_id: str) -> Iterator[tuple[str, str, str]]:
+        """Of each step of a session its kind, its app and why nothing may be learned from it."""
+        for row in map(_as_row, self._run(f"{_STEP} WHERE session_id = ? ORDER BY seq", (session_id,))):
+            rest = from_json(self._talk(row).rest)
+            yield rest["kind"], rest["app"], self._tokens(row).step.untrainable
+
+    def last_main(self, session_id: str) -> KeptStep | None:
+        """The latest main-line step of a session; one behind more than `_SIDE_STEPS` others is not looked for."""
+        query = f"{_STEP} WHERE session_id = ? ORDER BY seq DESC LIMIT ?"
+        for row in map(_as_row, self._run(query, (session_id, _SIDE_STEPS + 1))):
+            if from_json(self._talk(row).rest)["kind"] == _MAIN:
+                return self._join_kept(row)
+        return None
+
+    def run_steps(self, run_id: str) -> list[KeptStep]:
+        """The latest step of a run in each of its sessions, latest first."""
+        latest = "SELECT max(seq) FROM steps WHERE run_id = ? GROUP BY session_id ORDER BY max(seq) DESC LIMIT ?"
+        query = f"{_STEP} WHERE seq IN ({latest}) ORDER BY seq DESC"
+        return [self._join_kept(row) for row in map(_as_row, self._run(query, (run_id, _RUN_SESSIONS)).fetchall())]
 
     def changes(self, after_seq: int, limit: int) -> list[Change]:
         """Steps and signals kept after `after_seq`, oldest first. Deleted ones are passed by."""

@@ -63,6 +63,15 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     refused: int
 
 
+class StepCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How many steps there are of one kind from one app that may be learned from, or may not for one reason."""
+
+    kind: str
+    app: str
+    untrainable: str
+    steps: int
+
+
 class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `verify` read and what it found wrong; no problems means that everything opens and adds up."""
 

@@ -56,5 +56,12 @@ def first_tables(database: "Database") -> None:
     database.execute("INSERT INTO pool (pool_id) VALUES (?)", (new_id(),))
 
 
-NAME, MIGRATIONS = "pool", (first_tables,)
+def tallies(database: "Database") -> None:
+    """Counts of steps; filled by what opens the pool, which has the keys."""
+    database.execute(
+        "CREATE TABLE tallies (tally_id TEXT PRIMARY KEY, steps INTEGER NOT NULL, label BLOB NOT NULL) STRICT"
+    )
+
+
+NAME, MIGRATIONS = "pool", (first_tables, tallies)
 """for clawloop_shared.database.migrate"""

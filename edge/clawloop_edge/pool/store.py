@@ -19,8 +19,9 @@ from clawloop_edge.pool.keeper import Keeper
 from clawloop_edge.pool.keys import DATABASE_NAME
 from clawloop_edge.pool.lock import FileLock
 from clawloop_edge.pool.reading import Reading
-from clawloop_edge.pool.records import Change, KeptStep, PoolReport, PoolStats, SessionSummary
+from clawloop_edge.pool.records import Change, KeptStep, PoolReport, PoolStats, SessionSummary, StepCount
 from clawloop_edge.pool.state import read_state, write_state
+from clawloop_edge.pool.tally import count_all, read_counts
 from clawloop_edge.pool.verify import SealedColumn, count_pool, verify_pool
 from clawloop_edge.pool.writer import Writer
 from clawloop_shared.database import migrate, open_database, sqlcipher, transaction
@@ -177,10 +178,24 @@ class Pool:
             parameters = (self._keeper.tag(name, value), session_id, session_id, limit)
             return [row[0] for row in database.conn.execute(query, parameters)]
 
+    def tag(self, name: str, value: bytes) -> bytes:
+        """The blind index of `value` under `name`, for the look-ups of another room's tables."""
+        return self._keeper.tag(name, value)
+
     def find_step_by(self, name: str, value: bytes, *, session_id: str | None = None) -> str | None:
         """The id of the latest step kept with `index={name: value}`."""
         found = self.find_steps_by(name, value, session_id=session_id, limit=1)
         return found[0] if found else None
+
+    def last_main_step(self, session_id: str) -> KeptStep | None:
+        """The latest main-line step of a session."""
+        with self.reading() as reading:
+            return reading.last_main(session_id)
+
+    def run_steps(self, run_id: str) -> list[KeptStep]:
+        """The latest step of a run in each of its sessions (16 at most), latest first."""
+        with self.reading() as reading:
+            return reading.run_steps(run_id)
 
     def sessions(self, limit: int = 50, before_ms: int | None = None) -> list[SessionSummary]:
         """A page of sessions, last used first."""
@@ -220,6 +235,11 @@ class Pool:
             refused=self._writer.refused,
         )
 
+    def step_counts(self) -> list[StepCount]:
+        """Steps by kind, app and why nothing may be learned from them; costs the same however many there are."""
+        with self.read() as database:
+            return read_counts(database, self.keyring)
+
     def verify(self) -> PoolReport:
         """Check the file's integrity, open every sealed byte, rebuild every step and count. Reads all: takes long."""
         with self.read() as database:
@@ -255,7 +275,13 @@ def _prepare(database: "Database", kek: bytes) -> tuple[str, bytes]:
         with transaction(database):
             keyring.ensure(database, POOL_SCOPE)
             keyring.ensure(database, INDEX_SCOPE)
-    return pool_id, keyring.find(database, INDEX_SCOPE).key
+    index_key = keyring.find(database, INDEX_SCOPE).key
+
+    def count_kept_steps(database: "Database") -> None:
+        count_all(database, keyring, index_key=index_key)
+
+    migrate(database, schema.NAME, migrations=(*schema.MIGRATIONS, count_kept_steps))
+    return pool_id, index_key
 
 
 def _rough_size(kept: KeptStep) -> int:

@@ -4,8 +4,12 @@ import msgspec
 
 from clawloop_edge.pool.crypt import Scope
 from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.sessions.tree import parts_of, user_texts
 
 TITLE_CHARS = 80
+_NAMED = "title"
+_ABOUT = frozenset({"compaction", "recap", "slug", "review", "helper"})
+"""kinds of requests whose messages are about a conversation and not of it"""
 
 
 class Summary(msgspec.Struct, frozen=True, array_like=True):
@@ -27,10 +31,10 @@ def seal_summary(scope: Scope, session_id: str, *, summary: Summary) -> bytes:
 
 
 def summarise(kept: KeptStep, old: Summary | None) -> Summary:
-    """The agent's own title for the session wins over the start of its first request."""
+    """The agent's own title for the session wins over the first thing that a person asked in it."""
     if old is None:
         return Summary(app=kept.app, title=_title(kept), first_ms=kept.started_ms)
-    named = kept.kind == "title" or not old.title
+    named = kept.kind == _NAMED or not old.title
     return Summary(
         app=old.app or kept.app,
         title=(_title(kept) if named else "") or old.title,
@@ -39,20 +43,12 @@ def summarise(kept: KeptStep, old: Summary | None) -> Summary:
 
 
 def _title(kept: KeptStep) -> str:
-    if kept.kind == "title":
-        content = kept.reply.get("content")
+    if kept.kind == _NAMED:
+        texts = parts_of(kept.reply.get("content"))
+    elif kept.kind in _ABOUT:
+        texts = []
     else:
-        asked = [message.get("content") for message in kept.messages if message.get("role") == "user"]
-        content = asked[0] if asked else ""
-    words = " ".join(_plain_text(content).encode(errors="replace").decode().split())
+        asked = (message.get("content") for message in kept.messages if message.get("role") == "user")
+        texts = next((found for content in asked if (found := user_texts(content))), [])
+    words = " ".join(" ".join(texts).encode(errors="replace").decode().split())
     return words if len(words) <= TITLE_CHARS else words[: TITLE_CHARS - 1] + "…"
-
-
-def _plain_text(content: object) -> str:
-    """The text of a message's content, which is a string or a list of parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    texts = [part.get("text") for part in content if isinstance(part, dict)]
-    return " ".join(text for text in texts if isinstance(text, str))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clawloop_edge.pool.crypt import POOL_SCOPE, Keyring
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import PoolReport
+from clawloop_edge.pool.tally import read_counts, recount
 from clawloop_shared.database import sqlcipher
 from clawloop_shared.errors import ClawloopError
 
@@ -32,6 +33,7 @@ SEALED = (
     SealedColumn("steps", "talk", "step_id", _SESSION),
     SealedColumn("parts", "body", "part_id", _SESSION),
     SealedColumn("signals", "body", "signal_id", _SESSION),
+    SealedColumn("tallies", "label", "tally_id"),
 )
 
 
@@ -57,6 +59,8 @@ def verify_pool(database: "Database", keyring: Keyring, *, extra: Sequence[Seale
         problems += found
     if not problems:
         problems += _rebuild(database, keyring)
+    if not problems:
+        problems += _recount(database, keyring)
     counts = count_pool(database)
     return PoolReport(
         sessions=counts["sessions"],
@@ -104,3 +108,10 @@ def _rebuild(database: "Database", keyring: Keyring) -> Iterator[str]:
             continue
         if (len(kept), sum(kept)) != (steps, trainable):
             yield f"session {session_id} counts {steps} steps ({trainable} trainable) but has {len(kept)} ({sum(kept)})"
+
+
+def _recount(database: "Database", keyring: Keyring) -> Iterator[str]:
+    counted = {(count.kind, count.app, count.untrainable): count.steps for count in read_counts(database, keyring)}
+    wrong = sorted(label for label, _ in counted.items() ^ recount(database, keyring).items())
+    for label in dict.fromkeys(wrong):
+        yield f"tallies: the number of steps that are {' / '.join(filter(None, label))} is not what is kept"

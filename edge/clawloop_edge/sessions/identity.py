@@ -22,6 +22,17 @@ _GENERATION = re.compile(r":\d{1,9}\Z")
 _NAME = re.compile(r"\A[\x21-\x7e](?:[\x20-\x7e]{0,198}[\x21-\x7e])?\Z")
 
 
+class Seat(msgspec.Struct, frozen=True, kw_only=True):
+    """A call's place in the trajectory that its URL names: the number and the time (ms) of its first choice's step.
+    `closed`: the trajectory had been completed before."""
+
+    trajectory_id: str
+    group_id: str
+    index: int
+    created_ms: int
+    closed: bool = False
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """The names a request carries; empty where it carries none."""
 
@@ -29,6 +40,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     trace_id: str = ""
     channel: Channel = Channel.TRAIN
     incognito: bool = False
+    seat: Seat | None = None
 
 
 def identify(headers: Mapping[str, str], *, prompt_cache_key: str = "", runtime: str = "") -> Identity:

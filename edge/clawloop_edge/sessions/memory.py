@@ -6,7 +6,8 @@ Lives on the event loop; not for several threads.
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -14,6 +15,7 @@ from clawloop_edge.sessions.splice import Sampled
 
 _ENTRY_BYTES = 600
 _TRACES = 4096
+_SESSIONS_A_TRACE = 256
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +49,7 @@ class StepMemory:
         self._by_call: dict[str, str] = {}
         self._last: dict[str, str] = {}
         self._continued: set[str] = set()
-        self._traces: OrderedDict[str, str] = OrderedDict()
+        self._traces: OrderedDict[str, dict[str, bytes]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -69,21 +71,24 @@ class StepMemory:
         while self._steps and (len(self._steps) > self._max_entries or self._bytes > self._max_bytes):
             self._forget(next(iter(self._steps)))
 
-    def find(self, chain: bytes, *, call_ids: tuple[str, ...], session_id: str = "") -> Known | None:
-        """The step whose reply ends this chain: by a tool-call id, else the latest one, if possible not yet continued.
+    def find(self, chain: bytes, *, call_ids: tuple[str, ...], sessions: Collection[str] | None = None) -> Known | None:
+        """The step whose reply ends this chain; with `sessions`, only one of these.
 
-        Several conversations may be equal word for word; tool-call ids tell them apart. With `session_id`, only steps
-        of that session.
+        Several conversations may be equal word for word; tool-call ids tell them apart, and else the latest one is
+        taken that was not continued yet.
         """
-        found = next(self._matching(map(self._by_call.get, call_ids), session_id), None)
-        if found is not None:
-            return found
-        same = list(self._matching(reversed(self._by_chain.get(chain, [])), session_id))
-        return next((k for k in same if k.step_id not in self._continued), same[0] if same else None)
+        same = list(self._matching(reversed(self._by_chain.get(chain, [])), sessions))
+        called = {self._by_call.get(call_id) for call_id in call_ids}
+        fresh = (known for known in same if known.step_id not in self._continued)
+        return next((known for known in same if known.step_id in called), next(fresh, same[0] if same else None))
+
+    def find_call(self, call_ids: tuple[str, ...], *, sessions: Collection[str] | None = None) -> Known | None:
+        """The step that made one of these tool calls, whatever its conversation was."""
+        return next(self._matching(map(self._by_call.get, call_ids), sessions), None)
 
     def last_of(self, session_id: str) -> Known | None:
         """The latest main-line step of a session."""
-        return next(self._matching([self._last.get(session_id)], session_id), None)
+        return next(self._matching([self._last.get(session_id)], (session_id,)), None)
 
     def mark_continued(self, step_id: str) -> None:
         """A call has continued this step."""
@@ -91,21 +96,25 @@ class StepMemory:
             self._continued.add(step_id)
             self._steps.move_to_end(step_id)
 
-    def session_of(self, trace_id: str) -> str:
-        """The session that calls of this trace belong to, or an empty string."""
-        return self._traces.get(trace_id, "")
+    def sessions_of(self, trace_id: str) -> Mapping[str, bytes]:
+        """The sessions that calls of this trace belong to, each with its conversation's first turn, latest last."""
+        return MappingProxyType(self._traces.get(trace_id, {}))
 
-    def set_session_of(self, trace_id: str, session_id: str) -> None:
-        """Say so; known from the first call on, even while that is still running."""
-        self._traces[trace_id] = session_id
+    def join_trace(self, trace_id: str, session_id: str, *, first: bytes) -> None:
+        """A call of this trace belongs to this session; known from the first call on, even while that is running."""
+        sessions = self._traces.setdefault(trace_id, {})
+        sessions.pop(session_id, None)
+        sessions[session_id] = first
+        if len(sessions) > _SESSIONS_A_TRACE:
+            del sessions[next(iter(sessions))]
         self._traces.move_to_end(trace_id)
         if len(self._traces) > _TRACES:
             self._traces.popitem(last=False)
 
-    def _matching(self, step_ids: Iterable[str | None], session_id: str) -> Iterator[Known]:
+    def _matching(self, step_ids: Iterable[str | None], sessions: Collection[str] | None) -> Iterator[Known]:
         for step_id in step_ids:
             entry = self._steps.get(step_id or "")
-            if entry is not None and session_id in ("", entry[0].session_id):
+            if entry is not None and (sessions is None or entry[0].session_id in sessions):
                 yield entry[0]
 
     def _forget(self, step_id: str) -> None:

@@ -6,7 +6,8 @@ Knows no HTTP.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -14,27 +15,47 @@ import msgspec
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.sessions import tree
 from clawloop_edge.sessions.classify import Kind, Traffic
+from clawloop_edge.sessions.hidden import Hidden
 from clawloop_edge.sessions.identity import Identity
 from clawloop_edge.sessions.memory import Known, StepMemory, known_ids
 from clawloop_edge.sessions.splice import Sampled
 from clawloop_edge.sessions.tree import Turn
-from clawloop_shared.errors import ClawloopError
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Step
 
 _LOG = logging.getLogger(__name__)
 FindKept = Callable[[bytes, str | None], KeptStep | None]
 """the latest kept step whose reply ends this chain, in any session or in this one; blocking, run in a thread"""
+FindLast = Callable[[str], KeptStep | None]
+"""the latest kept main-line step of a session; blocking, run in a thread"""
+FindRun = Callable[[str], Sequence[KeptStep]]
+"""the latest kept step of a run in each of its sessions; blocking, run in a thread"""
 Decode = Callable[[Sequence[int]], str]
 _POOL_DEPTH = 4
 REPLY_INDEX = "reply"
 """the pool's look-up from the chain that a step's reply ends"""
+_INNER = frozenset({Kind.TITLE, Kind.COMPACTION, Kind.RECAP, Kind.SLUG, Kind.REVIEW, Kind.HELPER})
+"""requests about a conversation, whose own messages are none"""
+
+
+class Link(StrEnum):
+    """What a call's parent is to it."""
+
+    CHAIN = "chain"
+    """its reply stands in the call's history, and so does all that was before it"""
+    CALL = "call"
+    """one of its tool calls stands in the call's history, but what was before it was rewritten"""
+    SESSION = "session"
+    """it is the latest main-line step of the session; nothing of the history is known"""
+    NONE = "none"
+    """there is none: the call begins a session"""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a call belongs. `reply_index` is the parent's reply among the call's messages, -1 if it is not there.
 
-    `chain` is the hash of the conversation that the call sent.
+    `chain` is the hash of the conversation that the call sent. `incognito` says that nothing of the call may be kept,
+    because it asked for that itself or has in its history what was said incognito.
     """
 
     session_id: str
@@ -44,6 +65,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     chain: bytes
     parent: Known | None = None
     reply_index: int = -1
+    link: Link = Link.NONE
+    incognito: bool = False
 
     @property
     def parent_id(self) -> str:
@@ -51,33 +74,65 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         return self.parent.step_id if self.parent else ""
 
 
+class _Talk(msgspec.Struct, frozen=True):
+    """A call's conversation, its hash up to each turn, and where the assistant speaks, last first."""
+
+    turns: list[Turn]
+    chain: list[bytes]
+    replies: list[int]
+
+    @property
+    def first(self) -> bytes:
+        """The first turn, empty if there is none."""
+        return self.turns[0].digest if self.turns else b""
+
+
+class _Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A parent, its reply's place among the turns (-1: not there), and the session, empty if it is a new one."""
+
+    session_id: str = ""
+    parent: Known | None = None
+    position: int = -1
+    link: Link = Link.NONE
+
+
 class Tracker:
     """Sessions as trees of steps, on the event loop's thread."""
 
-    def __init__(self, memory: StepMemory, *, find_kept: FindKept, decode: Decode) -> None:
-        self._memory, self._find_kept, self._decode = memory, find_kept, decode
+    def __init__(
+        self,
+        memory: StepMemory,
+        *,
+        find_kept: FindKept,
+        decode: Decode,
+        find_last: FindLast = lambda session_id: None,
+        find_run: FindRun = lambda run_id: (),
+    ) -> None:
+        self._memory, self._hidden, self._decode = memory, Hidden(), decode
+        self._find_kept, self._find_last, self._find_run = find_kept, find_last, find_run
 
-    async def place(self, messages: Sequence[dict[str, Any]], *, identity: Identity, traffic: Traffic) -> Placement:
-        """Find the session, the run and the parent of a call."""
-        turns = tree.turns_of(messages)
-        chain = tree.chain(turns)
-        wanted = identity.session_id
-        found = self._recent(turns, chain, wanted) or await self._kept(turns, chain, wanted)
-        parent, position = found or (None, -1)
-        session_id = self._session(identity, parent)
+    async def place(
+        self, messages: Sequence[dict[str, Any]], *, identity: Identity, traffic: Traffic, peek: bool = False
+    ) -> Placement:
+        """Find the session, the run and the parent of a call. With `peek` nothing is noted, as for a call that is only
+        counted."""
+        talk = _talk_of(messages)
+        found = self._recent(talk, identity, kind=traffic.kind)
+        if found.link is not Link.CHAIN:
+            found = await self._kept(talk, identity, kind=traffic.kind, recent=found)
         placed = Placement(
-            session_id=session_id,
-            run_id=_run(identity, parent, turns[position + 1 :]),
+            session_id=found.session_id or new_id(),
+            run_id=_run(identity, found, talk.turns[found.position + 1 :]),
             kind=traffic.kind,
             app=traffic.app,
-            chain=chain[-1] if chain else tree.ROOT,
-            parent=parent or self._memory.last_of(session_id),
-            reply_index=turns[position].index if parent else -1,
+            chain=talk.chain[-1] if talk.chain else tree.ROOT,
+            parent=found.parent,
+            reply_index=talk.turns[found.position].index if found.position >= 0 else -1,
+            link=found.link,
+            incognito=identity.incognito or self._continues_hidden(talk, found),
         )
-        if parent is not None:
-            self._memory.mark_continued(parent.step_id)
-        if identity.trace_id and not identity.incognito:
-            self._memory.set_session_of(identity.trace_id, session_id)
+        if not peek:
+            self._note(placed, talk, identity)
         return placed
 
     def remember(self, placed: Placement, step: Step, *, reply: dict[str, Any], prompt_text: str, text: str) -> bytes:
@@ -95,29 +150,71 @@ class Tracker:
         self._memory.add(known, chain=chain, call_ids=ids, main=placed.kind is Kind.MAIN)
         return chain
 
-    def _recent(self, turns: list[Turn], chain: list[bytes], session_id: str) -> tuple[Known, int] | None:
-        for position in _replies(turns):
-            found = self._memory.find(chain[position], call_ids=turns[position].call_ids, session_id=session_id)
-            if found is not None:
-                return found, position
-        return None
+    def _note(self, placed: Placement, talk: _Talk, identity: Identity) -> None:
+        if placed.incognito:
+            self._hidden.add(placed.chain, session_id=placed.session_id)
+            return
+        if placed.parent is not None and placed.link is not Link.SESSION:
+            self._memory.mark_continued(placed.parent.step_id)
+        if identity.trace_id and placed.kind not in _INNER:
+            self._memory.join_trace(identity.trace_id, placed.session_id, first=talk.first)
 
-    async def _kept(self, turns: list[Turn], chain: list[bytes], session_id: str) -> tuple[Known, int] | None:
-        positions = _replies(turns)[:_POOL_DEPTH]
-        if not positions:
-            return None
+    def _continues_hidden(self, talk: _Talk, found: _Found) -> bool:
+        if not self._hidden:
+            return False
+        if found.link is not Link.CHAIN and self._hidden.touches(found.session_id):
+            return True  # its history is not what it was: it may tell in other words what was said incognito
+        return self._hidden.holds(talk.chain) or self._hidden.holds(tree.shorter_hashes(talk.turns, talk.chain))
+
+    def _recent(self, talk: _Talk, identity: Identity, *, kind: Kind) -> _Found:
+        """By what is in memory: the history word for word, else a tool call in it, else the session's latest step."""
+        named = identity.session_id
+        traced = self._memory.sessions_of(identity.trace_id)
+        for sessions in ((named,),) if named else (traced, None) if traced else (None,):
+            for position in talk.replies:
+                calls = talk.turns[position].call_ids
+                known = self._memory.find(talk.chain[position], call_ids=calls, sessions=sessions)
+                if known is not None:
+                    return _Found(session_id=known.session_id, parent=known, position=position, link=Link.CHAIN)
+        for position in talk.replies:
+            known = self._memory.find_call(talk.turns[position].call_ids, sessions=(named,) if named else None)
+            if known is not None:
+                return _Found(session_id=known.session_id, parent=known, position=position, link=Link.CALL)
+        session_id = named or _session_among(traced, talk, kind=kind)
+        last = self._memory.last_of(session_id)
+        return _Found(session_id=session_id, parent=last, link=Link.SESSION if last else Link.NONE)
+
+    async def _kept(self, talk: _Talk, identity: Identity, *, kind: Kind, recent: _Found) -> _Found:
+        """By what is in the pool, where memory did not know the history; `recent` if that knows no better."""
+        if not talk.replies and (recent.parent or not (recent.session_id or identity.trace_id)):
+            return recent
         try:
-            return await asyncio.to_thread(self._search, positions, chain, session_id=session_id)
-        except ClawloopError as error:  # the user is served first: without its parent a call is only encoded anew
+            return await asyncio.to_thread(self._search, talk, identity, kind=kind, recent=recent)
+        except Exception as error:  # noqa: BLE001 - the user is served first: without its parent a call is encoded anew
             _LOG.warning("an earlier step could not be looked up, its ids are not reused: %s", type(error).__name__)
-            return None
+            return recent
 
-    def _search(self, positions: list[int], chain: list[bytes], *, session_id: str) -> tuple[Known, int] | None:
-        for position in positions:
-            kept = self._find_kept(chain[position], session_id or None)
-            if kept is not None:
-                return self._known(kept), position
-        return None
+    def _search(self, talk: _Talk, identity: Identity, *, kind: Kind, recent: _Found) -> _Found:
+        named = identity.session_id
+        run = {} if named else self._kept_run(identity.trace_id)
+        for position in talk.replies[:_POOL_DEPTH]:
+            for session_id in (named,) if named else (*reversed(run), None):
+                kept = self._find_kept(talk.chain[position], session_id)
+                if kept is not None:
+                    known = self._known(kept)
+                    return _Found(session_id=known.session_id, parent=known, position=position, link=Link.CHAIN)
+        if recent.parent is not None:
+            return recent
+        session_id = recent.session_id or _session_among(run, talk, kind=kind)
+        last = self._find_last(session_id) if session_id else None
+        if last is None:
+            return _Found(session_id=session_id)
+        return _Found(session_id=session_id, parent=self._known(last), link=Link.SESSION)
+
+    def _kept_run(self, trace_id: str) -> dict[str, bytes]:
+        """The kept sessions of a trace, each with its first turn, latest last."""
+        kept = self._find_run(trace_id) if trace_id else ()
+        return {k.step.session_id: _talk_of(k.messages).first for k in reversed(kept)}
 
     def _known(self, kept: KeptStep) -> Known:
         step = kept.step
@@ -130,23 +227,29 @@ class Tracker:
             sampled=_sampled(step, prompt_text, text),
         )
 
-    def _session(self, identity: Identity, parent: Known | None) -> str:
-        if identity.session_id:
-            return identity.session_id
-        by_trace = self._memory.session_of(identity.trace_id) if identity.trace_id else ""
-        return by_trace or (parent.session_id if parent else new_id())
+
+def _talk_of(messages: Sequence[dict[str, Any]]) -> _Talk:
+    turns = tree.turns_of(messages)
+    replies = [position for position in range(len(turns) - 1, -1, -1) if turns[position].role == "assistant"]
+    return _Talk(turns, tree.chain(turns), replies)
 
 
-def _replies(turns: list[Turn]) -> list[int]:
-    """Where the assistant speaks, last first."""
-    return [position for position in range(len(turns) - 1, -1, -1) if turns[position].role == "assistant"]
+def _session_among(sessions: Mapping[str, bytes], talk: _Talk, *, kind: Kind) -> str:
+    """The session of a trace (each with its first turn, latest last) that a call without names belongs to, or none.
+
+    A trace may pass through several conversations: only one that begins like the call is the call's. A request about
+    a conversation begins like none; it belongs to the trace's only one.
+    """
+    if kind in _INNER or not talk.turns:
+        return next(iter(sessions)) if len(sessions) == 1 else ""
+    return next((session_id for session_id, first in list(sessions.items())[::-1] if first == talk.first), "")
 
 
-def _run(identity: Identity, parent: Known | None, new: list[Turn]) -> str:
+def _run(identity: Identity, found: _Found, new: list[Turn]) -> str:
     if identity.trace_id:
         return identity.trace_id
-    if parent is not None and all(turn.role == "tool" for turn in new):
-        return parent.run_id
+    if found.parent is not None and found.position >= 0 and all(turn.role == "tool" for turn in new):
+        return found.parent.run_id
     return new_id()
 
 

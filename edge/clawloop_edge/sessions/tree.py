@@ -16,33 +16,43 @@ from clawloop_edge.sessions import openclaw
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _DIGEST_BYTES = 16
+_MAX_STARTS = 8
 ROOT = b""
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One message, or a run of user messages, in its common form. `index` is that of its last message."""
+    """One message, or a run of user messages, in its common form. `index` is that of its last message.
+
+    `texts` are those of a run of user messages, if there are several.
+    """
 
     role: str
     digest: bytes
     index: int
     call_ids: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+def parts_of(content: Any) -> list[str]:
+    """The texts of a message's content, whether a string, a list of parts, or nothing."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        return []
+    return [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, whether a string, a list of parts, or nothing."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    """The text of a message's content in one piece."""
+    return content if isinstance(content, str) else "\n".join(parts_of(content))
 
 
-def user_text(content: Any) -> str:
-    """The text that a person wrote, without what OpenClaw adds to each of its parts."""
-    if isinstance(content, str):
-        return openclaw.clean(content)
-    parts = content if isinstance(content, list) else []
-    return "\n".join(filter(None, (openclaw.clean(text_of([part])) for part in parts)))
+def user_texts(content: Any) -> list[str]:
+    """What a person wrote in a user message, without what OpenClaw adds to each of its parts."""
+    parts = parts_of(content)
+    if parts and openclaw.is_internal(parts[0]):
+        return []
+    return [text for part in parts if (text := openclaw.clean(part))]
 
 
 def turns_of(messages: Sequence[dict[str, Any]]) -> list[Turn]:
@@ -55,8 +65,9 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> list[Turn]:
         if role in ("system", "developer"):
             continue
         if role == "user":
-            if not openclaw.is_internal(text_of(message.get("content"))):
-                pending.append(user_text(message.get("content")))
+            texts = user_texts(message.get("content"))
+            if texts:
+                pending += texts
                 pending_index = index
             continue
         if pending:
@@ -77,6 +88,16 @@ def chain(turns: Iterable[Turn]) -> list[bytes]:
     return hashes
 
 
+def shorter_hashes(turns: Sequence[Turn], chain: Sequence[bytes]) -> list[bytes]:
+    """The hashes that the conversation had when the last texts of a run of user messages were not there yet."""
+    found = []
+    for position, turn in enumerate(turns):
+        before = chain[position - 1] if position else ROOT
+        for count in range(1, min(len(turn.texts), _MAX_STARTS)):
+            found.append(_link(before, _user_digest(turn.texts[:count])))
+    return found
+
+
 def reply_hash(prompt_hash: bytes, reply: dict[str, Any]) -> bytes:
     """The hash of a conversation once `reply`, an assistant message, has been added to it."""
     return _link(prompt_hash, _turn(reply, 0).digest)
@@ -84,32 +105,34 @@ def reply_hash(prompt_hash: bytes, reply: dict[str, Any]) -> bytes:
 
 def call_id_key(call_id: str) -> str:
     """A tool-call id as every client returns it: some strip all but letters and digits."""
-    return "".join(c for c in call_id if c.isalnum())
+    return call_id if call_id.isalnum() else "".join(c for c in call_id if c.isalnum())
 
 
 def _user_turn(texts: list[str], index: int) -> Turn:
-    return Turn("user", _digest("user", "\n".join(texts).strip(), []), index)
+    return Turn("user", _user_digest(texts), index, texts=tuple(texts) if len(texts) > 1 else ())
+
+
+def _user_digest(texts: Sequence[str]) -> bytes:
+    # A retry may put an empty line where two messages meet.
+    return _digest("user", "\n".join(texts).strip().replace("\n\n", "\n"))
 
 
 def _turn(message: dict[str, Any], index: int) -> Turn:
-    role = message.get("role", "")
-    calls = message.get("tool_calls") or []
-    text = text_of(message.get("content"))
+    role, text, calls = message.get("role", ""), text_of(message.get("content")), message.get("tool_calls")
     if role == "assistant" and "<think>" in text:
         text = _THINK.sub("", text)
+    if not calls:
+        return Turn(role, _digest(role, text.strip()), index)
     ids = tuple(call_id_key(call["id"]) for call in calls if call.get("id"))
-    return Turn(role, _digest(role, text.strip(), calls), index, ids)
-
-
-def _digest(role: str, text: str, calls: list[dict[str, Any]]) -> bytes:
-    hasher = blake2b(digest_size=_DIGEST_BYTES)
     functions = (call.get("function") or {} for call in calls)
-    parts = [role, text, *(part for f in functions for part in (f.get("name", ""), _canonical(f.get("arguments"))))]
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        hasher.update(len(data).to_bytes(8, "big"))
-        hasher.update(data)
-    return hasher.digest()
+    said = [part for f in functions for part in (f.get("name", ""), _canonical(f.get("arguments")))]
+    return Turn(role, _digest(role, text.strip(), *said), index, ids)
+
+
+def _digest(*parts: str) -> bytes:
+    # The lengths keep apart what joined would be equal.
+    data = "".join([f"{len(part)}:{part}" for part in parts]).encode("utf-8", "surrogatepass")
+    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
 def _canonical(arguments: Any) -> str:

@@ -181,7 +181,7 @@ class Vault:
         if known is not None:
             self._check_same(plain, known[0], seal=seal, now_ms=now_ms)
             return []
-        name = "\0".join((step.channel, step.policy.line, trajectory_key(step)))
+        name = "\0".join((step.channel, step.policy.line, *trajectory_key(step)))
         trajectory_id = seal.name("rewarded", name).hex()
         self.database.run(
             "INSERT OR IGNORE INTO trajectories (trajectory_id, device_id, line_id, channel, state, created_ms)"

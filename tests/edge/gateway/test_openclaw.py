@@ -120,9 +120,10 @@ SIDES: list[tuple[list[Any], list[Any], str]] = [
     ([SYSTEM, user("hi", first=True), HEARTBEAT], TOOLS, "heartbeat"),
     ([SYSTEM, user("[Subagent Context] You are running as a subagent", first=True)], TOOLS, "subagent"),
     ([SYSTEM, user("go", first=True, key="agent:main:subagent:1234")], TOOLS, "subagent"),
-    ([SYSTEM, user("A background task completed with x", first=True)], TOOLS, "background"),
+    ([SYSTEM, user("A background task completed. Use this result to reply.", first=True)], TOOLS, "background"),
     ([{"role": "system", "content": "Something new"}, user("hm", first=True)], [], "unknown"),
-    ([SYSTEM, user("no tools allowed here", first=True)], [], "main"),
+    ([SYSTEM, user("no tools allowed here", first=True)], [], "unknown"),
+    ([SYSTEM, user("an ordinary turn", first=True)], TOOLS, "main"),
 ]
 
 

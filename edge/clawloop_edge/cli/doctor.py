@@ -1,0 +1,292 @@
+"""`doctor`: what is well with this edge, what is not, and how to mend it.
+
+Each check is a function from the home to its findings; add one to `CHECKS`. A check changes nothing, asks no network
+but this edge, and shows no secret.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+import typer
+
+from clawloop_edge.cli.context import Json, console, home_of, print_json, print_table
+from clawloop_edge.cli.service import ask
+from clawloop_shared.errors import ClawloopError
+
+if TYPE_CHECKING:
+    from clawloop_edge.gateway.settings import GatewaySettings
+    from clawloop_edge.home import EdgeHome
+    from clawloop_edge.pool.records import StepCount
+
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_READY_S = 10.0
+_CONNECT = "see Connect in docs/openclaw.md"
+_MENDS = {
+    "temperature 0": "let the agent sample: a temperature above 0",
+    "truncating sampler": "take top_p, top_k and min_p out of the agent's configuration",
+    "unknown traffic": "OpenClaw asks without tools, or in a way that this edge does not know yet; look with `explain`",
+    "the engine stopped": "look into the log of `clawloop-edge serve`",
+    "no logprob for every token": "the server behind the engine must return token ids and logprobs",
+}
+_MAIN = "main"
+_UNKNOWN = "unknown"
+
+
+class State(StrEnum):
+    """How a check came out."""
+
+    OK = "ok"
+    """nothing to do"""
+    WARN = "warn"
+    """it works, and somebody should look"""
+    FAIL = "fail"
+    """it does not work"""
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was looked at: how it is, why, and how to mend it. `facts` are for programs."""
+
+    check: str
+    state: State
+    reason: str
+    mend: str = ""
+    facts: dict[str, Any] = {}
+
+
+Check = Callable[["EdgeHome"], Iterator[Finding]]
+
+
+def check_home(home: EdgeHome) -> Iterator[Finding]:
+    """The configuration can be read, and nobody else can read what lies beside it."""
+    name = "home"
+    home.load_config()
+    if stat.S_IMODE(home.folder.stat().st_mode) & 0o077:
+        yield _warn(name, f"others may look into {home.folder}", mend=f"chmod 700 {home.folder}")
+    else:
+        yield _ok(name, f"{home.config_file} is read")
+
+
+def check_token(home: EdgeHome) -> Iterator[Finding]:
+    """The token is there, and its owner's alone."""
+    name, file = "token", home.token_file
+    if not file.is_file():
+        yield _warn(name, f"there is no {file} yet", mend="it is made by `clawloop-edge serve`")
+        return
+    facts = file.stat()
+    if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
+        yield _fail(name, f"others may read {file}", mend=f"remove {file}: a new token is made; then tell your agent")
+    elif not file.read_text().strip():
+        yield _fail(name, f"{file} is empty", mend=f"remove {file}: a new token is made; then tell your agent")
+    else:
+        yield _ok(name, f"{file} is yours alone")
+
+
+def check_model(home: EdgeHome) -> Iterator[Finding]:
+    """The model's folder is there."""
+    config, name = home.load_config(), "model"
+    path = config.model.path
+    if not path and config.model.kind == "upstream":
+        yield _warn(name, f"{config.upstream.url} has the model", mend="nothing is learned: name its folder in `setup`")
+        return
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        yield _fail(name, f"{path or 'no folder'} is no model folder", mend="clawloop-edge setup --model FOLDER")
+    elif config.model.kind == "mlx" and not any(folder.glob("*.safetensors")):
+        yield _fail(name, f"{folder} has no weights", mend="fetch the model again, then clawloop-edge setup --model")
+    else:
+        yield _ok(name, f"{folder} is there")
+
+
+def check_pool(home: EdgeHome) -> Iterator[Finding]:
+    """The pool opens; and how many of its steps may be learned from, and why others may not."""
+    from clawloop_edge.opening import open_pool
+
+    with open_pool(home, writer=False) as pool:
+        stats, counts = pool.stats(), pool.step_counts()
+    yield _ok("pool", f"opens: {stats.steps} steps in {stats.sessions} sessions, {stats.file_bytes >> 20} MiB")
+    yield _steps(counts, kept=stats.steps)
+
+
+def _steps(counts: list[StepCount], *, kept: int) -> Finding:
+    name, counted = "steps", sum(count.steps for count in counts)
+    trainable = sum(count.steps for count in counts if not count.untrainable)
+    main = [count for count in counts if count.kind == _MAIN]
+    facts = {"steps": counted, "trainable": trainable, "counts": msgspec.to_builtins(counts)}
+    reason = f"{trainable} of {counted} may be learned from"
+    if counted != kept:
+        return _warn(name, f"{counted} counted, {kept} kept", mend="clawloop-edge pool verify", facts=facts)
+    if not counted:
+        return _ok(name, "nothing was kept yet", facts=facts)
+    if main and all(count.untrainable for count in main):
+        mend = _MENDS.get(main[0].untrainable, "see the reasons below")
+        return _warn(name, f"{reason}; no ordinary turn: {main[0].untrainable}", mend=mend, facts=facts)
+    unknown = sum(count.steps for count in counts if count.kind == _UNKNOWN)
+    if unknown:
+        return _warn(name, f"{reason}; {unknown} unknown", mend=_MENDS["unknown traffic"], facts=facts)
+    return _ok(name, reason, facts=facts)
+
+
+def check_service(home: EdgeHome) -> Iterator[Finding]:
+    """The edge answers, is ready, and keeps what passes."""
+    name, gateway = "service", home.load_config().gateway
+    at = f"{gateway.host}:{gateway.port}"
+    status = ask(home) if home.token_file.is_file() else {"running": False}
+    if not status["running"]:
+        yield _fail(name, f"nothing answers at {at}", mend="clawloop-edge serve")
+        return
+    problem = _not_ready(gateway)
+    if problem:
+        yield _fail(name, f"{at} is not ready: {problem}", mend="look into the log of `clawloop-edge serve`")
+        return
+    yield _ok(name, f"{at} is ready, serves adapter {status.get('adapter_version', 0)}")
+    lost = status.get("not_kept", 0)
+    if lost:
+        yield _warn(
+            "keeping", f"{lost} steps could not be kept since the start", mend="free disk space; look into the log"
+        )
+
+
+def _not_ready(gateway: GatewaySettings) -> str:
+    """Why /readyz does not say 200, or an empty string."""
+    connection = HTTPConnection(gateway.host, gateway.port, timeout=_READY_S)
+    try:
+        connection.request("GET", "/readyz")
+        reply = connection.getresponse()
+        said = reply.read()
+    except (OSError, HTTPException) as error:
+        return type(error).__name__
+    finally:
+        connection.close()
+    if reply.status == HTTPStatus.OK:
+        return ""
+    try:
+        facts = msgspec.json.decode(said, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return f"status {reply.status}"
+    return " ".join(str(facts.get(part, "")) for part in ("status", "detail")).strip()
+
+
+def check_openclaw(home: EdgeHome) -> Iterator[Finding]:
+    """OpenClaw, if this user has it, talks to this edge, at the right path and with the right token."""
+    name, file = "openclaw", _openclaw_file()
+    if not file.is_file():
+        yield _ok(name, f"no {file}: nothing to look at")
+        return
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        yield _warn(name, f"{file} cannot be read as JSON", mend=f"look yourself: {_CONNECT}")
+        return
+    gateway = home.load_config().gateway
+    providers = _at(config, "models", "providers")
+    mine = {key: p for key, p in providers.items() if _points_at(_at(p).get("baseUrl"), gateway)}
+    if not mine:
+        yield _warn(name, f"no provider in {file} points at {gateway.host}:{gateway.port}", mend=_CONNECT)
+        return
+    for key, provider in mine.items():
+        yield from _provider(home, f"{name}: {key}", provider)
+    primary = _at(config, "agents", "defaults").get("model")
+    primary = primary.get("primary") if isinstance(primary, dict) else primary
+    if str(primary).partition("/")[0] not in mine:
+        yield _warn(name, f"its agents' model is {primary}, which is not of this edge", mend=_CONNECT)
+
+
+def _provider(home: EdgeHome, name: str, provider: dict[str, Any]) -> Iterator[Finding]:
+    url, api, key = str(provider["baseUrl"]), provider.get("api"), provider.get("apiKey")
+    if (api == "anthropic-messages") == url.rstrip("/").endswith("/v1"):
+        wanted = "without /v1" if api == "anthropic-messages" else "with /v1 at its end"
+        yield _fail(name, f"baseUrl {url} does not fit the API {api}", mend=f"write the baseUrl {wanted}")
+    token = home.token() if home.token_file.is_file() else ""
+    if isinstance(key, str) and "$" not in key and not hmac.compare_digest(key.encode(), token.encode()):
+        yield _fail(name, "its apiKey is not this edge's token", mend=f"put the content of {home.token_file} there")
+    else:
+        yield _ok(name, f"points at this edge ({api})")
+
+
+def _openclaw_file() -> Path:
+    """Where OpenClaw's configuration is: what its own environment variables say, else its folder in the user's home."""
+    chosen = os.environ.get("OPENCLAW_CONFIG_PATH", "").strip()
+    folder = os.environ.get("OPENCLAW_STATE_DIR", "").strip() or "~/.openclaw"
+    return Path(chosen or f"{folder}/openclaw.json").expanduser()
+
+
+def _points_at(url: object, gateway: GatewaySettings) -> bool:
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        return parts.port == gateway.port and parts.hostname in {*_LOOPBACK, gateway.host, *gateway.allowed_hosts}
+    except ValueError:
+        return False
+
+
+def _at(value: object, *names: str) -> dict[str, Any]:
+    """The object under these names, empty if there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+CHECKS: tuple[Check, ...] = (check_home, check_token, check_model, check_pool, check_service, check_openclaw)
+"""All that `doctor` looks at, in this order."""
+
+
+def examine(home: EdgeHome) -> Iterator[Finding]:
+    """Run every check; one that cannot be done is a failure of its own."""
+    for check in CHECKS:
+        try:
+            yield from check(home)
+        except (ClawloopError, OSError) as error:
+            reason = str(error) if isinstance(error, ClawloopError) else f"{type(error).__name__}: {error.strerror}"
+            yield _fail(check.__name__.removeprefix("check_"), reason)
+
+
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Look whether all is well: home, model, pool, service, OpenClaw, and what may be learned from. Exit 1 if not."""
+    found = list(examine(home_of(context).require()))
+    failed = any(finding.state is State.FAIL for finding in found)
+    if as_json:
+        print_json({"ok": not failed, "findings": found})
+    else:
+        rows = [(f.check, f.state, f.reason, f.mend) for f in found]
+        print_table(("check", "is", "because", "to mend it"), rows, empty="")
+        _print_counts(next((f.facts["counts"] for f in found if "counts" in f.facts), []))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_counts(counts: list[dict[str, Any]]) -> None:
+    if not counts:
+        return
+    rows = [
+        (c["steps"], c["kind"], c["app"], c["untrainable"] or "may be learned from", _MENDS.get(c["untrainable"], ""))
+        for c in counts
+    ]
+    console.print("steps by kind, program and reason:")
+    print_table(("steps", "kind", "program", "learned from", "to mend it"), rows, empty="")
+
+
+def _ok(check: str, reason: str, *, facts: dict[str, Any] | None = None) -> Finding:
+    return Finding(check=check, state=State.OK, reason=reason, facts=facts or {})
+
+
+def _warn(check: str, reason: str, *, mend: str, facts: dict[str, Any] | None = None) -> Finding:
+    return Finding(check=check, state=State.WARN, reason=reason, mend=mend, facts=facts or {})
+
+
+def _fail(check: str, reason: str, *, mend: str = "") -> Finding:
+    return Finding(check=check, state=State.FAIL, reason=reason, mend=mend)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
