@@ -84,6 +84,12 @@ class ThinkSplitter:
             self._layout = False
 
 
+def thoughts_in(reply: str, marks: ThinkMarks, *, begun: bool) -> str:
+    """The thoughts of a whole reply; `begun` as for `ThinkSplitter`."""
+    splitter = ThinkSplitter(marks, begun=begun)
+    return "".join(part.text for part in splitter.feed(reply) + splitter.finish() if isinstance(part, Reasoning))
+
+
 def overlap(text: str, mark: str) -> int:
     """How many last characters of `text` may be the beginning of `mark`."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from clawloop_edge.engine.protocol import ChatTokenizer
+from clawloop_edge.engine.thinking import ThinkMarks, thoughts_in
 from clawloop_edge.errors import PromptTooLong, RequestError
 from clawloop_edge.gateway.call import Call
 from clawloop_edge.sessions.splice import How, splice
@@ -18,6 +19,7 @@ from clawloop_edge.sessions.tracker import Placement
 
 Json = dict[str, Any]
 _INLINE_BYTES = 8 << 10
+MAX_TOKEN_ID = 1 << 31
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -36,7 +38,7 @@ def prepare(tokenizer: ChatTokenizer, call: Call, *, placed: Placement) -> Promp
     """
     if call.raw is not None:
         return _raw(tokenizer, call.raw)
-    messages, tools = call.messages, call.offered or None
+    messages, tools = _with_thoughts(call.messages, placed, tokenizer.think_marks), call.offered or None
     try:
         text = tokenizer.render(messages, tools, thinking=call.thinking)
 
@@ -90,13 +92,38 @@ class Preparer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def _with_thoughts(messages: list[Json], placed: Placement, marks: ThinkMarks | None) -> list[Json]:
+    """The messages with the model's own thoughts of this tool loop, which many clients do not send back.
+
+    Chat templates show them until the user speaks again, so without them the model would read other tokens than it
+    sampled, and the attention cache would end where it began to think.
+    """
+    if marks is None or not placed.said:
+        return messages
+    whole = list(messages)
+    for index, sampled in placed.said:
+        prompt, reply = sampled.text[: sampled.reply_char], sampled.text[sampled.reply_char :]
+        thoughts = thoughts_in(reply, marks, begun=prompt.rstrip().endswith(marks.start))
+        if thoughts and not whole[index].get("reasoning_content"):
+            whole[index] = {**whole[index], "reasoning_content": thoughts}
+    return whole
+
+
 def _raw(tokenizer: ChatTokenizer, raw: str | list[int]) -> Prompt:
-    if isinstance(raw, str):
-        ids = tokenizer.encode(raw)
-        text = raw
-    else:
-        ids = raw
-        text = ""
+    ids = tokenizer.encode(raw) if isinstance(raw, str) else raw
     if not ids:
         raise RequestError("prompt is empty; send at least one token", param="prompt")
-    return Prompt(text, ids, How.RAW)
+    check_ids(ids, tokenizer, param="prompt")
+    return Prompt(raw if isinstance(raw, str) else tokenizer.decode(ids), ids, How.RAW)
+
+
+def check_ids(ids: list[int], tokenizer: ChatTokenizer | None, *, param: str) -> None:
+    """Return if all of these can be token ids: of this vocabulary, where it is known.
+
+    Raises:
+        RequestError: one cannot.
+    """
+    limit = tokenizer.vocab_size if tokenizer else MAX_TOKEN_ID
+    if min(ids) < 0 or max(ids) >= limit:
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < limit)
+        raise RequestError(f"{param}: token id {wrong} is outside the vocabulary of {limit}", param=param)

@@ -55,7 +55,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a call belongs. `reply_index` is the parent's reply among the call's messages, -1 if it is not there.
 
     `chain` is the hash of the conversation that the call sent. `incognito` says that nothing of the call may be kept,
-    because it asked for that itself or has in its history what was said incognito.
+    because it asked for that itself or has in its history what was said incognito. `said` are the replies since the
+    user last spoke, by their places among the messages, as they were sampled.
     """
 
     session_id: str
@@ -67,6 +68,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     reply_index: int = -1
     link: Link = Link.NONE
     incognito: bool = False
+    said: tuple[tuple[int, Sampled], ...] = ()
 
     @property
     def parent_id(self) -> str:
@@ -130,6 +132,7 @@ class Tracker:
             reply_index=talk.turns[found.position].index if found.position >= 0 else -1,
             link=found.link,
             incognito=identity.incognito or self._continues_hidden(talk, found),
+            said=self._said(talk, found),
         )
         if not peek:
             self._note(placed, talk, identity)
@@ -149,6 +152,16 @@ class Tracker:
         ids = tuple(tree.call_id_key(call["id"]) for call in calls)
         self._memory.add(known, chain=chain, call_ids=ids, main=placed.kind is Kind.MAIN)
         return chain
+
+    def _said(self, talk: _Talk, found: _Found) -> tuple[tuple[int, Sampled], ...]:
+        """What was sampled since the user last spoke, each with its place among the messages."""
+        if found.link is not Link.CHAIN:
+            return ()
+        asked = max((at for at, turn in enumerate(talk.turns) if turn.role == "user"), default=-1)
+        sessions = (found.session_id,)
+        places = [position for position in reversed(talk.replies) if position > asked]
+        known = (self._memory.find(talk.chain[p], call_ids=talk.turns[p].call_ids, sessions=sessions) for p in places)
+        return tuple((talk.turns[p].index, step.sampled) for p, step in zip(places, known, strict=True) if step)
 
     def _note(self, placed: Placement, talk: _Talk, identity: Identity) -> None:
         if placed.incognito:
