@@ -21,7 +21,7 @@ from clawloop_edge.adapters.activate import Activator
 from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
-from clawloop_edge.engine.protocol import Engine
+from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.gateway.app import DRAIN, STATS, make_app, make_runner
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
@@ -46,8 +46,10 @@ WATCH_S = 0.5
 class Edge:
     """The running edge: its parts, and the tasks that tie them together."""
 
-    def __init__(self, home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine) -> None:
+    def __init__(self, home: EdgeHome, config: EdgeConfig, *, pool: Pool, engine: Engine | TextEngine) -> None:
+        """Before a server of texts there is nothing to learn: then no server is answered, and no adapter taken."""
         self.home, self.config, self.pool, self.engine = home, config, pool, engine
+        self._exact = None if isinstance(engine, TextEngine) else engine
         self.consent = ConsentLog(pool)
         self.outbox = Outbox(pool, self.consent, hold_s=config.privacy.hold_s)
         self.node: NodeWorker | None = None
@@ -100,6 +102,8 @@ class Edge:
     def _server_state(self) -> str:
         if self.member is None:
             return "not joined"
+        if self._exact is None:
+            return "silent (the upstream server gives no token ids)"
         return str(self.node.status.state) if self.node else "silent (level off)"
 
     async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -135,11 +139,11 @@ class Edge:
         member = await asyncio.to_thread(state.membership, self.pool)
         if member != self.member:
             await self._stop_node()
-            if self.member is not None:
-                await self._drop_adapters()
+            if self.member is not None and self._exact is not None:
+                await _drop_adapters(self._exact)
             self.member, self.activator = member, None
-            if member is not None:
-                self.activator = await asyncio.to_thread(self._make_activator, member)
+            if member is not None and self._exact is not None:
+                self.activator = await asyncio.to_thread(self._make_activator, self._exact, member)
                 await self.activator.restore()
         silent = await asyncio.to_thread(self.consent.level) is Level.OFF
         if self.node is not None and silent:
@@ -149,17 +153,10 @@ class Edge:
             self.node = self._make_node(member, self.activator, node_id=known_id)
             self.node.start()
 
-    async def _drop_adapters(self) -> None:
-        """Serve the base again: the next server's adapters have the same numbers as those of the one that was left."""
-        await self.engine.use(0)
-        for version in self.engine.health().versions:
-            if version:
-                await self.engine.unload(version)
-
-    def _make_activator(self, member: Membership) -> Activator:
+    def _make_activator(self, engine: Engine, member: Membership) -> Activator:
         limits = self.config.adapters
         return Activator(
-            self.engine,
+            engine,
             AdapterStore.of_key(self.home.adapters, member.release_key, keep=limits.keep),
             release_key=member.release_key,
             shape=read_shape(model_folder(self.config.model.path)),
@@ -182,6 +179,14 @@ class Edge:
         if self.node is not None:
             await asyncio.to_thread(self.node.stop)
             self.node = None
+
+
+async def _drop_adapters(engine: Engine) -> None:
+    """Serve the base again: the next server's adapters have the same numbers as those of the one that was left."""
+    await engine.use(0)
+    for version in engine.health().versions:
+        if version:
+            await engine.unload(version)
 
 
 async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> None:

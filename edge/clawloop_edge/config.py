@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from clawloop_edge.engine.settings import EngineSettings
+from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
 
 _Period = Annotated[float, Meta(ge=0.05, le=86_400)]
@@ -13,7 +14,10 @@ _Period = Annotated[float, Meta(ge=0.05, le=86_400)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which model is served. `kind` is `mlx`, or `scripted` for drills; `path` is a model folder or a hub id."""
+    """Which model is served. `kind` is `mlx`, `upstream` for a model that another server has, or `scripted` for drills.
+
+    `path` is a model folder or a hub id; before an upstream server it may be empty, and nothing is learned then.
+    """
 
     path: str = ""
     kind: str = "mlx"
@@ -59,3 +63,4 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     privacy: PrivacyConfig = PrivacyConfig()
     node: NodeConfig = NodeConfig()
     adapters: AdapterConfig = AdapterConfig()
+    upstream: UpstreamSettings = UpstreamSettings()

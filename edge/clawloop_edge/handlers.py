@@ -22,7 +22,7 @@ from clawloop_shared.messages import (
 
 if TYPE_CHECKING:
     from clawloop_edge.adapters.activate import Activator
-    from clawloop_edge.engine.protocol import Engine
+    from clawloop_edge.engine.protocol import Engine, TextEngine
     from clawloop_edge.privacy.consent import ConsentLog
     from clawloop_edge.privacy.outbox import Outbox
 
@@ -34,7 +34,7 @@ class Handlers:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | TextEngine,
         outbox: Outbox,
         *,
         consent: ConsentLog,

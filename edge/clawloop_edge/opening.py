@@ -12,7 +12,7 @@ from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from clawloop_edge.config import EdgeConfig
-    from clawloop_edge.engine.protocol import Engine
+    from clawloop_edge.engine.protocol import Engine, TextEngine
     from clawloop_edge.pool.keys import KeyStore
     from clawloop_edge.pool.store import Pool
 
@@ -69,12 +69,17 @@ def model_folder(name: str) -> Path:
         raise ConfigError(f"cannot get the model {name} from the hub: {type(error).__name__}; give a folder") from error
 
 
-async def open_engine(config: EdgeConfig) -> Engine:
+async def open_engine(config: EdgeConfig) -> Engine | TextEngine:
     """The engine that the configuration names, with its model loaded.
 
     Raises:
         ConfigError: an unknown kind of engine, or no model.
     """
+    if config.model.kind == "upstream":
+        from clawloop_edge.engine.upstream_open import open_upstream
+
+        known = model_folder(config.model.path) if config.model.path else None
+        return await open_upstream(config.upstream, folder=known, keep_versions=config.engine.keep_versions)
     folder = model_folder(config.model.path)
     if config.model.kind == "mlx":
         from clawloop_edge.engine.mlx import MlxEngine
@@ -84,7 +89,7 @@ async def open_engine(config: EdgeConfig) -> Engine:
         from clawloop_edge.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(folder, read_script(Path(config.model.script)))
-    raise ConfigError(f"[model] kind = {config.model.kind!r}; it is `mlx` or `scripted`")
+    raise ConfigError(f"[model] kind = {config.model.kind!r}; it is `mlx`, `upstream` or `scripted`")
 
 
 def read_script(path: Path) -> list[str]:

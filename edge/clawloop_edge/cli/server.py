@@ -25,7 +25,12 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     found = read_invitation(invitation)
     console.print(f"server {found.url}\nits words: [bold]{key_words(found.root_key)}[/bold]")
     confirm("Are these the words that the operator sees?", yes=yes)
-    line = read_line(model_folder(home_of(context).require().load_config().model.path))
+    model = home_of(context).require().load_config().model
+    if model.kind == "upstream" and not model.path:
+        raise ConfigError(
+            "nothing is learned before an upstream server without its model folder; name it with setup --model"
+        )
+    line = read_line(model_folder(model.path))
     with opened_pool(context) as pool:
         if state.membership(pool) is not None:
             raise ConfigError("this device has joined a server; run `clawloop-edge leave` first")

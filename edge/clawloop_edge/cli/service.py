@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -11,6 +13,7 @@ import typer
 
 from clawloop_edge.cli.context import Json, Yes, confirm, console, home_of, print_json, print_table
 from clawloop_edge.config import ModelConfig
+from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.home import EdgeHome
 from clawloop_shared import config
@@ -21,6 +24,11 @@ Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port
 KeyFile = Annotated[
     bool, typer.Option("--key-file", help="Keep the pool's key in a 0600 file of the home, not in the Keychain.")
 ]
+Upstream = Annotated[
+    str, typer.Option("--upstream", help="Base URL of a server that has the model, like http://127.0.0.1:8000/v1.")
+]
+UpstreamModel = Annotated[str, typer.Option("--upstream-model", help="Its name there (else the server's first).")]
+UpstreamKey = Annotated[str, typer.Option("--upstream-key-file", help="File that holds the server's API key.")]
 Script = Annotated[str, typer.Option("--script", help="Drill: answer from this file of texts instead of a model.")]
 
 
@@ -30,6 +38,9 @@ def setup(
     port: Port = None,
     key_file: KeyFile = False,
     script: Script = "",
+    upstream: Upstream = "",
+    upstream_model: UpstreamModel = "",
+    upstream_key_file: UpstreamKey = "",
     yes: Yes = False,
 ) -> None:
     """Make an edge here: configuration, keys, token, encrypted pool. Nothing leaves until you raise the level.
@@ -39,26 +50,50 @@ def setup(
     from clawloop_edge.opening import model_folder, open_pool
     from clawloop_shared.model_line import read_line
 
+    if upstream and script:
+        raise typer.BadParameter("--upstream and --script exclude each other")
     home = home_of(context)
     old = home.load_config()
     if home.exists:
         confirm(f"{home.config_file} is there already. Change it (other settings, keys and pool stay)?", yes=yes)
-    if not model and yes:
+    if not model and not upstream and yes:
         raise ConfigError("no model is named; give --model with a folder, or a hub id like owner/model")
-    folder = model_folder(model or typer.prompt("Model (a folder, or a hub id like owner/model)"))
-    line = read_line(folder)
+    if not model and not upstream:
+        model = typer.prompt("Model (a folder, or a hub id like owner/model)")
+    folder = model_folder(model) if model else None
+    server = old.upstream
+    if upstream:
+        kept_key = server.key_file if server.url == upstream else ""  # no other server may be shown it
+        key = _absolute(upstream_key_file) or kept_key
+        server = _asked(msgspec.structs.replace(server, url=upstream, model=upstream_model, key_file=key))
+    shown = read_line(folder).line_id if folder else f"none (before {server.model} at {server.url}, nothing is learned)"
     home.make()
+    kind = "scripted" if script else "upstream" if upstream else "mlx"
     chosen = msgspec.structs.replace(
         old,
-        model=ModelConfig(path=str(folder), kind="scripted" if script else "mlx", script=script),
+        model=ModelConfig(path=str(folder or ""), kind=kind, script=script),
+        upstream=server,
         gateway=msgspec.structs.replace(old.gateway, port=port or old.gateway.port),
         pool=msgspec.structs.replace(old.pool, key="file") if key_file else old.pool,
     )
     config.save(home.config_file, chosen)
     home.token()
     open_pool(home, writer=False).close()
-    console.print(f"edge at [bold]{home.folder}[/bold], model line {line.line_id}, privacy level [bold]off[/bold]")
+    console.print(f"edge at [bold]{home.folder}[/bold], model line {shown}, privacy level [bold]off[/bold]")
     console.print("next: clawloop-edge serve")
+
+
+def _asked(server: UpstreamSettings) -> UpstreamSettings:
+    """An upstream server's settings, with the name of its model. Raises ClawloopError: it does not say."""
+    from clawloop_edge.engine.upstream_http import base_url
+    from clawloop_edge.engine.upstream_open import served_model
+
+    base_url(server.url)
+    return msgspec.structs.replace(server, model=server.model or asyncio.run(served_model(server)))
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().absolute()) if name else ""
 
 
 def serve(context: typer.Context) -> None:
