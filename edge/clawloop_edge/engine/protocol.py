@@ -44,10 +44,14 @@ class Generation(Protocol):
     """A call in flight: its policy never changes, even if an adapter is swapped in meanwhile.
 
     Iterating yields tokens as they are sampled; leaving the iteration, or `aclose`, cancels the call in the engine.
-    `cached_tokens`, the part of the prompt that was not computed again, is known from the first token on.
+    `cached_tokens`, the part of the prompt that was not computed again, is known from the first token on. `reason` says
+    why nothing of this call may be learned from, as far as the engine knows; empty if it may.
     """
 
     policy: Policy
+
+    @property
+    def reason(self) -> str: ...
 
     @property
     def cached_tokens(self) -> int: ...
@@ -91,10 +95,11 @@ class Detokenizer(Protocol):
 
 class ChatTokenizer(Protocol):
     """The model's tokenizer and chat template. `tool_format` and `think_marks` are how the model writes a tool call and
-    its thoughts, if it can."""
+    its thoughts, if it can; ids from `vocab_size` on have no row in it."""
 
     eos_ids: frozenset[int]
     context_length: int
+    vocab_size: int
     tool_format: ToolFormat | None
     think_marks: ThinkMarks | None
 
@@ -128,7 +133,8 @@ class ChatTokenizer(Protocol):
 
 class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One call for a server that renders prompts itself. `tool_choice` is `auto`, `required`, or the name of a tool if
-    `tool_named`; `schema` is what the answer must match ({}: any JSON object), None for free text."""
+    `tool_named`; `schema` is what the answer must match ({}: any JSON object), None for free text. `stream`: its
+    client wants the answer as it grows."""
 
     messages: list[dict[str, Any]]
     sampling: Sampling
@@ -139,9 +145,13 @@ class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_named: bool = False
     parallel_tools: bool = True
     schema: dict[str, Any] | None = None
+    schema_name: str = ""
+    schema_strict: bool = True
     stops: tuple[str, ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    thinking: bool | None = None
+    stream: bool = True
     model: str = ""
 
 

@@ -5,7 +5,6 @@ Host and Origin -> token -> (no new calls while draining) -> handler; errors in 
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Protocol
 
 import msgspec
@@ -16,36 +15,44 @@ from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.gateway.auth import Guard
 from clawloop_edge.gateway.call import Api
 from clawloop_edge.gateway.chat_writer import ChatApi
+from clawloop_edge.gateway.claw_r1 import ClawR1Pool, claw_r1_routes, guards_itself
+from clawloop_edge.gateway.completions import CompletionsApi
+from clawloop_edge.gateway.connections import TIMEOUT_S, GatewayRunner
 from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.errors import Shape, failure_of
 from clawloop_edge.gateway.feedback import FeedbackHandler
 from clawloop_edge.gateway.health import HealthHandler
+from clawloop_edge.gateway.idempotency import Retries
+from clawloop_edge.gateway.messages_writer import MessagesApi
 from clawloop_edge.gateway.metrics import Metrics, StateCollector
+from clawloop_edge.gateway.openapi import add_document
+from clawloop_edge.gateway.openapi_docs import DOCS
 from clawloop_edge.gateway.recorder import Recorder
-from clawloop_edge.gateway.serving import Service
+from clawloop_edge.gateway.responses_writer import ResponsesApi
+from clawloop_edge.gateway.serving import Service, now_ms
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.gateway.source import Source, TextSource, TokenSource
-from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.sessions.kept import KeptSteps, StepSource
 from clawloop_edge.sessions.memory import StepMemory
-from clawloop_edge.sessions.tracker import REPLY_INDEX, FindKept, Tracker
-from clawloop_shared.records import Signal
+from clawloop_edge.sessions.tracker import Tracker
 
-_SHUTDOWN_S = 1.0
-"""how long the runner waits for what still runs after the drain; aiohttp's own minute would come on top of it"""
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ready"})
+_MESSAGES = MessagesApi()
 APIS: dict[str, Api] = {
     "/v1/chat/completions": ChatApi(),
+    "/v1/completions": CompletionsApi(),
+    "/v1/messages": _MESSAGES,
+    "/v1/responses": ResponsesApi(),
 }
 """the APIs that answer calls, by path"""
 
 
-class PoolSide(Protocol):
+class PoolSide(ClawR1Pool, StepSource, Protocol):
     """The part of the pool that the gateway needs; `clawloop_edge.pool.store.Pool` is the real one."""
 
-    def keep_step(self, kept: KeptStep, *, index: dict[str, bytes]) -> "Future[None]": ...
-    def keep_signal(self, signal: Signal) -> "Future[None]": ...
-    def find_step_by(self, name: str, value: bytes, *, session_id: str | None = None) -> str | None: ...
-    def get_step(self, step_id: str) -> KeptStep | None: ...
+    def find_steps_by(
+        self, name: str, value: bytes, *, session_id: str | None = None, limit: int = 16
+    ) -> list[str]: ...
 
 
 class GatewayStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,10 +100,18 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
         source, decode = TextSource(engine), _no_text
     else:
         source, decode = TokenSource(engine), engine.tokenizer.decode
-    tracker = Tracker(memory, find_kept=_finder(pool), decode=decode)
+    kept = KeptSteps(pool)
+    tracker = Tracker(memory, find_kept=kept.by_reply, find_last=kept.last_main, find_run=kept.of_run, decode=decode)
     recorder, drain = Recorder(pool, tracker), Drain(settings.drain_s)
     metrics = Metrics()
-    service = Service(source, tracker, recorder=recorder, settings=settings, metrics=metrics)
+    service = Service(
+        source,
+        tracker,
+        recorder=recorder,
+        settings=settings,
+        metrics=metrics,
+        retries=Retries(pool, clock_ms=now_ms, tokenizer=None if isinstance(engine, TextEngine) else engine.tokenizer),
+    )
     feedback, health = FeedbackHandler(pool), HealthHandler(engine, drain)
 
     async def close(app: web.Application) -> None:
@@ -105,14 +120,26 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
 
     guard = Guard(token, hosts=[settings.host, *settings.allowed_hosts])
     app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[_border(guard, settings, metrics)])
+
+    def post(path: str, handler: Handler) -> None:
+        app.router.add_post(path, _counted(handler, drain))
+
     for path, api in APIS.items():
-        app.router.add_post(path, _counted(_answering(service, api), drain))
-    app.router.add_post("/v1/feedback", _counted(feedback.handle, drain))
+        post(path, _answering(service, api))
+    routes = claw_r1_routes(service, pool, engine=engine, guard=guard, settings=settings, apis=APIS)
+    post("/v1/messages/count_tokens", _counting_tokens(service))
+    post("/v1/feedback", feedback.handle)
     app.router.add_get("/v1/models", health.models)
     app.router.add_get("/v1/models/{name}", health.model)
     app.router.add_get("/healthz", health.healthz)
     app.router.add_get("/readyz", health.readyz)
+    app.router.add_get("/health", health.healthz)
+    app.router.add_get("/ready", health.readyz)
     app.router.add_get("/metrics", metrics.handle)
+    for path, handler in routes.items():
+        post(path, handler)
+    add_document(app, DOCS)
+    app[TIMEOUT_S] = settings.body_timeout_s
     app[DRAIN], app[STATS] = drain, StatsReader(recorder, source, drain=drain, memory=memory)
     metrics.watch(StateCollector(engine, app[STATS]))
     app.on_cleanup.append(close)
@@ -120,20 +147,12 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
-    """The runner to serve the gateway with: a client that goes away cancels its call; calls are not logged."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S)
+    """The runner to serve the gateway with."""
+    return GatewayRunner(app)
 
 
 def _no_text(ids: Sequence[int]) -> str:
     return ""
-
-
-def _finder(pool: PoolSide) -> FindKept:
-    def find(chain: bytes, session_id: str | None) -> KeptStep | None:
-        step_id = pool.find_step_by(REPLY_INDEX, chain, session_id=session_id)
-        return pool.get_step(step_id) if step_id else None
-
-    return find
 
 
 def _answering(service: Service, api: Api) -> Handler:
@@ -141,6 +160,13 @@ def _answering(service: Service, api: Api) -> Handler:
         return await service.answer(request, api)
 
     return answering
+
+
+def _counting_tokens(service: Service) -> Handler:
+    async def counting(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"input_tokens": await service.count(request, _MESSAGES.read_count)})
+
+    return counting
 
 
 def _counted(handler: Handler, drain: Drain) -> Handler:
@@ -164,14 +190,14 @@ def _border(guard: Guard, settings: GatewaySettings, metrics: Metrics) -> Middle
 
     async def _checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            guard.check_names(request.headers)
-            if request.path not in _OPEN_PATHS:
+            guard.check_names(request.headers, target=request.rel_url.host)
+            if request.path not in _OPEN_PATHS and not guards_itself(request):
                 guard.check_token(request.headers)
             return await handler(request)
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 - the border: a client always gets an answer in its API's shape
-            return failure_of(error, retry_after_s=settings.retry_after_s).response(_shape(request.path))
+            return failure_of(error, retry_after_s=settings.retry_after_s).response(_shape(request))
 
     return border
 
@@ -182,6 +208,8 @@ def _route(request: web.Request) -> str:
     return resource.canonical if resource is not None else "other"
 
 
-def _shape(path: str) -> Shape:
+def _shape(request: web.Request) -> Shape:
     """In which shape an error is said to whoever calls this path."""
-    return Shape.ANTHROPIC if path.startswith("/v1/messages") else Shape.OPENAI
+    if guards_itself(request):
+        return Shape.CLAW_R1
+    return Shape.ANTHROPIC if request.path.startswith("/v1/messages") else Shape.OPENAI

@@ -3,6 +3,8 @@
 The host and origin checks stop a web page from reaching the gateway through a name that it rebinds to loopback.
 """
 
+import base64
+import binascii
 import hmac
 import ipaddress
 from collections.abc import Iterable, Mapping
@@ -22,27 +24,43 @@ class Guard:
         self._token = token.encode()
         self._hosts = {host.lower().strip("[]") for host in hosts} - {""}  # an empty name is that of `Origin: null`
 
-    def check_names(self, headers: Mapping[str, str]) -> None:
-        """Return if the request was sent to this machine, and by no page of another one.
+    def check_names(self, headers: Mapping[str, str], *, target: str | None = None) -> None:
+        """Return if the request was sent to this machine, and by no page of another one. `target` is the name in its
+        request line, if it has one there.
 
         Raises:
             RequestError: a foreign `Host` or `Origin` (403).
         """
-        if not self._is_ours(_name(f"//{headers.get('Host', '')}")):
+        named = {_name(f"//{headers.get('Host', '')}"), (target or _LOOPBACK_NAME).lower()}
+        if not all(map(self._is_ours, named)):
             raise RequestError("this Host is not served; call the gateway by its loopback address", status=403)
         origin = headers.get("Origin")
         if origin is not None and not self._is_ours(_name(origin)):
             raise RequestError("pages of this Origin may not call the gateway", status=403)
 
+    def has_token(self, headers: Mapping[str, str]) -> bool:
+        """Whether the request carries the token: as bearer, as password of HTTP Basic, or as `x-api-key`.
+
+        Basic is what clients send by themselves for a URL like `http://clawloop:TOKEN@127.0.0.1:8100`. It is taken and
+        never asked for: a browser would remember it and send it along with what any page asks.
+        """
+        scheme, _, credential = headers.get("Authorization", "").partition(" ")
+        match scheme.lower():
+            case "bearer":
+                given = credential.strip().encode("utf-8", "surrogateescape")
+            case "basic":
+                given = _password(credential.strip())
+            case _:
+                given = headers.get("x-api-key", "").encode("utf-8", "surrogateescape")
+        return hmac.compare_digest(given, self._token)
+
     def check_token(self, headers: Mapping[str, str]) -> None:
-        """Return if the request carries the token, as bearer or as `x-api-key`.
+        """Return if the request carries the token.
 
         Raises:
             RequestError: it does not (401).
         """
-        scheme, _, credential = headers.get("Authorization", "").partition(" ")
-        given = credential.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token):
+        if not self.has_token(headers):
             raise RequestError(
                 "wrong or missing token; send the content of the edge's token file as `Authorization: Bearer`",
                 status=401,
@@ -56,6 +74,14 @@ class Guard:
             return ipaddress.ip_address(name).is_loopback
         except ValueError:
             return False
+
+
+def _password(credential: str) -> bytes:
+    """The password of HTTP Basic (RFC 7617); empty if there is none."""
+    try:
+        return base64.b64decode(credential, validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
 
 
 def _name(address: str) -> str:

@@ -1,33 +1,45 @@
 """Request bodies: JSON, then the fields of one call, with an error that names what is wrong. Pure."""
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from clawloop_edge.errors import RequestError
 
 Json = dict[str, Any]
 T = TypeVar("T", bound=msgspec.Struct)
+Refused = Annotated[Any, Meta(extra_json_schema={"enum": [None, False, 0, "", [], {}]})]
+"""of a field that would change the answer and is not supported: whatever says nothing is accepted"""
+Zero = Annotated[float | None, Meta(extra_json_schema={"enum": [None, 0]})]
+One = Annotated[float | None, Meta(extra_json_schema={"enum": [None, 1]})]
+Stop = Annotated[str, Meta(min_length=1)]
+Stops = Annotated[list[Stop], Meta(max_length=16)]
 _PLACE = re.compile(r" - at `\$\.?(.*?)`\Z")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 _PINNED = re.compile(r"\Aclawloop@(\d{1,9})\Z")
-_MAX_STOPS = 16
-UNSUPPORTED_EXTENSIONS = (
-    "best_of",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "ignore_eos",
-    "length_penalty",
-    "logits_processors",
-    "min_tokens",
-    "stop_token_ids",
-    "structured_outputs",
-    "use_beam_search",
-)
-"""fields of other servers that would change the answer, and that no API of ours knows"""
+
+
+class CallBody(msgspec.Struct, kw_only=True):
+    """What the body of any call may say: fields of other servers that would change the answer, and that no API of ours
+    knows."""
+
+    best_of: Refused = None
+    guided_choice: Refused = None
+    guided_grammar: Refused = None
+    guided_json: Refused = None
+    guided_regex: Refused = None
+    ignore_eos: Refused = None
+    length_penalty: Refused = None
+    logits_processors: Refused = None
+    min_tokens: Refused = None
+    stop_token_ids: Refused = None
+    structured_outputs: Refused = None
+    use_beam_search: Refused = None
+
+
+B = TypeVar("B", bound=CallBody)
 
 
 def decode_json(data: bytes) -> Any:
@@ -60,16 +72,15 @@ def convert_body(value: Any, kind: type[T], *, where: str = "") -> T:
         raise RequestError(f"{param or 'body'}: {message}", param=param or None, code="invalid_type") from error
 
 
-def read_body(data: bytes, kind: type[T]) -> T:
+def read_body(data: bytes, kind: type[B]) -> B:
     """A JSON body as `kind`, free of fields that no API of ours knows and that would change the answer.
 
     Raises:
-        RequestError: not JSON, a wrong field, or one of `UNSUPPORTED_EXTENSIONS`.
+        RequestError: not JSON, a wrong field, or one that is not supported.
     """
-    value = decode_json(data)
-    body = convert_body(value, kind)
-    for name in UNSUPPORTED_EXTENSIONS:
-        if value.get(name):
+    body = convert_body(decode_json(data), kind)
+    for name in CallBody.__struct_fields__:
+        if getattr(body, name):
             raise unsupported(name, f"{name} is not supported")
     return body
 
@@ -98,13 +109,6 @@ def pinned_version(model: str) -> int | None:
     return None
 
 
-def stop_strings(stop: str | list[str] | None, *, param: str = "stop") -> tuple[str, ...]:
-    """The stop strings of a call.
-
-    Raises:
-        RequestError: too many of them, or an empty one.
-    """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > _MAX_STOPS or not all(stops):
-        raise RequestError(f"{param}: at most {_MAX_STOPS} strings, none of them empty", param=param)
-    return stops
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    """The stop strings of a call."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())

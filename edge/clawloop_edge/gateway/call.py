@@ -46,12 +46,14 @@ class Format(msgspec.Struct, frozen=True):
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One call, checked. `max_tokens` may pass the context; `version` pins an adapter; `raw` is a prompt of text or
-    token ids in place of messages."""
+    token ids in place of messages. A `verbatim` answer is delivered as it was sampled but for the end token, marks of
+    thoughts and tool calls included; its calls are told beside it."""
 
     messages: list[Json]
     sampling: Sampling
     max_tokens: int
     raw: str | list[int] | None = None
+    verbatim: bool = False
     tools: list[Json] = []
     tool_choice: ToolChoice = ToolChoice()
     parallel_tools: bool = True

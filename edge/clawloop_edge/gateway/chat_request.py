@@ -9,7 +9,20 @@ import msgspec
 from msgspec import Meta
 
 from clawloop_edge.errors import RequestError
-from clawloop_edge.gateway.body import Json, convert_body, pinned_version, read_body, stop_strings, unsupported
+from clawloop_edge.gateway.body import (
+    CallBody,
+    Json,
+    One,
+    Refused,
+    Stop,
+    Stops,
+    Zero,
+    convert_body,
+    pinned_version,
+    read_body,
+    stop_strings,
+    unsupported,
+)
 from clawloop_edge.gateway.call import Call, Choosing, Format, ToolChoice
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_shared.records import Sampling
@@ -27,7 +40,7 @@ Choices = Annotated[int, Meta(ge=1, le=16)]
 
 class _Function(msgspec.Struct):
     name: str  # a model may have called what was never offered, and its agent sends that back
-    arguments: str = ""
+    arguments: str
 
 
 class _Call(msgspec.Struct):
@@ -36,12 +49,26 @@ class _Call(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-class _Message(msgspec.Struct):
+TextPart = Annotated[
+    Json,
+    Meta(
+        extra_json_schema={
+            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+            "required": ["type", "text"],
+        }
+    ),
+]
+"""one part of a message; those that are no text are refused by name"""
+
+
+class Message(msgspec.Struct):
+    """One message; further fields are ignored."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Json] | None = None
+    content: str | list[TextPart] | None = None
     tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
-    function_call: Any = None
+    function_call: Annotated[Any, Meta(extra_json_schema={"const": None})] = None
     reasoning_content: str | None = None
 
 
@@ -51,12 +78,14 @@ class _ToolFunction(msgspec.Struct):
     parameters: Json | None = None
 
 
-class _Tool(msgspec.Struct):
+class Tool(msgspec.Struct):
+    """One tool; further fields are ignored."""
+
     type: Literal["function"]
     function: _ToolFunction
 
 
-class _StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
@@ -84,7 +113,7 @@ class _NamedTool(msgspec.Struct):
     function: _NamedFunction
 
 
-class ChatBody(msgspec.Struct):
+class ChatBody(CallBody):
     """What a chat completions call may say; further fields are ignored."""
 
     messages: Annotated[list[Json], Meta(min_length=1)]
@@ -93,7 +122,7 @@ class ChatBody(msgspec.Struct):
     tool_choice: Literal["auto", "none", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Temperature | None = None
@@ -101,7 +130,7 @@ class ChatBody(msgspec.Struct):
     top_k: TopK | None = None
     min_p: MinP | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     prompt_cache_key: str | None = None
@@ -109,15 +138,15 @@ class ChatBody(msgspec.Struct):
     response_format: _ResponseFormat | None = None
     return_token_ids: bool | None = None
     chat_template_kwargs: _TemplateSettings | None = None
-    modalities: Any = None
-    logit_bias: Any = None
-    audio: Any = None
-    functions: Any = None
-    function_call: Any = None
-    web_search_options: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    modalities: Annotated[Any, Meta(extra_json_schema={"enum": [None, ["text"]]})] = None
+    logit_bias: Refused = None
+    audio: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    web_search_options: Refused = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    repetition_penalty: One = None
 
 
 def read_chat(data: bytes, settings: GatewaySettings) -> tuple[Call, ChatBody]:
@@ -127,13 +156,22 @@ def read_chat(data: bytes, settings: GatewaySettings) -> tuple[Call, ChatBody]:
         RequestError: not JSON, a missing or wrong field, or one that is not supported.
     """
     body = read_body(data, ChatBody)
+    return chat_call(body, settings), body
+
+
+def chat_call(body: ChatBody, settings: GatewaySettings) -> Call:
+    """The call that a body asks for.
+
+    Raises:
+        RequestError: a wrong message or tool, or a field that is not supported.
+    """
     _refuse_unsupported(body)
     for index, message in enumerate(body.messages):
-        _check_message(convert_body(message, _Message, where=f"messages[{index}]"), f"messages[{index}]")
+        _check_message(convert_body(message, Message, where=f"messages[{index}]"), f"messages[{index}]")
     for index, tool in enumerate(body.tools or []):
-        convert_body(tool, _Tool, where=f"tools[{index}]")
+        convert_body(tool, Tool, where=f"tools[{index}]")
     tools = body.tools or []
-    call = Call(
+    return Call(
         messages=body.messages,
         tools=tools,
         tool_choice=_tool_choice(body.tool_choice, tools),
@@ -158,7 +196,6 @@ def read_chat(data: bytes, settings: GatewaySettings) -> tuple[Call, ChatBody]:
         version=pinned_version(body.model),
         prompt_cache_key=body.prompt_cache_key or "",
     )
-    return call, body
 
 
 def sampling_of(
@@ -247,7 +284,7 @@ def _top_logprobs(body: ChatBody) -> int:
     return body.top_logprobs or 0
 
 
-def _check_message(message: _Message, where: str) -> None:
+def _check_message(message: Message, where: str) -> None:
     if message.function_call is not None:
         raise unsupported(f"{where}.function_call", "function_call is not supported; use tool_calls")
     for index, part in enumerate(message.content if isinstance(message.content, list) else []):

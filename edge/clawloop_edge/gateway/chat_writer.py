@@ -63,9 +63,9 @@ class ChatWriter:
         self._begun: set[int] = set()
 
     def begin(self) -> bytes:
-        """The first chunk."""
+        """What comes first. The role is said once, since clients join what they see, and a first delta may have it."""
         prompt = self._head + b',"choices":[],"prompt_token_ids":' + _encode(self._about.prompt_ids) + b"}\n\n"
-        return (prompt if self._token_ids else b"") + self._role(0)
+        return (prompt if self._token_ids else b"") + (b"" if 0 in self._begun else self._role(0))
 
     def delta(self, delta: Delta) -> bytes:
         """What became sure with one token, and its logprob if it was asked for."""

@@ -16,6 +16,7 @@ from clawloop_edge.errors import EngineBusy, EngineError, EngineGone, PromptTooL
 from clawloop_shared.errors import ClawloopError
 
 _LOG = logging.getLogger(__name__)
+_MAX_CHARS = 500
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error"}
 
@@ -27,6 +28,8 @@ class Shape(StrEnum):
     """OpenAI's, and of all paths that are ours alone"""
     ANTHROPIC = "anthropic"
     """Anthropic's"""
+    CLAW_R1 = "claw-r1"
+    """OpenAI's with a `detail` beside it, where clients of FastAPI look"""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +53,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
             named = {"type": _ANTHROPIC_TYPES.get(self.status, default), "message": self.message}
             return msgspec.json.encode({"type": "error", "error": named})
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        detail = {"detail": self.message} if shape is Shape.CLAW_R1 else {}
+        return msgspec.json.encode({"error": error, **detail})
 
     def response(self, shape: Shape = Shape.OPENAI) -> web.Response:
         """The whole reply."""
@@ -71,7 +75,7 @@ def failure_of(error: Exception, *, retry_after_s: int) -> Failure:
 
 def _known(error: Exception, retry_after_s: int) -> Failure | None:
     if isinstance(error, RequestError):
-        return Failure(status=error.status, message=str(error), param=error.param, code=error.code)
+        return Failure(status=error.status, message=_short(str(error)), param=error.param, code=error.code)
     if isinstance(error, EngineError):
         return _engine_failure(error, retry_after_s)
     if isinstance(error, web.HTTPException):
@@ -79,6 +83,11 @@ def _known(error: Exception, retry_after_s: int) -> Failure | None:
     if isinstance(error, ClawloopError):
         return Failure(status=503, message=str(error), code="unavailable", retry_after_s=retry_after_s)
     return None
+
+
+def _short(message: str) -> str:
+    """A message that quotes a long value without its middle: what was wrong, and the next step."""
+    return message if len(message) <= _MAX_CHARS else f"{message[: _MAX_CHARS - 100]} [...] {message[-90:]}"
 
 
 def _engine_failure(error: EngineError, retry_after_s: int) -> Failure:

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from clawloop_edge.errors import RequestError, UnknownTarget
 from clawloop_edge.gateway.body import convert_body, decode_json
-from clawloop_shared.errors import RecordError
+from clawloop_edge.gateway.connections import body_of
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Signal, Target, check_signal
 
@@ -33,15 +33,17 @@ class KeepsSignals(Protocol):
     def keep_signal(self, signal: Signal) -> "Future[None]": ...
 
 
-class _Feedback(msgspec.Struct):
-    value: float
+class FeedbackBody(msgspec.Struct):
+    """One judgement, of exactly one target; further fields are ignored."""
+
+    value: Annotated[float, Meta(ge=-1, le=1)]
     step_id: _Target | None = None
     trace_id: _Target | None = None
     session_id: _Target | None = None
     trajectory_id: _Target | None = None
     comment: Annotated[str, Meta(max_length=4096)] | None = None
     source: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] | None = None
-    weight: float | None = None
+    weight: Annotated[float, Meta(gt=0, le=1)] | None = None
 
 
 class FeedbackHandler:
@@ -52,7 +54,7 @@ class FeedbackHandler:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Keep one judgement; 200 means that it, and the step it judges, are on disk."""
-        signal = parse_feedback(await request.read(), now_ms=time.time_ns() // 1_000_000)
+        signal = parse_feedback(await body_of(request), now_ms=time.time_ns() // 1_000_000)
         try:
             await asyncio.shield(asyncio.wrap_future(self._pool.keep_signal(signal)))
         except UnknownTarget as error:
@@ -67,7 +69,7 @@ def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
     Raises:
         RequestError: no target or more than one, or a value outside [-1, 1].
     """
-    body = convert_body(decode_json(data), _Feedback)
+    body = convert_body(decode_json(data), FeedbackBody)
     named = [name for name in _TARGETS if getattr(body, name) is not None]
     if len(named) != 1:
         raise RequestError(
@@ -83,10 +85,7 @@ def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
         comment=body.comment or "",
         created_ms=now_ms,
     )
-    try:
-        return check_signal(signal)
-    except RecordError as error:
-        raise RequestError(str(error), param="weight" if -1 <= signal.value <= 1 else "value") from error
+    return check_signal(signal)
 
 
 def _param(signal: Signal) -> str:

@@ -17,7 +17,16 @@ from msgspec import Meta
 
 from clawloop_edge.engine.tool_calls import ToolCall
 from clawloop_edge.errors import RequestError
-from clawloop_edge.gateway.body import Json, pinned_version, read_body, stop_strings, unsupported
+from clawloop_edge.gateway.body import (
+    CallBody,
+    Json,
+    Refused,
+    Stops,
+    pinned_version,
+    read_body,
+    stop_strings,
+    unsupported,
+)
 from clawloop_edge.gateway.call import Call, Choosing, Format, ToolChoice
 from clawloop_edge.gateway.chat_request import Count, Name, TopP, choose_tool, require_tool, sampling_of
 from clawloop_edge.gateway.settings import GatewaySettings
@@ -30,6 +39,13 @@ _MAX_BYTES = 4 << 20
 
 
 class _Text(msgspec.Struct, tag="text"):
+    text: str
+
+
+class _OnlyText(msgspec.Struct):
+    """A text where no other block may stand; a tag alone would not be asked for there."""
+
+    type: Literal["text"]
     text: str
 
 
@@ -49,7 +65,7 @@ class _ToolUse(msgspec.Struct, tag="tool_use"):
 
 class _ToolResult(msgspec.Struct, tag="tool_result"):
     tool_use_id: str
-    content: str | list[_Text] | None = None
+    content: str | list[_OnlyText] | None = None
     is_error: bool | None = None
 
 
@@ -62,7 +78,7 @@ class _Assistant(msgspec.Struct, tag_field="role", tag="assistant"):
 
 
 class _System(msgspec.Struct, tag_field="role", tag="system"):
-    content: str | list[_Text]
+    content: str | list[_OnlyText]
 
 
 class _Tool(msgspec.Struct):
@@ -92,26 +108,26 @@ class _OutputConfig(msgspec.Struct):
     format: _OutputFormat | None = None
 
 
-class CountBody(msgspec.Struct, kw_only=True):
+class CountBody(CallBody, kw_only=True):
     """What a call may say whose tokens are to be counted; how it would be sampled has no bearing."""
 
     messages: Annotated[list[_User | _Assistant | _System], Meta(min_length=1)]
     model: str = "clawloop"
     max_tokens: Count | None = None
-    system: str | list[_Text] | None = None
+    system: str | list[_OnlyText] | None = None
     tools: list[_Tool] | None = None
     tool_choice: _Choice | None = None
     thinking: _ThinkingConfig | None = None
     output_config: _OutputConfig | None = None
     output_format: _OutputFormat | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     metadata: Json | None = None
-    container: Any = None
-    mcp_servers: Any = None
+    container: Refused = None
+    mcp_servers: Refused = None
 
     @property
     def thoughts_shown(self) -> bool:
@@ -202,7 +218,7 @@ def _call(body: CountBody, settings: GatewaySettings, *, inputs: SampledInputs) 
         format=_format(body),
         sampling=sampling_of(settings, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k),
         max_tokens=body.max_tokens or settings.default_max_tokens,
-        stops=stop_strings(body.stop_sequences, param="stop_sequences"),
+        stops=stop_strings(body.stop_sequences),
         stream=bool(body.stream),
         thinking=body.thinking.type != "disabled" if body.thinking else None,
         model=body.model,
@@ -231,7 +247,7 @@ def _messages(body: CountBody, inputs: SampledInputs) -> list[Json]:
     return messages
 
 
-def _system(content: str | list[_Text]) -> Json:
+def _system(content: str | list[_OnlyText]) -> Json:
     """OpenClaw cuts its system prompt in two blocks here, and sends it with this line break to other APIs."""
     return {"role": "system", "content": content if isinstance(content, str) else "\n".join(_texts(content))}
 
@@ -278,7 +294,7 @@ def _assistant(content: str | Sequence[Any], inputs: SampledInputs) -> Json:
 
 
 def _texts(blocks: Any) -> list[str]:
-    return [block.text for block in blocks if isinstance(block, _Text)]
+    return [block.text for block in blocks if isinstance(block, _Text | _OnlyText)]
 
 
 def _joined(texts: list[str]) -> str | list[Json]:

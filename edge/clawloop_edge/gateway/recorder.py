@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from clawloop_edge.gateway.call import Call
+from clawloop_edge.gateway.idempotency import FINISHED
 from clawloop_edge.gateway.reply import CUT, Reply
 from clawloop_edge.gateway.source import Answer
 from clawloop_edge.pool.records import KeptStep
@@ -23,6 +24,9 @@ from clawloop_shared.records import Step, check_step
 
 _LOG = logging.getLogger(__name__)
 _LOG_EVERY_S = 60.0
+SEAT_INDEX = "seat"
+"""the pool's look-up from a trajectory and a step's number in it"""
+TRAJECTORY_COMPLETE = "trajectory complete"
 Clock = Callable[[], float]
 
 
@@ -43,6 +47,10 @@ class LiveCall(msgspec.Struct, kw_only=True):
     started_ms: int
     first_token_ms: int = 0
     finished_ms: int = 0
+    lookups: dict[str, bytes] = {}
+    """what its step is found by if it finishes"""
+    kept: "Future[None] | None" = None
+    """resolved when its step is on disk"""
 
     @property
     def reply(self) -> Reply:
@@ -53,10 +61,12 @@ class LiveCall(msgspec.Struct, kw_only=True):
 def reason_before(live: LiveCall) -> str:
     """Why nothing may be learned from a call, as far as is known before its first token; empty if it may."""
     sampling, kind = live.call.sampling, live.placed.kind
-    if live.identity.incognito:
+    if live.placed.incognito:
         return "incognito"
     if live.answer.reason:
         return live.answer.reason
+    if live.identity.seat is not None and live.identity.seat.closed:
+        return TRAJECTORY_COMPLETE
     if kind is Kind.UNKNOWN:
         return "unknown traffic"
     if kind is not Kind.MAIN:
@@ -73,7 +83,7 @@ def reason_before(live: LiveCall) -> str:
 def reason_after(live: LiveCall) -> str:
     """Why nothing may be learned from a call that is over; empty if it may."""
     ended = live.reply.ended
-    if not live.identity.incognito and ended not in ("stop", "length"):
+    if not live.placed.incognito and ended not in FINISHED:
         return ended
     return reason_before(live) or (CUT if live.reply.cut else "")
 
@@ -87,20 +97,26 @@ class Recorder:
         self.kept = 0
         self.failed = 0
 
-    def keep(self, live: LiveCall) -> None:
-        """Keep one call and let later calls continue it; nothing is kept of incognito calls and of empty ones."""
-        if live.identity.incognito or not (live.reply.ids or live.reply.text()):
-            return
+    def keep(self, live: LiveCall) -> "Future[None] | None":
+        """Keep one call and let later calls continue it; the future is resolved when it is on disk.
+
+        Nothing is kept of incognito calls and of empty ones.
+        """
+        if live.placed.incognito or live.reply.empty:
+            return None
         try:
-            self._keep(live)
+            return self._keep(live)
         except Exception as error:  # noqa: BLE001 - the user is served first: whatever is wrong here, the call goes on
             self._failure(error)
+            return None
 
-    def _keep(self, live: LiveCall) -> None:
+    def _keep(self, live: LiveCall) -> "Future[None]":
         step = step_of(live)
         message, text = live.reply.message(), live.reply.text()
         prompt_text = live.answer.prompt.text
-        chain = self._tracker.remember(live.placed, step, reply=message, prompt_text=prompt_text, text=text)
+        # What was delivered verbatim comes back as text, whatever else it was told as.
+        turn = {**message, "tool_calls": []} if live.call.verbatim else message
+        chain = self._tracker.remember(live.placed, step, reply=turn, prompt_text=prompt_text, text=text)
         kept = KeptStep(
             step=step,
             messages=live.call.messages,
@@ -113,7 +129,9 @@ class Recorder:
             first_token_ms=live.first_token_ms,
             finished_ms=live.finished_ms,
         )
-        self._pool.keep_step(kept, index={REPLY_INDEX: chain}).add_done_callback(self._settled)
+        future = self._pool.keep_step(kept, index={REPLY_INDEX: chain, **_lookups(live)})
+        future.add_done_callback(self._settled)
+        return future
 
     def _settled(self, future: "Future[None]") -> None:
         error = None if future.cancelled() else future.exception()
@@ -129,8 +147,20 @@ class Recorder:
             _LOG.error("steps that could not be kept so far: %d; the latest: %s", self.failed, type(error).__name__)
 
 
+def seat_key(trajectory_id: str, index: int) -> bytes:
+    """What the step with this number of a trajectory is found by, under `SEAT_INDEX`."""
+    return f"{trajectory_id}\0{index}".encode()
+
+
+def _lookups(live: LiveCall) -> dict[str, bytes]:
+    seat = live.identity.seat
+    seated = {SEAT_INDEX: seat_key(seat.trajectory_id, seat.index)} if seat else {}
+    return {**seated, **(live.lookups if live.reply.ended in FINISHED else {})}
+
+
 def step_of(live: LiveCall) -> Step:
     """The record of a call; one that breaks the rules of trainable steps says so."""
+    seat = live.identity.seat
     step = Step(
         step_id=live.step_id,
         session_id=live.placed.session_id,
@@ -142,7 +172,9 @@ def step_of(live: LiveCall) -> Step:
         policy=live.answer.policy,
         sampling=live.call.sampling,
         finish_reason=live.reply.ended,
-        created_ms=live.started_ms,
+        created_ms=seat.created_ms if seat else live.started_ms,
+        trajectory_id=seat.trajectory_id if seat else "",
+        group_id=seat.group_id if seat else "",
         channel=live.identity.channel,
         untrainable=reason_after(live),
     )

@@ -5,9 +5,10 @@ one assistant message again, as it was sampled, so that the conversation is foun
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from clawloop_edge.errors import RequestError
 from clawloop_edge.gateway.body import Json, convert_body, unsupported
@@ -23,27 +24,55 @@ _FOLLOWS = {
 _OPENING = ("system", "developer")
 
 
-class _Message(msgspec.Struct):
+_Part = Annotated[
+    Json,
+    Meta(
+        extra_json_schema={
+            "anyOf": [
+                {
+                    "properties": {"type": {"const": kind}, field: {"type": "string"}},
+                    "required": ["type", field],
+                }
+                for kind, field in _TEXTS.items()
+            ]
+        }
+    ),
+]
+
+
+class InputMessage(msgspec.Struct):
+    """An item that is a message."""
+
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Json]
+    content: str | list[_Part]
+    type: Literal["message"] | None = None
 
 
-class _FunctionCall(msgspec.Struct):
+class FunctionCall(msgspec.Struct):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
     call_id: str
     name: str  # a model may have called what was never offered, and its agent sends that back
     arguments: str = ""
 
 
-class _FunctionOutput(msgspec.Struct):
+class FunctionOutput(msgspec.Struct):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Json]
+    output: str | list[_Part]
 
 
 class _Thought(msgspec.Struct):
     text: str
 
 
-class _Reasoning(msgspec.Struct):
+class ReasoningItem(msgspec.Struct):
+    """What the model thought."""
+
+    type: Literal["reasoning"]
     summary: list[_Thought] | None = None
     content: list[_Thought] | None = None
 
@@ -100,7 +129,7 @@ class _Conversation:
         reader(item, where)
 
     def _message(self, item: Json, where: str) -> None:
-        message = convert_body(item, _Message, where=where)
+        message = convert_body(item, InputMessage, where=where)
         texts = _texts(message.content, f"{where}.content")
         if message.role != "assistant":
             self._other({"role": message.role, "content": _content(texts)})
@@ -109,19 +138,19 @@ class _Conversation:
         answer["content"] = (answer["content"] or "") + (texts if isinstance(texts, str) else "".join(texts))
 
     def _call(self, item: Json, where: str) -> None:
-        call = convert_body(item, _FunctionCall, where=where)
+        call = convert_body(item, FunctionCall, where=where)
         answer = self._open("function_call", item)
         function = {"name": call.name, "arguments": call.arguments}
         answer["content"] = answer["content"] or None
         answer.setdefault("tool_calls", []).append({"id": call.call_id, "type": "function", "function": function})
 
     def _output(self, item: Json, where: str) -> None:
-        output = convert_body(item, _FunctionOutput, where=where)
+        output = convert_body(item, FunctionOutput, where=where)
         content = _content(_texts(output.output, f"{where}.output"))
         self._other({"role": "tool", "tool_call_id": output.call_id, "content": content})
 
     def _reasoning(self, item: Json, where: str) -> None:
-        reasoning = convert_body(item, _Reasoning, where=where)
+        reasoning = convert_body(item, ReasoningItem, where=where)
         thoughts = [thought.text for thought in reasoning.content or reasoning.summary or []]
         if any(thoughts):
             answer = self._open("reasoning", item)

@@ -10,7 +10,20 @@ import msgspec
 from msgspec import Meta
 
 from clawloop_edge.errors import RequestError
-from clawloop_edge.gateway.body import Json, convert_body, pinned_version, read_body, stop_strings, unsupported
+from clawloop_edge.gateway.body import (
+    CallBody,
+    Json,
+    One,
+    Refused,
+    Stop,
+    Stops,
+    Zero,
+    convert_body,
+    pinned_version,
+    read_body,
+    stop_strings,
+    unsupported,
+)
 from clawloop_edge.gateway.call import Call, Choosing, Format, ToolChoice
 from clawloop_edge.gateway.chat_request import (
     Count,
@@ -42,9 +55,13 @@ _INCLUDES = frozenset(
     }
 )
 """what a client may ask to see beside the answer; but for logprobs there is never any of it"""
+Include = Annotated[str, Meta(extra_json_schema={"enum": sorted(_INCLUDES)})]
 
 
-class _Tool(msgspec.Struct):
+class FunctionTool(msgspec.Struct):
+    """One tool; further fields are ignored."""
+
+    type: Literal["function"]
     name: Name
     description: str | None = None
     parameters: Json | None = None
@@ -84,7 +101,7 @@ class ReasoningConfig(msgspec.Struct):
     summary: str | None = None
 
 
-class ResponsesBody(msgspec.Struct):
+class ResponsesBody(CallBody):
     """What a Responses call may say; further fields are ignored."""
 
     input: str | list[Any] | None = None
@@ -101,34 +118,36 @@ class ResponsesBody(msgspec.Struct):
     top_k: TopK | None = None
     min_p: MinP | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
     top_logprobs: TopLogprobs | None = None
-    include: list[str] | None = None
+    include: list[Include] | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    truncation: Literal["auto", "disabled"] | None = None
+    truncation: Annotated[Literal["auto", "disabled"] | None, Meta(extra_json_schema={"enum": [None, "disabled"]})] = (
+        None
+    )
     store: bool | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
     user: str | None = None
-    background: bool | None = None
-    previous_response_id: Any = None
-    conversation: Any = None
-    prompt: Any = None
-    context_management: Any = None
-    moderation: Any = None
-    n: int | None = None
-    messages: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    response_format: Any = None
-    functions: Any = None
-    logit_bias: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    background: Refused = None
+    previous_response_id: Refused = None
+    conversation: Refused = None
+    prompt: Refused = None
+    context_management: Refused = None
+    moderation: Refused = None
+    n: One = None
+    messages: Refused = None
+    max_tokens: Refused = None
+    max_completion_tokens: Refused = None
+    response_format: Refused = None
+    functions: Refused = None
+    logit_bias: Refused = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    repetition_penalty: One = None
 
 
 def read_responses(data: bytes, settings: GatewaySettings) -> tuple[Call, ResponsesBody]:
@@ -207,7 +226,7 @@ def _tool(tool: Json, where: str) -> Json:
     kind = tool.get("type")
     if kind != "function":
         raise unsupported(where, f"{where}: tools of type {kind!r} are not supported; only function tools are")
-    known = convert_body(tool, _Tool, where=where)
+    known = convert_body(tool, FunctionTool, where=where)
     about = {"description": known.description, "parameters": known.parameters}
     return {
         "type": "function",

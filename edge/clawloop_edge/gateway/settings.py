@@ -15,7 +15,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `default_max_tokens` holds where a client names no limit of its own. Conversations of late are remembered up to
     `memory_entries` steps and `memory_bytes`; older ones are found in the pool. A stream whose first token takes longer
     than `headers_after_s` begins without it, and one in which nothing was said for `keep_alive_s` is pinged. A client
-    that does not read for `stalled_client_s`, or whose body takes longer than `body_timeout_s`, is let go.
+    that does not read for `stalled_client_s`, or whose headers or body take longer than `body_timeout_s`, is let go.
     """
 
     host: str = "127.0.0.1"

@@ -2,6 +2,7 @@
 server that says only text, so that they are served and kept, and never learned from.
 """
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from clawloop_edge.engine.protocol import (
     TextGeneration,
     TextRequest,
 )
-from clawloop_edge.errors import EngineError
+from clawloop_edge.errors import EngineError, RequestError
 from clawloop_edge.gateway.call import Call, Choosing, Delta, Usage
 from clawloop_edge.gateway.prompt import Preparer, Prompt, room_for
 from clawloop_edge.gateway.reply import ENGINE_GONE, NOT_SAMPLED, Reply, TokenReply, logprob_entry
@@ -77,7 +78,7 @@ class TokenSource:
         """Start all choices of a call; if one cannot start, none does."""
         tokenizer = self._engine.tokenizer
         prompt = await self.preparer.prepare(call, placed=placed, size_bytes=size_bytes)
-        grammar = self._grammar(call)
+        grammar = await asyncio.to_thread(self._grammar, call) if call.constrained else ""
         request = GenerateRequest(
             prompt_ids=prompt.ids,
             max_tokens=room_for(prompt, call.max_tokens, context_length=tokenizer.context_length),
@@ -101,12 +102,13 @@ class TokenSource:
         return len((await self.preparer.prepare(call, placed=placed, size_bytes=size_bytes)).ids)
 
     def _grammar(self, call: Call) -> str:
-        if not call.constrained:
-            return ""
+        """What a call's answer must match. Takes milliseconds for a large schema, so it runs in a thread."""
         from clawloop_edge.engine import grammar
 
         if call.tool_choice.choosing is Choosing.REQUIRED:
             form = self._engine.tokenizer.tool_format
+            if form is None:
+                raise RequestError("this model calls no tools; leave tool_choice out", param="tool_choice")
             only = call.tool_choice.name or None
             return grammar.tool_call_grammar(form, call.tools, only=only, several=call.parallel_tools)
         schema = call.format.schema
@@ -128,6 +130,7 @@ class TokenAnswer:
             tools=call.offered,
             one_call=not call.parallel_tools,
             thinking=marks is not None and prompt.text.rstrip().endswith(marks.start),
+            verbatim=call.verbatim,
         )
         self._tokenizer, self._logprobs = tokenizer, call.logprobs
 
@@ -138,8 +141,8 @@ class TokenAnswer:
 
     @property
     def reason(self) -> str:
-        """Why nothing that this engine gives may be learned from."""
-        return "" if self.policy.line == self._line else NOT_SAMPLED
+        """Why nothing of it may be learned from, as far as the engine knows."""
+        return self.generation.reason if self.policy.line == self._line else NOT_SAMPLED
 
     @property
     def usage(self) -> Usage:
@@ -253,10 +256,14 @@ def _text_request(call: Call, index: int) -> TextRequest:
         tool_named=bool(call.tool_choice.name),
         parallel_tools=call.parallel_tools,
         schema=call.format.schema,
+        schema_name=call.format.name,
+        schema_strict=call.format.strict,
         sampling=msgspec.structs.replace(call.sampling, seed=seed),
         max_tokens=call.max_tokens,
         stops=call.stops,
         logprobs=call.logprobs,
         top_logprobs=call.top_logprobs,
+        thinking=call.thinking,
+        stream=call.stream,
         model=call.model,
     )

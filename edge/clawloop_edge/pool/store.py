@@ -103,7 +103,9 @@ class Pool:
         """
         tags = dict(index or {})
         return self._writer.submit(
-            lambda database: self._keeper.keep_step(database, kept, index=tags), size_bytes=_rough_size(kept)
+            lambda database: self._keeper.keep_step(database, kept, index=tags),
+            size_bytes=_rough_size(kept),
+            patient=True,
         )
 
     def keep_signal(self, signal: Signal) -> Future[None]:
