@@ -32,7 +32,7 @@ TALKS = 250
 TURNS = 4
 AT_ONCE = 24
 TOKEN = "mixed-load-token"
-KINDS: list[type[Talk]] = [ChatTalk]  # TEMP
+KINDS: list[type[Talk]] = [ChatTalk, ResponsesTalk, MessagesTalk, CompletionTalk]
 
 
 class Load:
