@@ -22,6 +22,8 @@ from clawloop_shared.messages import AdapterOffer, AdapterReply
 from clawloop_shared.records import Policy
 
 log = logging.getLogger(__name__)
+PROBE_TOKENS = 512
+"""of a longer probe only the beginning is computed: a wrong adapter is wrong from the first token on"""
 
 
 class Restored(msgspec.Struct, frozen=True):
@@ -173,8 +175,9 @@ class Activator:
     async def _probe(self, adapter: VerifiedAdapter) -> None:
         """Raises ProbeFailed: a wrong scale or a matrix that was not transposed loads without a word."""
         probe, version = adapter.manifest.probe, adapter.manifest.version
-        found = await self._engine.score(probe.ids[:1], probe.ids[1:], version=version)
-        off = [abs(got - wanted) for got, wanted in zip(found, probe.logprobs, strict=True)]
+        ids, logprobs = probe.ids[:PROBE_TOKENS], probe.logprobs[: PROBE_TOKENS - 1]
+        found = await self._engine.score(ids[:1], ids[1:], version=version)
+        off = [abs(got - wanted) for got, wanted in zip(found, logprobs, strict=True)]
         worst = max(off, key=lambda nats: inf if isnan(nats) else nats)  # `max` alone passes NaN by
         if not worst <= self._tolerance:
             raise ProbeFailed(f"adapter {version}: its probe is off by {worst:.3f} nats, more than {self._tolerance}")

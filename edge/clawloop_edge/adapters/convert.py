@@ -4,6 +4,7 @@ an array that is not evaluated yet cannot cross threads (mlx >= 0.31.2).
 PEFT keeps A as (rank, inputs) and B as (outputs, rank); here both are transposed and the scale is folded into B.
 """
 
+from collections.abc import Generator
 from io import BytesIO
 from typing import Any
 
@@ -15,8 +16,8 @@ Factors = tuple[Any, Any]
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
-def read_factors(files: dict[str, bytes], *, rank_max: int) -> dict[str, Factors]:
-    """The factors of an adapter by full module path, evaluated and finite.
+def factor_pieces(files: dict[str, bytes], *, rank_max: int) -> Generator[None, None, dict[str, Factors]]:
+    """The factors of an adapter by full module path, evaluated and finite; yields before each module.
 
     Raises:
         AdapterInvalid: a file is missing, a tensor has no partner or another rank, or a value is not finite.
@@ -32,11 +33,24 @@ def read_factors(files: dict[str, bytes], *, rank_max: int) -> dict[str, Factors
         tensors: Any = mx.load(BytesIO(files[WEIGHTS_FILE]), format="safetensors")
     except RuntimeError as error:
         raise AdapterInvalid(f"{WEIGHTS_FILE} is no safetensors file: {error}") from error
-    factors = {module: _pair(tensors, module, config=config) for module in _modules(tensors)}
-    finite = mx.stack([mx.isfinite(array).all() for pair in factors.values() for array in pair])
-    if not finite.all().item():
-        raise AdapterInvalid(f"{WEIGHTS_FILE} holds a value that is not finite (NaN or infinity)")
+    factors = {}
+    for module in _modules(tensors):
+        yield
+        factors[module] = a, b = _pair(tensors, module, config=config)
+        if not (mx.isfinite(a).all() & mx.isfinite(b).all()).item():
+            raise AdapterInvalid(f"{WEIGHTS_FILE} holds a value that is not finite (NaN or infinity) in {module}")
     return factors
+
+
+def read_factors(files: dict[str, bytes], *, rank_max: int) -> dict[str, Factors]:
+    """All of `factor_pieces` at once."""
+    pieces = factor_pieces(files, rank_max=rank_max)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            found: dict[str, Factors] = end.value
+            return found
 
 
 def _modules(tensors: dict[str, Any]) -> list[str]:

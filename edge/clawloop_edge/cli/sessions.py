@@ -38,8 +38,6 @@ def show_session(
     as_json: Json = False,
 ) -> None:
     """One session: every step with what was said, in order."""
-    from clawloop_edge.sessions.tree import text_of
-
     with opened_pool(context) as pool:
         steps = pool.session_steps(session_id)
     if not steps:
@@ -50,38 +48,58 @@ def show_session(
     for kept in steps:
         step = kept.step
         console.rule(f"{step.step_id} · {kept.kind} · adapter {step.policy.version} · {when(step.created_ms)}")
-        last = next((m for m in reversed(kept.messages) if m.get("role") in {"user", "tool"}), {})
-        console.print(shown(f"{last.get('role', '')}: {text_of(last.get('content'))}"), style="dim")
+        console.print(shown(_asked(kept)), style="dim")
         console.print(shown(kept.text))
         console.print("trainable" if step.trainable else f"not trainable: {step.untrainable}", style="dim")
 
 
+def _asked(kept: KeptStep) -> str:
+    """The last thing that a step was told, without what OpenClaw puts around it."""
+    from clawloop_edge.sessions.tree import text_of, user_texts
+
+    for message in reversed(kept.messages):
+        role, content = message.get("role"), message.get("content")
+        text = "\n".join(user_texts(content)) if role == "user" else text_of(content) if role == "tool" else ""
+        if text:
+            return f"{role}: {text}"
+    return ""
+
+
 def explain(
     context: typer.Context,
-    step_id: Annotated[str, typer.Argument(help="The completion id that the agent got.")],
+    step_ids: Annotated[list[str], typer.Argument(help="Completion ids that the agent got.", metavar="STEP...")],
     rescore: Annotated[
         bool, typer.Option(help="Load the model and compare the kept logprobs with teacher-forced ones.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """One step: its tokens and logprobs, its policy, its signals, why it may (not) be learned from, where it went."""
+    """A step: its tokens and logprobs, its policy, its signals, why it may (not) be learned from, where it went.
+
+    `--json` prints one object, or a list of them if several steps were named.
+    """
     from clawloop_edge.privacy.outbox import Outbox
 
+    explained: list[tuple[dict[str, Any], KeptStep]] = []
     with opened_pool(context) as pool:
-        kept = pool.get_step(step_id)
-        if kept is None:
-            raise ConfigError(f"no step {step_id} is kept here")
-        found = facts(kept, tokens=True)
-        found["signals"] = [msgspec.to_builtins(s) for s in _signals(pool, kept)]
-        found["sent"] = Outbox.items_with(pool, step_id)
+        for step_id in step_ids:
+            kept = pool.get_step(step_id)
+            if kept is None:
+                raise ConfigError(f"no step {step_id} is kept here")
+            found = facts(kept, tokens=True)
+            found["signals"] = [msgspec.to_builtins(s) for s in _signals(pool, kept)]
+            found["sent"] = Outbox.items_with(pool, step_id)
+            explained.append((found, kept))
     if rescore:
-        from clawloop_edge.rescore import rescore_step
+        from clawloop_edge.rescore import rescore_steps
 
-        found["max_abs_difference"] = rescore_step(context.obj.require(), kept)
+        worst = rescore_steps(context.obj.require(), [kept for _, kept in explained])
+        for (found, _), difference in zip(explained, worst, strict=True):
+            found["max_abs_difference"] = difference
     if as_json:
-        print_json(found)
+        print_json([found for found, _ in explained] if len(step_ids) > 1 else explained[0][0])
         return
-    _print_explained(found, kept)
+    for found, kept in explained:
+        _print_explained(found, kept)
 
 
 def _signals(pool: Any, kept: KeptStep) -> list[Signal]:

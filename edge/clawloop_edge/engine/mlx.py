@@ -6,14 +6,17 @@ This is the asyncio side; the model lives in the worker's thread and is touched 
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from clawloop_edge.engine.grammar import Grammars
 from clawloop_edge.engine.lanes import Call, leave_wired_limit_alone
+from clawloop_edge.engine.memory import MemoryPlan, make_plan, model_sizes
 from clawloop_edge.engine.protocol import ChatTokenizer, EngineHealth, GenerateRequest, Generation
 from clawloop_edge.engine.sampling import check_sampling
 from clawloop_edge.engine.scheduler import Scheduler
@@ -28,6 +31,8 @@ from clawloop_shared.model_line import ModelLine, read_config, read_line
 from clawloop_shared.records import Policy
 
 T = TypeVar("T")
+_BUSY_S = 10.0
+"""a turn that takes longer is told by `health`"""
 
 
 class MlxEngine:
@@ -63,12 +68,22 @@ class MlxEngine:
         return self._versions.current
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        """Start a call. Raises PromptTooLong, EngineBusy, EngineGone, UnknownVersion, or EngineError for bad ids."""
+        """Start a call; it may have to wait for a place, and ends with EngineBusy if that takes too long.
+
+        Raises:
+            PromptTooLong: it fits neither the model's context nor the memory budget, even alone.
+            EngineBusy, EngineGone, UnknownVersion: it cannot be served now, at all, or by that version.
+            RequestError: no text matches its grammar, or the grammar is too costly.
+            EngineError: bad ids or bad sampling.
+        """
         request = self._checked(request)
+        constraint = None
+        if request.grammar:
+            constraint = await asyncio.to_thread(self._grammars.constraint, request.grammar)
         if self._versions.pins >= self._settings.max_queue:
             raise EngineBusy(f"{self._versions.pins} calls are in flight; try again in a moment")
         stream = TokenStream(asyncio.get_running_loop())
-        call = Call(request, self._versions.pin(request.version), stream)
+        call = Call(request, self._versions.pin(request.version), stream, constraint)
         try:
             self._worker.post(lambda: self._scheduler.submit(call))
         except EngineError:
@@ -85,7 +100,7 @@ class MlxEngine:
         """
         if policy.line != self.line.line_id:
             raise AdapterInvalid(f"adapter {policy.version} is for model line {policy.line}, not {self.line.line_id}")
-        await self._ask(lambda: self._load_adapter(policy, files))
+        await self._do(lambda: self._load_adapter(policy, files))
 
     async def unload(self, version: int) -> None:
         """Forget a loaded version; its calls in flight finish first. Raises UnknownVersion or EngineError."""
@@ -99,7 +114,7 @@ class MlxEngine:
     async def score(
         self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
     ) -> list[float]:
-        """Teacher-forced logprobs of the response under a loaded version, computed between two steps of the batch.
+        """Teacher-forced logprobs of the response under a loaded version, in pieces between steps of the batch.
 
         Raises:
             UnknownVersion: no such version is loaded.
@@ -107,14 +122,27 @@ class MlxEngine:
             EngineError: an id is outside the vocabulary, or there is no prompt.
         """
         self._check_ids(prompt_ids, response_ids)
-        if len(prompt_ids) + len(response_ids) > self.tokenizer.context_length:
-            raise PromptTooLong(f"{len(prompt_ids)} + {len(response_ids)} tokens do not fit the model's context")
-        return await self._ask(lambda: self._score(prompt_ids, response_ids, version=version, temperature=temperature))
+        tokens = len(prompt_ids) + len(response_ids)
+        if tokens > self._most_tokens():
+            raise PromptTooLong(f"{tokens} tokens to score; {self._bound(self._most_tokens())}")
+        return await self._do(
+            lambda: self._score(prompt_ids, response_ids, version=version, temperature=temperature),
+            kv_bytes=tokens * self._plan.token,
+        )
 
     def health(self) -> EngineHealth:
-        """The truth about the engine's thread."""
-        detail = self._scheduler.last_error
-        return EngineHealth(self._worker.alive, self._versions.pins, self._versions.numbers(), detail)
+        """The truth about the engine's thread, and about memory as it was after the last step."""
+        busy_s, work = self._worker.busy_s, self._scheduler
+        return EngineHealth(
+            alive=self._worker.alive,
+            in_flight=self._versions.pins,
+            versions=self._versions.numbers(),
+            detail=f"busy for {busy_s:.0f} s" if busy_s > _BUSY_S else work.last_error,
+            waiting=work.waiting,
+            memory_bytes=work.memory_bytes,
+            budget_bytes=self._plan.budget,
+            cache_bytes=work.cache_bytes,
+        )
 
     async def close(self) -> None:
         """Stop; calls in flight end with EngineGone."""
@@ -123,14 +151,22 @@ class MlxEngine:
     def _checked(self, request: GenerateRequest) -> GenerateRequest:
         check_sampling(request.sampling)
         self._check_ids(request.prompt_ids)
-        room = self.tokenizer.context_length - len(request.prompt_ids)
+        most = self._most_tokens()
+        room = most - len(request.prompt_ids)
         if room < 1:
-            raise PromptTooLong(
-                f"prompt of {len(request.prompt_ids)} tokens; the model's context holds {self.tokenizer.context_length}"
-            )
+            raise PromptTooLong(f"prompt of {len(request.prompt_ids)} tokens; {self._bound(most)}")
         if request.max_tokens < 1:
             raise EngineError(f"max_tokens is {request.max_tokens}; ask for at least one")
         return msgspec.structs.replace(request, max_tokens=min(request.max_tokens, room))
+
+    def _most_tokens(self) -> int:
+        """The longest that a call can be, prompt and response."""
+        return min(self.tokenizer.context_length, self._plan.most_tokens(self._versions.adapter_bytes))
+
+    def _bound(self, most: int) -> str:
+        if most == self.tokenizer.context_length:
+            return f"the model's context holds {most}"
+        return f"the memory budget of {self._plan.budget} bytes holds {most}; raise [engine] memory_budget_bytes"
 
     def _check_ids(self, prompt_ids: list[int], response_ids: list[int] | None = None) -> None:
         if not prompt_ids:
@@ -145,6 +181,12 @@ class MlxEngine:
 
     async def _ask(self, question: Callable[[], T]) -> T:
         answer: Future[T] = self._worker.ask(question)
+        return await asyncio.wrap_future(answer)
+
+    async def _do(self, start: Callable[[], Generator[None, None, T]], *, kv_bytes: int = 0) -> T:
+        """Have long work done in pieces, between steps of the batch."""
+        answer: Future[T] = Future()
+        self._worker.post(lambda: self._scheduler.chores.add(start, answer, kv_bytes=kv_bytes))
         return await asyncio.wrap_future(answer)
 
     # What follows runs in the worker's thread.
@@ -163,21 +205,46 @@ class MlxEngine:
             raise EngineError(f"mlx-lm cannot load {self._folder}: {error}") from error
         model.eval()
         self._vocab_size = _vocab_size(self._folder)
+        self._plan = self._make_plan(model)
+        if self._settings.wired_limit_bytes:
+            mx.set_wired_limit(self._settings.wired_limit_bytes)
+        eos_ids = self.tokenizer.eos_ids
+        self._grammars = Grammars(self._folder, vocab_size=self._vocab_size, eos_ids=eos_ids)
         self._versions = Versions(Policy(self.line.line_id), model, keep=self._settings.keep_versions)
-        self._scheduler = Scheduler(self._versions, settings=self._settings, stop_ids=self.tokenizer.eos_ids)
+        self._scheduler = Scheduler(self._versions, settings=self._settings, stop_ids=eos_ids, plan=self._plan)
         return self._scheduler
 
-    def _load_adapter(self, policy: Policy, files: dict[str, bytes]) -> None:
-        from clawloop_edge.adapters.convert import read_factors
+    def _make_plan(self, model: Any) -> MemoryPlan:
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        arrays = [array for _, array in tree_flatten(model.parameters())]
+        kinds: Counter[int] = Counter()
+        for array in arrays:
+            if mx.issubdtype(array.dtype, mx.floating):
+                kinds[array.dtype.size] += array.nbytes
+        settings = self._settings
+        return make_plan(
+            model_sizes(read_config(self._folder), dtype_bytes=kinds.most_common(1)[0][0]),
+            weights=sum(array.nbytes for array in arrays),
+            asked=settings.memory_budget_bytes,
+            prompt_tokens=settings.prefill_batch_size * settings.prefill_step_size,
+            rows=settings.completion_batch_size,
+            working_set=int(mx.device_info().get("max_recommended_working_set_size", 0)),  # Metal alone tells it
+        )
+
+    def _load_adapter(self, policy: Policy, files: dict[str, bytes]) -> Generator[None, None, None]:
+        from clawloop_edge.adapters.convert import factor_pieces
         from clawloop_edge.engine.lora import with_adapter
 
-        base = self._versions.model_of(0)
-        model = with_adapter(base, read_factors(files, rank_max=self._settings.lora_rank_max))
-        self._scheduler.forget(self._versions.add(policy, model))
+        factors = yield from factor_pieces(files, rank_max=self._settings.lora_rank_max)
+        model = with_adapter(self._versions.model_of(0), factors)
+        size = sum(array.nbytes for pair in factors.values() for array in pair)
+        self._scheduler.forget(self._versions.add(policy, model, size_bytes=size))
 
     def _score(
         self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float
-    ) -> list[float]:
+    ) -> Generator[None, None, list[float]]:
         from clawloop_edge.engine.scoring import score
 
         self._versions.policy(version)

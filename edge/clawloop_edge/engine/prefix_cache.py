@@ -55,18 +55,23 @@ class PrefixCache:
             store = self._by_policy[policy] = LRUPromptCache(self._entries, self._size_bytes)
         self._by_policy.move_to_end(policy)
         store.insert_cache(policy, token_ids, cache)
-        self._shrink()
+        self.shrink(self._size_bytes)
 
     def drop(self, policy: Policy) -> None:
         """Forget a policy that is no longer loaded."""
         self._by_policy.pop(policy, None)
 
-    def _shrink(self) -> None:
+    def shrink(self, size_bytes: int) -> None:
+        """Let the oldest go until all take at most `size_bytes`, and no more entries are kept than may be."""
         for policy in list(self._by_policy):
-            entries, size = len(self) - self._entries, self.size_bytes - self._size_bytes
+            entries, size = len(self) - self._entries, self.size_bytes - size_bytes
             if entries <= 0 and size <= 0:
                 return
             store = self._by_policy[policy]
             store.trim_to(n_sequences=len(store) - max(entries, 0), n_bytes=store.nbytes - max(size, 0))
             if not len(store):
                 del self._by_policy[policy]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._by_policy.clear()

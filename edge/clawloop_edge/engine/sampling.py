@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from clawloop_edge.engine.grammar import Constraint
 from clawloop_edge.errors import EngineError
 from clawloop_shared.records import Sampling
 
@@ -31,6 +33,37 @@ class AtTemperature:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+class Constrained:
+    """A logits processor of mlx-lm that keeps one row in its grammar: what may not follow gets probability 0 before
+    logprobs are computed.
+
+    It must know a token before it can mask the next one, so the batch does not run ahead while such a row is in it.
+    """
+
+    def __init__(self, constraint: Constraint) -> None:
+        self._constraint, self._sampled = constraint, False
+
+    def __call__(self, tokens: Any, logits: Any) -> Any:
+        """`tokens` are the row's ids so far, prompt and response; logits [1, vocabulary]."""
+        if self._sampled:
+            self._constraint.accept(int(tokens[-1].item()))
+        self._sampled = True
+        allowed = self._constraint.allowed()
+        return logits if allowed is None else mx.where(mx.array(allowed), logits, _NEVER)
+
+
+def likeliest(logprobs: Any, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest ids and their logprobs, likeliest first, the smaller id first among equals. `logprobs` is a
+    buffer of float32. Ids of probability 0 are left out."""
+    values = np.asarray(logprobs)
+    count = min(count, len(values))
+    edge = np.partition(values, -count)[-count]
+    above, equal = np.flatnonzero(values > edge), np.flatnonzero(values == edge)
+    ids = np.concatenate([above, equal[: count - len(above)]])
+    order = ids[np.lexsort((ids, -values[ids]))]
+    return tuple((int(i), float(values[i])) for i in order if values[i] > _NEVER)
 
 
 def check_sampling(sampling: Sampling) -> Sampling:

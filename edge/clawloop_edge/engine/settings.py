@@ -1,6 +1,9 @@
 """What the owner may set of the engine; described in docs/configuration.md. Imports no framework."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -14,10 +17,18 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """prompt tokens a step; small steps bound the memory of a long prompt"""
     cache_entries: int = 64
     """token sequences whose attention cache is kept for the next turn"""
-    cache_bytes: int = 512 << 20
-    """memory of those caches"""
+    cache_bytes: int = 4 << 30
+    """memory of those caches, about 28,000 tokens of a 4B model; less where running calls need it"""
+    memory_budget_bytes: Annotated[int, Meta(ge=0)] = 0
+    """memory of weights, adapters and attention caches together; calls that do not fit wait. 0: the smallest of 60 % of
+    the RAM, the RAM less 8 GiB, and what Metal recommends, but always the weights and 1 GiB"""
+    wired_limit_bytes: Annotated[int, Meta(ge=0)] = 0
+    """memory that macOS may not page out (mx.set_wired_limit); 0: the system decides. Wiring all that is recommended is
+    the attributed trigger of kernel panics (mlx issue 3186)"""
     max_queue: int = 1024
     """calls in flight, running and waiting; more are refused"""
+    queue_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 120.0
+    """a call that waited this long for a place is refused"""
     lora_rank_max: int = 64
     """largest rank of an adapter"""
     keep_versions: int = 3

@@ -65,6 +65,8 @@ def deliver(items: Sequence[tuple[TokenStream, Item]]) -> None:
 class StreamGeneration:
     """A `Generation` over a stream. Dropping it, leaving the iteration or `aclose` calls `cancel`, at most once."""
 
+    reason = ""
+
     def __init__(self, policy: Policy, stream: TokenStream, *, cancel: Callable[[], None]) -> None:
         self.policy = policy
         self._stream, self._cancel = stream, cancel

@@ -1,6 +1,7 @@
 """Which adapter versions are loaded, which is current, and how many calls each one still serves.
 
-Any thread may ask and pin; a version with a pinned call is never dropped. Knows no tensor: a model is just an object.
+Any thread may ask and pin; a version with a pinned call is never dropped. Knows no tensor: a model is just an object of
+a size.
 """
 
 import threading
@@ -16,6 +17,7 @@ class _Loaded:
     policy: Policy
     model: Any
     used: int
+    size_bytes: int = 0
     pins: int = 0
     leaving: bool = False
 
@@ -40,6 +42,12 @@ class Versions:
     def pins(self) -> int:
         """Calls in flight over all versions."""
         return self._pins
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all adapters loaded."""
+        with self._lock:
+            return sum(entry.size_bytes for entry in self._loaded.values())
 
     def numbers(self) -> list[int]:
         """The versions that may be asked for, rising."""
@@ -74,7 +82,7 @@ class Versions:
             self._pins -= 1
             return self._trim()
 
-    def add(self, policy: Policy, model: Any) -> list[Policy]:
+    def add(self, policy: Policy, model: Any, *, size_bytes: int = 0) -> list[Policy]:
         """Put a version beside the others; returns those that were dropped for it.
 
         Raises:
@@ -85,7 +93,7 @@ class Versions:
             if known is not None and (known.leaving or known.policy != policy):
                 raise EngineError(f"version {policy.version} is still loaded with other weights; unload it first")
             if known is None:
-                self._loaded[policy.version] = known = _Loaded(policy, model, used=0)
+                self._loaded[policy.version] = known = _Loaded(policy, model, used=0, size_bytes=size_bytes)
             known.used = self._tick()
             return self._trim()
 
@@ -110,6 +118,12 @@ class Versions:
                 raise EngineError(f"version {version} serves; use another one before unloading it")
             entry.leaving = True
             return self._trim()
+
+    def release(self) -> None:
+        """Let all models go; nothing can be served any more."""
+        with self._lock:
+            for entry in self._loaded.values():
+                entry.model = None
 
     def _tick(self) -> int:
         self._clock += 1
