@@ -227,10 +227,26 @@ async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> None:
         ) from error
 
 
+def _allow_connections(calls: int) -> None:
+    """Let the process have as many connections at once as calls may wait; macOS gives it 256 files by itself."""
+    import resource
+
+    wanted = 2 * calls + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("only %d connections at once: the system does not allow %d: %s", soft, most, error)
+
+
 def run(home: EdgeHome) -> None:
     """Open what the home holds, serve, and close it again."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = home.load_config()
+    _allow_connections(config.engine.max_queue)
     pool = open_pool(home, writer=True)
     try:
         asyncio.run(serve(home, config, pool=pool))

@@ -190,7 +190,7 @@ def _border(guard: Guard, settings: GatewaySettings, metrics: Metrics) -> Middle
 
     async def _checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            guard.check_names(request.headers, target=request.rel_url.host)
+            guard.check_names(request.headers, target=_target(request))
             if request.path not in _OPEN_PATHS and not guards_itself(request):
                 guard.check_token(request.headers)
             return await handler(request)
@@ -200,6 +200,11 @@ def _border(guard: Guard, settings: GatewaySettings, metrics: Metrics) -> Middle
             return failure_of(error, retry_after_s=settings.retry_after_s).response(_shape(request))
 
     return border
+
+
+def _target(request: web.Request) -> str | None:
+    """The name in a request line that has one, as proxies are asked."""
+    return None if request.raw_path.startswith("/") else request.url.host
 
 
 def _route(request: web.Request) -> str:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from clawloop_edge.errors import RequestError
 from clawloop_edge.gateway.errors import Failure
@@ -82,9 +82,7 @@ class Connection(web.RequestHandler):
             _LOG.error("a request ended with %s", type(exc).__name__)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
-        code = "invalid_http" if status < 500 else "internal_error"
-        said = "the request is no HTTP that can be read" if status < 500 else "internal error; see the edge's log"
-        response = Failure(status=status, message=said, code=code).response()
+        response = _refusal(exc, status).response()
         response.force_close()
         return response
 
@@ -95,6 +93,14 @@ class Connection(web.RequestHandler):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _refusal(error: BaseException | None, status: int) -> Failure:
+    if status >= 500:
+        return Failure(status=status, message="internal error; see the edge's log", code="internal_error")
+    if isinstance(error, LineTooLong):
+        return Failure(status=status, message="the request line or a header is too long", code="invalid_http")
+    return Failure(status=status, message="the request is no HTTP that can be read", code="invalid_http")
 
 
 class _Server(web.Server):

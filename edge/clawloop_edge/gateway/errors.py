@@ -40,6 +40,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
     param: str | None = None
     retry_after_s: int | None = None
+    allow: str | None = None
+    """the methods of a path that has others"""
 
     @property
     def kind(self) -> str:
@@ -59,6 +61,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     def response(self, shape: Shape = Shape.OPENAI) -> web.Response:
         """The whole reply."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         return web.Response(status=self.status, body=self.body(shape), content_type="application/json", headers=headers)
 
 
@@ -111,4 +115,5 @@ def _http_failure(error: web.HTTPException) -> Failure:
         413: error.text or "the request is too large",
     }
     message = messages.get(error.status, HTTPStatus(error.status).phrase)
-    return Failure(status=error.status, message=message, code=codes.get(error.status))
+    allow = error.headers.get("Allow")
+    return Failure(status=error.status, message=message, code=codes.get(error.status), allow=allow)

@@ -7,6 +7,7 @@ while after the first attempt.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,12 +25,14 @@ from clawloop_edge.gateway.reply import Reply, logprob_entry
 from clawloop_edge.gateway.stops import StopMatcher
 from clawloop_edge.pool.records import KeptStep
 
+_LOG = logging.getLogger(__name__)
 HEADER = "Idempotency-Key"
 REPLAYED = "x-clawloop-replayed"
 FINISHED = ("stop", "length")
 _RETRY_COUNT = "x-stainless-retry-count"
 _RETRY_WINDOW_MS = 60_000
 _KEY = re.compile(r"\A[\x20-\x7e]{1,200}\Z")
+_COUNT = re.compile(r"\A[0-9]{1,9}\Z")
 _KEY_INDEX, _BODY_INDEX = "idempotency", "idempotency body"
 
 
@@ -63,7 +66,7 @@ def retry_key(headers: Mapping[str, str], data: bytes, *, scope: str, implied: b
             raise RequestError(f"{HEADER} must be 1 to 200 printable ASCII characters", code="invalid_header")
         return RetryKey(name=_digest(scope, "key", given), body=body)
     count = headers.get(_RETRY_COUNT, "") if implied else ""
-    if not count.isdigit():
+    if not _COUNT.match(count):
         return None
     return RetryKey(name=_digest(scope, "body", body.hex()), body=body, implied=True, again=int(count) > 0)
 
@@ -151,7 +154,7 @@ class Retries:
         if not key.again:
             return attempt
         try:
-            found = await asyncio.to_thread(self._kept, key, call)
+            found = await self._found(key, call)
         except BaseException:
             attempt.fail()
             raise
@@ -164,14 +167,27 @@ class Retries:
         if self._attempts.get(attempt.key.name) is attempt:
             del self._attempts[attempt.key.name]
 
+    async def _found(self, key: RetryKey, call: Call) -> Answered | None:
+        try:
+            return await asyncio.to_thread(self._kept, key, call)
+        except RequestError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user is served first: without the earlier answer a call gets a new one
+            _LOG.warning(
+                "an earlier answer could not be looked up, the call is answered anew: %s", type(error).__name__
+            )
+            return None
+
     def _kept(self, key: RetryKey, call: Call) -> Answered | None:
         """The answer in the pool: all choices of one completion."""
         if not self._pool.find_steps_by(_KEY_INDEX, key.name, limit=1):
             return None
         same = self._pool.find_steps_by(_BODY_INDEX, key.name + key.body, limit=2 * call.n)
         _check_same(bool(same))
-        for first_id in [step_id for step_id in same if f"{step_id}-1" in same or call.n == 1]:
-            ids = [first_id, *(f"{first_id}-{index}" for index in range(1, call.n))]
+        each = ([first_id, *(f"{first_id}-{index}" for index in range(1, call.n))] for first_id in same)
+        for ids in (
+            ids for ids in each if set(ids) <= set(same)
+        ):  # one that was cancelled is kept, and answers nothing
             steps = [kept for step_id in ids if (kept := self._pool.get_step(step_id)) is not None]
             recent = not key.implied or self._clock_ms() - steps[0].finished_ms <= _RETRY_WINDOW_MS
             if len(steps) == call.n and recent:

@@ -54,6 +54,12 @@ _ERRORS = {
     Shape.ANTHROPIC: ("AnthropicError", _ANTHROPIC_ERROR),
     Shape.CLAW_R1: ("ClawR1Error", _CLAW_R1_ERROR),
 }
+_EVENT: Json = {
+    "description": "each of the server-sent events; its data is JSON, but for OpenAI's [DONE]",
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 REASONS = {
     400: "what was sent is wrong, and the message says what",
     401: "wrong or missing token",
@@ -115,7 +121,7 @@ def add_document(app: web.Application, docs: Docs) -> None:
     written: list[bytes] = []
 
     async def write(app: web.Application) -> None:
-        written.append(msgspec.json.encode(document(app.router.routes(), docs)))
+        written.append(msgspec.json.encode(document(routes_of(app), docs)))
 
     async def handle(request: web.Request) -> web.Response:
         return web.Response(body=written[-1], content_type="application/json")
@@ -124,17 +130,19 @@ def add_document(app: web.Application, docs: Docs) -> None:
     app.router.add_get("/openapi.json", handle)
 
 
-def document(routes: Iterable[web.AbstractRoute], docs: Docs) -> Json:
-    """The OpenAPI 3.1 document of these routes.
+def routes_of(app: web.Application) -> list[tuple[str, str]]:
+    """Method and path of what `app` serves; HEAD comes with GET."""
+    routes = [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+    return [route for route in routes if route[0] != "HEAD"]
+
+
+def document(routes: Iterable[tuple[str, str]], docs: Docs) -> Json:
+    """The OpenAPI 3.1 document of these routes, each a method and a path.
 
     Raises:
         LookupError: a route of which `docs` says nothing.
     """
-    served = sorted(
-        (route.resource.canonical, route.method)
-        for route in routes
-        if route.resource is not None and route.method != "HEAD"
-    )
+    served = sorted((path, method) for method, path in routes)
     unknown = [f"{method} {path}" for path, method in served if (method, path) not in docs]
     if unknown:
         raise LookupError(f"/openapi.json does not know {', '.join(unknown)}; describe it in gateway/openapi_docs.py")
@@ -194,7 +202,7 @@ def _with_items(field: Json, item: Json) -> Json:
 def _operation(doc: Doc, path: str, body: Json | None) -> Json:
     content: Json = {doc.content_type: {"schema": doc.reply}}
     if doc.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     responses: Json = {"200": {"description": "done", "content": content}}
     error = {"$ref": _REF.format(name=_ERRORS[doc.shape][0])}
     common = (403,) if doc.open or doc.keyed else (401, 403)

@@ -46,14 +46,14 @@ _PRINTABLE = {"type": "string", "pattern": r"^[\x21-\x7e]([\x20-\x7e]{0,198}[\x2
 _HEADERS: dict[str, Json] = {
     "X-Clawloop-Session": _PRINTABLE,
     "X-Clawloop-Channel": _one_of("train", "val"),
-    "X-Clawloop-Incognito": _one_of("0", "1"),
+    "X-Clawloop-Incognito": _one_of("0", "1", "false", "true"),
     "traceparent": _TEXT,
     "session_id": _TEXT,
     "x-session-affinity": _TEXT,
-    "Idempotency-Key": _PRINTABLE,
 }
+_RETRIED = {**_HEADERS, "Idempotency-Key": {"type": "string", "pattern": r"^[\x20-\x7e]{1,200}$"}}
 _CALL_STATUSES = (404, 500, 503)
-_CALL: dict[str, Any] = {"streams": True, "headers": _HEADERS, "statuses": _CALL_STATUSES}
+_CALL: dict[str, Any] = {"streams": True, "headers": _RETRIED, "statuses": _CALL_STATUSES}
 
 _FINISH = _one_of("stop", "length", "tool_calls")
 _TOOL_CALL = _object(id=_NAME, type=_one_of("function"), function=_object(name=_NAME, arguments=_TEXT))

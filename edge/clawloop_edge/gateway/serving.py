@@ -21,7 +21,7 @@ from clawloop_edge.gateway.metrics import Metrics
 from clawloop_edge.gateway.recorder import LiveCall, Recorder, reason_after, reason_before
 from clawloop_edge.gateway.reply import CANCELLED
 from clawloop_edge.gateway.settings import GatewaySettings
-from clawloop_edge.gateway.source import Sink, Source
+from clawloop_edge.gateway.source import Sink, Source, choice_of
 from clawloop_edge.gateway.streaming import EventStream, watched
 from clawloop_edge.sessions.classify import Kind, classify
 from clawloop_edge.sessions.identity import SESSION_HEADER, Identity, identify
@@ -76,6 +76,7 @@ class Service:
         key = retry_key(request.headers, data, scope=scope, implied=renamed is not None)
         if key is None:
             return await self._anew(request, asked, None)
+        identify(request.headers)  # what is wrong in a header is refused in a retry too
         begun = await self._retries.begin(key, call)
         if isinstance(begun, Answered):
             return await self._again(request, begun, asked)
@@ -91,9 +92,10 @@ class Service:
             body = writer.whole(answered.replies, answered.usage)
             return web.Response(body=body, content_type="application/json", headers=headers)
         stream = EventStream(request, writer, headers=headers)
-        for delta in answered.deltas():
-            await stream.put(delta)
-        await stream.finish(writer.end(answered.replies, answered.usage))
+        async with watched(stream, self._settings):
+            for delta in answered.deltas():
+                await stream.put(delta)
+            await stream.finish(writer.end(answered.replies, answered.usage))
         return stream.response
 
     async def _anew(self, request: web.Request, asked: _Asked, attempt: Attempt | None) -> web.StreamResponse:
@@ -107,7 +109,7 @@ class Service:
             lives = [
                 LiveCall(
                     step_id=f"{first_id}-{index}" if index else first_id,
-                    call=call,
+                    call=choice_of(call, index),
                     identity=_choice(identity, index),
                     placed=placed,
                     answer=answer,
@@ -159,19 +161,19 @@ class Service:
 
     async def _stream(self, request: web.Request, lives: list[LiveCall], *, writer: Writer) -> web.StreamResponse:
         stream = EventStream(request, writer, headers=_headers(lives, reason_before))
-        try:
-            if not await lives[0].answer.ready(self._settings.headers_after_s):
-                await stream.begin()
-            async with watched(stream, self._settings):
+        async with watched(stream, self._settings):
+            try:
+                if not await lives[0].answer.ready(self._settings.headers_after_s):
+                    await stream.begin()
                 await self._run(lives, stream.put)
-            await stream.finish(writer.end([live.reply for live in lives], _usage(lives)))
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if not stream.begun:
+                await stream.finish(writer.end([live.reply for live in lives], _usage(lives)))
+            except ConnectionError:
                 raise
-            failure = failure_of(_cause(error), retry_after_s=self._settings.retry_after_s)
-            await stream.finish(writer.error(failure))
+            except Exception as error:
+                if not stream.begun:
+                    raise
+                failure = failure_of(_cause(error), retry_after_s=self._settings.retry_after_s)
+                await stream.finish(writer.error(failure))
         return stream.response
 
     async def _run(self, lives: list[LiveCall], sink: Sink) -> None:

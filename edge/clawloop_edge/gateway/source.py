@@ -25,6 +25,8 @@ from clawloop_edge.sessions.tracker import Placement
 from clawloop_shared.records import Policy
 
 INEXACT = "inexact: the upstream server gives no token ids"
+_SEEDS = 1 << 64
+"""how many there are: the integers of 64 bits with a sign"""
 _NO_PROMPT = Prompt("", [], How.FRESH)
 
 
@@ -91,7 +93,8 @@ class TokenSource:
         async with AsyncExitStack() as started:
             for index in range(call.n):
                 answer = TokenAnswer(self._engine, call, index=index, prompt=prompt)
-                answer.generation = await self._engine.generate(_own_seed(request, index))
+                sampling = choice_of(call, index).sampling
+                answer.generation = await self._engine.generate(msgspec.structs.replace(request, sampling=sampling))
                 started.push_async_callback(answer.aclose)
                 answers.append(answer)
             started.pop_all()
@@ -186,7 +189,9 @@ class TextSource:
         answers: list[Answer] = []
         async with AsyncExitStack() as started:
             for index in range(call.n):
-                answer = TextAnswer(await self._engine.generate_text(_text_request(call, index)), index=index)
+                answer = TextAnswer(
+                    await self._engine.generate_text(_text_request(choice_of(call, index))), index=index
+                )
                 started.push_async_callback(answer.aclose)
                 answers.append(answer)
             started.pop_all()
@@ -194,7 +199,7 @@ class TextSource:
 
     async def count(self, call: Call, *, placed: Placement, size_bytes: int) -> int:
         """Tokens of a call's prompt."""
-        return await self._engine.count(_text_request(call, 0))
+        return await self._engine.count(_text_request(call))
 
 
 class TextAnswer:
@@ -238,16 +243,16 @@ class TextAnswer:
         await self._generation.aclose()
 
 
-def _own_seed(request: GenerateRequest, index: int) -> GenerateRequest:
-    """Choices of one call differ, also where the call has a seed."""
-    seed = request.sampling.seed
+def choice_of(call: Call, index: int) -> Call:
+    """One choice of a call. Choices differ, also where the call has a seed."""
+    seed = call.sampling.seed
     if seed is None or not index:
-        return request
-    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed + index))
+        return call
+    own = (seed + index + _SEEDS // 2) % _SEEDS - _SEEDS // 2
+    return msgspec.structs.replace(call, sampling=msgspec.structs.replace(call.sampling, seed=own))
 
 
-def _text_request(call: Call, index: int) -> TextRequest:
-    seed = None if call.sampling.seed is None else call.sampling.seed + index
+def _text_request(call: Call) -> TextRequest:
     return TextRequest(
         messages=call.messages,
         raw=call.raw,
@@ -258,7 +263,7 @@ def _text_request(call: Call, index: int) -> TextRequest:
         schema=call.format.schema,
         schema_name=call.format.name,
         schema_strict=call.format.strict,
-        sampling=msgspec.structs.replace(call.sampling, seed=seed),
+        sampling=call.sampling,
         max_tokens=call.max_tokens,
         stops=call.stops,
         logprobs=call.logprobs,

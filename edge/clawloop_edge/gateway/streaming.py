@@ -29,6 +29,7 @@ class EventStream:
         self.writing = False
         """whether bytes wait for the client to read"""
         self.written_at = time.monotonic()
+        self._ended = False
         self._request, self._writer = request, writer
 
     async def begin(self, more: bytes = b"") -> None:
@@ -47,15 +48,15 @@ class EventStream:
 
     async def ping(self) -> None:
         """Send an event that means nothing."""
-        if self.begun:
+        if self.begun and not self._ended:
             await self._write(self._writer.keep_alive)
 
     async def finish(self, data: bytes) -> None:
         """Send the last events."""
         if not self.begun:
             await self.begin()
-        await self._write(data)
-        await self.response.write_eof()
+        self.written_at, self.writing, self._ended = time.monotonic(), True, True
+        await self.response.write_eof(data)
 
     def abort(self) -> None:
         """Let go of a client that does not read."""
@@ -65,7 +66,7 @@ class EventStream:
     async def _write(self, data: bytes) -> None:
         self.written_at, self.writing = time.monotonic(), True
         await self.response.write(data)
-        self.writing = False
+        self.writing = self._ended
 
 
 @asynccontextmanager

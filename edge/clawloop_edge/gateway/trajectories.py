@@ -128,7 +128,8 @@ class TrajectoryHandler:
         """POST .../register_trajectory: the channel, the group and the facts of a trajectory."""
         entry = await self._access.enter(request.headers, request.match_info["trajectory"], make=True)
         group_id = group_of(request.match_info["group"])
-        return await self._register(entry, convert_body(await _object(request), RegisterBody), group_id=group_id)
+        with self._store.using(entry):
+            return await self._register(entry, convert_body(await _object(request), RegisterBody), group_id=group_id)
 
     async def register_named(self, request: web.Request) -> web.Response:
         """POST /register_trajectory: the same, as early clients call it."""
@@ -140,9 +141,9 @@ class TrajectoryHandler:
     async def complete(self, request: web.Request) -> web.Response:
         """POST .../complete_trajectory: the end of a trajectory, and its reward if it has one."""
         entry = await self._access.enter(request.headers, request.match_info["trajectory"])
-        body = convert_body(await _object(request), CompleteBody)
-        reward = check_reward(body.reward, "reward")
         with self._store.using(entry):
+            body = convert_body(await _object(request), CompleteBody)
+            reward = check_reward(body.reward, "reward")
             closed = self._store.update(entry, completed=True)
             await asyncio.wrap_future(closed)
             await entry.idle(_COMPLETE_WAIT_S)  # a call that began before belongs to what is judged

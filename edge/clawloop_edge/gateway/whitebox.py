@@ -5,6 +5,7 @@ our own logprobs are kept. Anything else is kept and says why it is not learned 
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
@@ -39,10 +40,12 @@ from clawloop_edge.gateway.trajectories import (
 )
 from clawloop_edge.gateway.trajectory_store import Entry, TrajectoryStore
 from clawloop_edge.pool.records import KeptStep
-from clawloop_shared.errors import RecordError
+from clawloop_edge.sessions.identity import identify
+from clawloop_shared.errors import ClawloopError, RecordError
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import MAX_STEP_TOKENS, Channel, Policy, Sampling, Signal, Step, Target, check_step
 
+_LOG = logging.getLogger(__name__)
 NOT_DRAWN = "not sampled here"
 IMAGES = "images are not supported"
 _TOLERANCE = 1e-4
@@ -137,13 +140,14 @@ class WhiteboxHandler:
         self._service, self._pool, self._settings = service, pool, settings
         self._store, self._access, self._draws = store, access, draws
         self._tokenizer = tokenizer
+        self._proving = asyncio.Lock()
 
     async def generate(self, request: web.Request) -> web.Response:
         """POST /generate: token ids in; sampled ids, their logprobs and why it ended out."""
         if self._tokenizer is None:
             raise RequestError("the model's server gives no token ids; use /v1/chat/completions", status=400)
         data = await body_of(request)
-        body = convert_body(decode_json(data), GenerateBody)
+        body, incognito = convert_body(decode_json(data), GenerateBody), identify(request.headers).incognito
         live = await self._service.sample(request, _generation(body, self._settings), size_bytes=len(data))
         draw = Draw(
             draw_id=new_id(),
@@ -155,9 +159,16 @@ class WhiteboxHandler:
             finish_reason=live.reply.ended,
             untrainable=reason_after(live),
         )
-        await self._draws.keep(body.prompt_ids, draw)
+        if not incognito:
+            await self._keep_draw(body.prompt_ids, draw)
         given = {"token_ids": draw.response_ids, "log_probs": draw.logprobs, "stop_reason": draw.finish_reason}
         return web.json_response(given)
+
+    async def _keep_draw(self, prompt_ids: list[int], draw: Draw) -> None:
+        try:
+            await self._draws.keep(prompt_ids, draw)
+        except ClawloopError as error:  # the user is served first: what is not kept proves no step
+            _LOG.error("what /generate gave could not be kept: %s", type(error).__name__)
 
     async def compute_reward(self, request: web.Request) -> web.Response:
         """POST /compute_reward: judges a response, and keeps nothing."""
@@ -180,8 +191,9 @@ class WhiteboxHandler:
                 _New(where=where, payload=payload, entry=entries[payload.trajectory_uid])
                 for where, payload in await asyncio.to_thread(self._missing, payloads)
             ]
-            await self._prove(new)
-            await self._keep(new, channel)
+            async with self._proving:  # until they are used, what proves one step would prove another
+                await self._prove(new)
+                await self._keep(new, channel)
         return web.json_response({"accepted": len(payloads)})
 
     def _check(self, payload: StepPayload, where: str) -> None:

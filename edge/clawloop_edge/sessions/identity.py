@@ -86,7 +86,7 @@ def _channel(value: str | None) -> Channel:
 
 
 def _flag(value: str | None) -> bool:
-    if value is None or value in ("", "0", "false"):
+    if value is None or value in ("0", "false"):
         return False
     if value in ("1", "true"):
         return True

@@ -5,7 +5,6 @@ left out, neighbouring user messages count as one, and tool-call ids are ignored
 between two calls of one conversation. A step is found again by the chain up to and with its own reply.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -14,7 +13,7 @@ import msgspec
 
 from clawloop_edge.sessions import openclaw
 
-_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THINK, _THINK_END = "<think>", "</think>"
 _DIGEST_BYTES = 16
 _MAX_STARTS = 8
 ROOT = b""
@@ -119,14 +118,23 @@ def _user_digest(texts: Sequence[str]) -> bytes:
 
 def _turn(message: dict[str, Any], index: int) -> Turn:
     role, text, calls = message.get("role", ""), text_of(message.get("content")), message.get("tool_calls")
-    if role == "assistant" and "<think>" in text:
-        text = _THINK.sub("", text)
+    if role == "assistant" and _THINK in text:
+        text = _without_thoughts(text)
     if not calls:
         return Turn(role, _digest(role, text.strip()), index)
     ids = tuple(call_id_key(call["id"]) for call in calls if call.get("id"))
     functions = (call.get("function") or {} for call in calls)
     said = [part for f in functions for part in (f.get("name", ""), _canonical(f.get("arguments")))]
     return Turn(role, _digest(role, text.strip(), *said), index, ids)
+
+
+def _without_thoughts(text: str) -> str:
+    """In one pass, as a model that went astray may have written nothing but start marks."""
+    kept, at = [], 0
+    while (start := text.find(_THINK, at)) >= 0 and (end := text.find(_THINK_END, start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len(_THINK_END)
+    return "".join([*kept, text[at:]])
 
 
 def _digest(*parts: str) -> bytes:
