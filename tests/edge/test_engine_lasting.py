@@ -84,7 +84,9 @@ async def test_a_cancelled_score_is_not_computed(engine: MlxEngine) -> None:
     assert len(await first) == 9
     with pytest.raises(asyncio.CancelledError):
         await second
-    assert not engine._scheduler.chores
+    computed = engine.score([1], [2], version=0)  # in order: the cancelled one is gone before it
+    assert len(await computed) == 1
+    assert len(engine._scheduler.chores._chores) <= 1
 
 
 async def test_a_failing_command_or_turn_ends_what_it_belongs_to_and_not_the_thread(

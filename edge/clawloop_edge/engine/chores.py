@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 SLICE_S = 0.02
-"""a slice ends with the first piece that ends after this"""
+"""no piece is begun that would end after this, but for the first of a slice"""
 
 
 class Pace:
@@ -94,7 +94,10 @@ class Chores:
     def _slice(chore: "_Chore[Any]") -> None:
         if chore.steps is None:
             chore.steps = chore.start()
-        until = time.monotonic() + SLICE_S
-        next(chore.steps)
-        while time.monotonic() < until:
+        began = before = time.monotonic()
+        while True:
             next(chore.steps)
+            now = time.monotonic()
+            if now + (now - before) > began + SLICE_S:
+                return
+            before = now

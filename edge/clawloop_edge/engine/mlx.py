@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from clawloop_edge.engine.grammar import Grammars
-from clawloop_edge.engine.lanes import Call, leave_wired_limit_alone
+from clawloop_edge.engine.lanes import Call, keep_collections_short, leave_wired_limit_alone
 from clawloop_edge.engine.memory import MemoryPlan, make_plan, model_sizes
 from clawloop_edge.engine.protocol import ChatTokenizer, EngineHealth, GenerateRequest, Generation
 from clawloop_edge.engine.sampling import check_sampling
@@ -212,6 +212,7 @@ class MlxEngine:
         self._grammars = Grammars(self._folder, vocab_size=self._vocab_size, eos_ids=eos_ids)
         self._versions = Versions(Policy(self.line.line_id), model, keep=self._settings.keep_versions)
         self._scheduler = Scheduler(self._versions, settings=self._settings, stop_ids=eos_ids, plan=self._plan)
+        keep_collections_short()
         return self._scheduler
 
     def _make_plan(self, model: Any) -> MemoryPlan:

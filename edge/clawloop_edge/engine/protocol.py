@@ -67,8 +67,9 @@ class Generation(Protocol):
 class EngineHealth(msgspec.Struct, frozen=True):
     """Whether the engine serves, how much is in flight, and which adapter versions are loaded.
 
-    `waiting` are the calls of those in flight that have no row yet. `memory_bytes` is what weights, attention caches of
-    running calls and kept prefixes (`cache_bytes` of them) take, `budget_bytes` what they may; 0 where nothing bounds it.
+    `waiting` are the calls of those in flight that have no row yet. `memory_bytes` is what weights, adapters, attention
+    caches of running calls at their longest and kept prefixes (`cache_bytes` of it) take, `budget_bytes` what they may;
+    0 where nothing bounds it.
     """
 
     alive: bool
@@ -165,7 +166,7 @@ class TextPart(msgspec.Struct, frozen=True, gc=False):
 
 
 class TextGeneration(Protocol):
-    """A call in flight at a text-only server. `usage` is (prompt, completion, cached) tokens, 0 where it is not said."""
+    """A call in flight at a text-only server. `usage` is (prompt, completion, cached) tokens, 0 where it says none."""
 
     policy: Policy
     usage: tuple[int, int, int]

@@ -19,7 +19,7 @@ import msgspec
 from clawloop_edge.engine.protocol import ChatTokenizer, EngineHealth, GenerateRequest, Generation, Token
 from clawloop_edge.engine.upstream_adapters import AdapterLoader
 from clawloop_edge.engine.upstream_call import UpstreamCall
-from clawloop_edge.engine.upstream_http import Upstream, decode
+from clawloop_edge.engine.upstream_http import Upstream, decode, token_count
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.engine.versions import Versions
 from clawloop_edge.errors import EngineError, PromptTooLong, RequestError
@@ -257,7 +257,8 @@ class _TokenCall(UpstreamCall[Token]):
         if chunk.error:
             raise self._upstream.failure(chunk.error)
         if chunk.usage and chunk.usage.prompt_tokens_details:
-            self.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens or 0
+            cached = token_count(chunk.usage.prompt_tokens_details.cached_tokens)
+            self.cached_tokens = min(cached, len(self._request.prompt_ids))
         if not chunk.choices or self._ended:
             return []
         choice = chunk.choices[0]
@@ -280,6 +281,8 @@ class _TokenCall(UpstreamCall[Token]):
             if choice.text:
                 self.reason = self.reason or NO_IDS
             return [Token(i, math.nan) for i in self._engine.tokenizer.encode(choice.text)]
+        if ids and not 0 <= min(ids) <= max(ids) < self._engine.tokenizer.vocab_size:
+            raise EngineError("the upstream server gave a token id that is outside the model's vocabulary")
         if logprobs is None or len(logprobs.token_logprobs) != len(ids):
             return [Token(i, math.nan) for i in ids]
         tops = logprobs.top_logprobs if self._request.top_logprobs else None

@@ -29,6 +29,7 @@ _KEEP_ALIVE_S = 4.0
 """below the 5 s after which uvicorn, vLLM's server, closes an idle connection: a request must not meet that"""
 _DRAIN_S = 1.0
 _RETRY_S = 2.0
+_MOST_TOKENS = 1 << 31
 _OPENAI = "api.openai.com"
 
 
@@ -273,7 +274,8 @@ class EventReader:
 
 
 def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """A reply as the decoder's type; NaN, which JSON does not have and some servers write, is understood.
+    """A reply as the decoder's type. NaN, which JSON does not have and some servers write, is understood; half a
+    character, as where a server cuts its text between UTF-16's two halves, becomes U+FFFD.
 
     Raises:
         EngineError: it is not JSON, or of another shape. What it says is not repeated.
@@ -282,9 +284,25 @@ def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         try:
-            return msgspec.convert(json.loads(data), decoder.type)
+            return msgspec.convert(_mended(json.loads(data)), decoder.type)
         except (ValueError, RecursionError):
             raise EngineError(f"the upstream server's reply is not what the API says: {_place(error)}") from error
+
+
+def token_count(said: int | None) -> int:
+    """A count of tokens, within what it can be, whatever a server says; 0 if it says nothing."""
+    return min(max(said or 0, 0), _MOST_TOKENS)
+
+
+def _mended(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list():
+            return [_mended(item) for item in value]
+        case dict():
+            return {_mended(name): _mended(item) for name, item in value.items()}
+    return value
 
 
 def _place(error: Exception) -> str:

@@ -12,7 +12,7 @@ from clawloop_edge.engine.protocol import EngineHealth, TextGeneration, TextPart
 from clawloop_edge.engine.thinking import Reasoning
 from clawloop_edge.engine.tool_calls import Piece, ToolCall, new_call_id
 from clawloop_edge.engine.upstream_call import Post, UpstreamCall
-from clawloop_edge.engine.upstream_http import Upstream, decode
+from clawloop_edge.engine.upstream_http import Upstream, decode, token_count
 from clawloop_edge.errors import EngineError, RequestError
 from clawloop_shared.files import sha256
 from clawloop_shared.model_line import ModelLine
@@ -257,8 +257,9 @@ def _pieces(message: _Message) -> list[Piece]:
 
 
 def _usage(usage: _Usage) -> tuple[int, int, int]:
-    cached = usage.prompt_tokens_details
-    return usage.prompt_tokens or 0, usage.completion_tokens or 0, (cached and cached.cached_tokens) or 0
+    prompt, details = token_count(usage.prompt_tokens), usage.prompt_tokens_details
+    cached = token_count(details.cached_tokens) if details else 0
+    return prompt, token_count(usage.completion_tokens), min(cached, prompt)
 
 
 def _raw_entries(logprobs: _RawLogprobs) -> list[Json]:
