@@ -30,6 +30,20 @@ def sqlcipher() -> Any:
     return sqlcipher3.dbapi2
 
 
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """The first import of sqlite-utils does not find these. It would load them (numpy alone: 10 MiB) to know how their
+    values are stored, and none of ours are theirs."""
+    hidden = [name for name in names if name not in sys.modules] if "sqlite_utils" not in sys.modules else []
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # what Python's import system takes as "there is none"
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 def open_database(path: Path, key: bytes, *, read_only: bool = False) -> Database:
     """A connection to the database at `path` under a raw 256-bit key. Made (0600) if it is missing.
 
@@ -40,7 +54,8 @@ def open_database(path: Path, key: bytes, *, read_only: bool = False) -> Databas
         StorageError: the file cannot be opened.
     """
     engine = sqlcipher()
-    from sqlite_utils import Database
+    with _without("numpy", "pandas"):
+        from sqlite_utils import Database
 
     if not path.exists() and not read_only:
         path.touch(mode=0o600)

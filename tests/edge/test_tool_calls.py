@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clawloop_edge.engine.detokenizer import WindowDetokenizer
 from clawloop_edge.engine.tokenizer import HfChatTokenizer, checked_parser
-from clawloop_edge.engine.tool_calls import Piece, ReplyParser, ToolCall, ToolFormat, parse_json_calls, parse_reply
+from clawloop_edge.engine.tool_calls import ReplyParser, Said, ToolCall, ToolFormat, parse_json_calls, parse_reply
 from clawloop_edge.errors import RequestError
 
 HERMES = ToolFormat(name="json_tools", start="<tool_call>", end="</tool_call>", parse=parse_json_calls)
@@ -32,7 +32,7 @@ def whole(text: str, form: ToolFormat | None = HERMES) -> tuple[str, list[tuple[
     return content, [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
 
-def joined(pieces: list[Piece]) -> list[str | tuple[str, str]]:
+def joined(pieces: list[Said]) -> list[str | tuple[str, str]]:
     """Pieces without their ids, neighbouring content in one."""
     found: list[str | tuple[str, str]] = []
     for piece in pieces:

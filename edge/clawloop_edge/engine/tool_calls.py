@@ -28,8 +28,10 @@ class ToolCall(msgspec.Struct, frozen=True):
         return {"id": self.call_id, "type": "function", "function": function}
 
 
-Piece = str | Reasoning | ToolCall
-"""what a client gets to see of a reply: text, a thought, or a whole call"""
+Said = str | ToolCall
+"""what a reply says aloud: text, or a whole call"""
+Piece = Said | Reasoning
+"""what a client gets to see of a reply"""
 
 
 class ToolFormat(msgspec.Struct, frozen=True):
@@ -70,19 +72,19 @@ class ReplyParser:
         self._searched = 0  # how much of an open call was already searched for its end
         self._after_call = False
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[Said]:
         """What is sure now. Content comes at once, but for white space and what may become a start marker."""
         if self._format is None:
             return [text] if text else []
         self._text += text
-        found: list[Piece] = []
+        found: list[Said] = []
         while self._advance(self._format, found):
             pass
         return found
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[Said]:
         """What was held back when the reply is over."""
-        found: list[Piece] = []
+        found: list[Said] = []
         if self._in_call and self._format is not None and not self._format.end:
             self._close(self._format, found, len(self._text))
         if self._text.strip() or not self._after_call:
@@ -90,7 +92,7 @@ class ReplyParser:
         self._text = ""
         return found
 
-    def _advance(self, form: ToolFormat, found: list[Piece]) -> bool:
+    def _advance(self, form: ToolFormat, found: list[Said]) -> bool:
         """Take one marker from the text held; False if none is complete."""
         if self._in_call:
             return self._find_end(form, found)
@@ -106,7 +108,7 @@ class ReplyParser:
         self._text, self._in_call, self._searched = self._text[body:], True, 0
         return True
 
-    def _find_end(self, form: ToolFormat, found: list[Piece]) -> bool:
+    def _find_end(self, form: ToolFormat, found: list[Said]) -> bool:
         if not form.end:
             return False
         head = self._text.index(form.start) + len(form.start)
@@ -117,7 +119,7 @@ class ReplyParser:
         self._close(form, found, at + len(form.end))
         return True
 
-    def _close(self, form: ToolFormat, found: list[Piece], end: int) -> None:
+    def _close(self, form: ToolFormat, found: list[Said], end: int) -> None:
         raw, self._text, self._in_call = self._text[:end], self._text[end:], False
         body = raw[raw.index(form.start) + len(form.start) : len(raw) - len(form.end)]
         try:
@@ -128,7 +130,7 @@ class ReplyParser:
         found.extend(ToolCall(self._new_id(), name, arguments) for name, arguments in calls)
         self._after_call = True
 
-    def _content(self, found: list[Piece], text: str) -> None:
+    def _content(self, found: list[Said], text: str) -> None:
         if self._after_call:
             text = text.lstrip()
         if text:

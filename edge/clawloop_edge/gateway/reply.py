@@ -138,7 +138,7 @@ class TokenReply(Reply):
             text += self._stops.finish()
         self.stopped_by = self._stops.met
         pieces = self._take(text)
-        return pieces + self._seen(self._parsed(self._thoughts.finish()) + self._parser.finish(), text="")
+        return pieces + self._seen([*self._parsed(self._thoughts.finish()), *self._parser.finish()], text="")
 
     def text(self) -> str:
         """Everything that was sampled, special tokens included."""

@@ -50,5 +50,6 @@ def _title(kept: KeptStep) -> str:
     else:
         asked = (message.get("content") for message in kept.messages if message.get("role") == "user")
         texts = next((found for content in asked if (found := user_texts(content))), [])
-    words = " ".join(" ".join(texts).encode(errors="replace").decode().split())
+    text = " ".join(texts).encode(errors="replace").decode()
+    words = " ".join(text.split(maxsplit=TITLE_CHARS))  # words of a long text that are past the title's end stay whole
     return words if len(words) <= TITLE_CHARS else words[: TITLE_CHARS - 1] + "…"

@@ -6,6 +6,7 @@ undoes itself (a savepoint) and fails its own future alone. Knows nothing of wha
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ T = TypeVar("T")
 MAX_QUEUED_BYTES = 64 << 20
 GROUP_OPERATIONS = 256
 GROUP_BYTES = 8 << 20
+GATHER_S = 0.02
+"""how long a patient operation waits for others: a transaction of one step encrypts twenty pages, of ten hardly more"""
 BUSY_TRIES = 6
 """times `BUSY_TIMEOUT_MS`: how long another process may hold the database before what waits is given up"""
 
@@ -33,6 +36,7 @@ BUSY_TRIES = 6
 class _Job:
     operation: Callable[["Database"], Any]
     size_bytes: int
+    due: float
     future: "Future[Any]" = field(default_factory=Future)
     result: Any = None
 
@@ -56,20 +60,25 @@ class Writer:
         """How many operations wait or run."""
         return len(self._jobs)
 
-    def submit(self, operation: Callable[["Database"], T], *, size_bytes: int = 0) -> "Future[T]":
+    def submit(
+        self, operation: Callable[["Database"], T], *, size_bytes: int = 0, patient: bool = False
+    ) -> "Future[T]":
         """Have `operation` run in the writer's thread, and return at once.
+
+        A patient one lets others share its transaction that come within `GATHER_S`; those that are not end its wait.
 
         The future fails with PoolError if the pool is closed or more than `MAX_QUEUED_BYTES` wait, and with
         StorageError if the disk would not take it. An operation must not wait for another operation.
         """
-        job = _Job(operation, size_bytes)
+        job = _Job(operation, size_bytes, due=time.monotonic() + GATHER_S if patient else 0.0)
         job.future.set_running_or_notify_cancel()  # a client that goes away must not take its step with it
         with self._wake:
             problem = self._problem(size_bytes)
             if problem is None:
                 self._jobs.append(job)
                 self.queued_bytes += size_bytes
-                self._wake.notify()
+                if not patient or len(self._jobs) == 1:  # else the thread knows until when it may wait
+                    self._wake.notify()
             else:
                 self.refused += 1
         if problem is not None:
@@ -103,8 +112,8 @@ class Writer:
     def _next_group(self) -> list[_Job]:
         """The jobs of the next transaction, oldest first; they stay queued until settled. Empty: closed and done."""
         with self._wake:
-            while not self._jobs and not self.closed:
-                self._wake.wait()
+            while not self.closed and (wait_s := self._wait_s()) != 0:
+                self._wake.wait(wait_s)
             group: list[_Job] = []
             size = 0
             for job in self._jobs:
@@ -113,6 +122,12 @@ class Writer:
                 group.append(job)
                 size += job.size_bytes
             return group
+
+    def _wait_s(self) -> float | None:
+        """How long what is queued may still wait for others; None: nothing is."""
+        if not self._jobs:
+            return None
+        return max(0.0, min(job.due for job in self._jobs) - time.monotonic())
 
     def _write(self, group: list[_Job]) -> None:
         for attempt in range(1, BUSY_TRIES + 1):
