@@ -235,7 +235,7 @@ class _TokenCall(UpstreamCall[Token]):
         body = msgspec.json.encode(_body(request, engine._name_of(policy), stops=sorted(engine.tokenizer.eos_ids)))
         self.cached_tokens = 0
         self.reason = reason
-        self._engine, self._request = engine, request
+        self._engine, self._request, self._room = engine, request, request.max_tokens
         self._begun = self._ended = False
         super().__init__(policy, engine._upstream, post=lambda: engine._post(policy, body))
 
@@ -267,6 +267,9 @@ class _TokenCall(UpstreamCall[Token]):
             if choice.prompt_token_ids != self._request.prompt_ids:
                 self.reason = self.reason or OTHER_PROMPT
         tokens = self._sampled(choice)
+        self._room -= len(tokens)
+        if self._room < 0:
+            raise EngineError(f"the upstream server samples more than the {self._request.max_tokens} tokens asked for")
         if choice.finish_reason is None:
             return tokens
         if choice.finish_reason not in ("stop", "length"):

@@ -27,6 +27,8 @@ from clawloop_shared.records import Policy
 INEXACT = "inexact: the upstream server gives no token ids"
 _SEEDS = 1 << 64
 """how many there are: the integers of 64 bits with a sign"""
+_TOKEN_CHARS, _SLACK_CHARS = 64, 1 << 16
+"""an upstream server that says more characters than so many a token, and some, would say them without end"""
 _NO_PROMPT = Prompt("", [], How.FRESH)
 
 
@@ -189,9 +191,8 @@ class TextSource:
         answers: list[Answer] = []
         async with AsyncExitStack() as started:
             for index in range(call.n):
-                answer = TextAnswer(
-                    await self._engine.generate_text(_text_request(choice_of(call, index))), index=index
-                )
+                generation = await self._engine.generate_text(_text_request(choice_of(call, index)))
+                answer = TextAnswer(generation, index=index, max_tokens=call.max_tokens)
                 started.push_async_callback(answer.aclose)
                 answers.append(answer)
             started.pop_all()
@@ -208,8 +209,9 @@ class TextAnswer:
     reason = INEXACT
     prompt = _NO_PROMPT
 
-    def __init__(self, generation: TextGeneration, *, index: int) -> None:
+    def __init__(self, generation: TextGeneration, *, index: int, max_tokens: int) -> None:
         self._generation, self._index = generation, index
+        self._room = max_tokens * _TOKEN_CHARS + _SLACK_CHARS
         self.reply = Reply()
         self.usage = Usage(prompt=0, completion=0)
 
@@ -228,6 +230,9 @@ class TextAnswer:
         try:
             async for part in self._generation:
                 reply.entries += part.entries
+                self._room -= sum(len(piece) for piece in part.pieces if isinstance(piece, str))
+                if self._room < 0:
+                    raise EngineError("the upstream server says more than it was asked for; its answer was ended")
                 await sink(Delta(self._index, reply.take(part.pieces), part.entries, []))
                 if part.finish_reason:
                     reply.ended = part.finish_reason

@@ -185,8 +185,14 @@ class WhiteboxHandler:
         for where, payload in payloads:
             self._check(payload, where)
         payloads.sort(key=lambda named: (named[1].trajectory_uid, named[1].step_index))
+        await asyncio.shield(self._take(request.headers, payloads, channel))  # a client that goes away leaves no half
+        return web.json_response({"accepted": len(payloads)})
+
+    async def _take(
+        self, headers: Mapping[str, str], payloads: list[tuple[str, StepPayload]], channel: Channel
+    ) -> None:
         async with AsyncExitStack() as held:
-            entries = await self._enter(request.headers, payloads, held=held)
+            entries = await self._enter(headers, payloads, held=held)
             new = [
                 _New(where=where, payload=payload, entry=entries[payload.trajectory_uid])
                 for where, payload in await asyncio.to_thread(self._missing, payloads)
@@ -194,7 +200,6 @@ class WhiteboxHandler:
             async with self._proving:  # until they are used, what proves one step would prove another
                 await self._prove(new)
                 await self._keep(new, channel)
-        return web.json_response({"accepted": len(payloads)})
 
     def _check(self, payload: StepPayload, where: str) -> None:
         for name, ids in (("prompt_ids", payload.prompt_ids), ("response_ids", payload.response_ids)):

@@ -193,6 +193,15 @@ async def test_streamed_and_whole_answers_are_the_same(real: Served) -> None:
     assert [e.logprob for e in entries] == real.kept(chunks[0].id).step.response_logprobs
 
 
+async def test_choices_have_seeds_of_their_own_and_are_kept_with_them(real: Served) -> None:
+    body = {"messages": USER, "max_tokens": 8, "seed": 2**63 - 1}
+    _, headers, _ = await real.post("/v1/chat/completions", {**body, "n": 2})
+    steps = [real.kept(step_id).step for step_id in headers["x-clawloop-step"].split(",")]
+    assert [step.sampling.seed for step in steps] == [2**63 - 1, -(2**63)]
+    _, headers, _ = await real.post("/v1/chat/completions", {**body, "seed": steps[1].sampling.seed})
+    assert real.kept(headers["x-clawloop-step"]).step.response_ids == steps[1].response_ids
+
+
 async def test_a_second_turn_continues_on_the_sampled_ids(real: Served) -> None:
     body = {"messages": USER, "max_tokens": 20, "seed": 7}
     _, _, one = await real.post("/v1/chat/completions", body)

@@ -10,6 +10,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from clawloop_edge.gateway.call import Call, Head, Usage
 from clawloop_edge.gateway.idempotency import REPLAYED, Answered, Attempt, Retries, retry_key
 from clawloop_edge.pool.store import Pool
+from clawloop_shared.errors import StorageError
 from clawloop_shared.records import Sampling, Step
 
 from .conftest import Serve, Served
@@ -133,6 +134,29 @@ async def test_after_a_cancelled_attempt_the_retry_is_served_anew(scripted: Serv
     assert [step.finish_reason for step in kept(served)] == ["cancelled", "stop"]
 
 
+async def test_an_answer_of_which_one_choice_was_cancelled_answers_no_retry(scripted: Serve) -> None:
+    served = await scripted(["a", "b", "c d e f g h i j k l m n o p"] * 2, delay_s=0.02)
+    first = asyncio.create_task(ask(served, {**BODY, "n": 3}))
+    async with asyncio.timeout(5):
+        while served.engine.health().in_flight != 1:  # noqa: ASYNC110 - two of the three are over
+            await asyncio.sleep(0.002)
+    first.cancel()
+    reply = await ask(served, {**BODY, "n": 3})
+    assert REPLAYED not in reply.headers
+    assert [choice["finish_reason"] for choice in reply.json()["choices"]] == ["stop"] * 3
+    assert sorted(step.finish_reason for step in kept(served)) == ["cancelled", *["stop"] * 5]
+
+
+async def test_a_pool_that_cannot_be_read_fails_no_call(scripted: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = await scripted(["fine"])
+
+    def unreadable(*given: object, **more: object) -> list[str]:
+        raise StorageError("the disk is gone")
+
+    monkeypatch.setattr(served.pool, "find_steps_by", unreadable)
+    assert (await ask(served)).status_code == 200
+
+
 async def test_keys_of_other_scopes_are_other_keys(scripted: Serve) -> None:
     served = await scripted(["a"] * 4)
     sessions = [await ask(served, **{"X-Clawloop-Session": name}) for name in ("one", "two")]
@@ -174,6 +198,16 @@ async def test_what_an_sdk_calls_a_retry_of_a_trajectorys_call_is_one_step(scrip
     assert await attempt(2) == sampled_again
     assert await attempt(1, {**BODY, "seed": 5}) not in (first, sampled_again)
     assert len(steps_of(served, name)) == 3
+
+
+@pytest.mark.parametrize("count", ["\u00b2", "9" * 5000, "-1", "1.0", ""])
+async def test_a_retry_count_that_is_none_is_passed_over(scripted: Serve, count: str) -> None:
+    served = await scripted(["a"])
+    _, base = await begin(served)
+    headers = [(b"x-stainless-retry-count", count.encode())]
+    async with client() as http:
+        reply = await http.post(f"{base}/chat/completions", json=BODY, headers=headers)
+    assert reply.status_code == 200, reply.text
 
 
 async def test_what_is_answered_and_on_disk_is_not_held_in_memory(pool: Pool) -> None:

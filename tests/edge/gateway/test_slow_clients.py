@@ -73,3 +73,16 @@ async def test_a_client_that_does_not_read_is_let_go(scripted: Serve) -> None:
     assert (await served.post(CHAT, data=_body(stream=False)))[0] == 200, "others are served meanwhile"
     await _until_idle(served)
     writer.close()
+
+
+async def test_a_client_that_stops_reading_before_the_last_event_is_let_go(scripted: Serve) -> None:
+    served = await scripted(lambda prompt: "Fine.", keep_alive_s=0.2, stalled_client_s=0.5)
+    reader, writer = await _connect(served)
+    echoed = {"a": "x" * (12 << 20)}  # comes back in the first events and in the last one
+    data = json.dumps({"input": "hi", "stream": True, "metadata": echoed}).encode()
+    writer.write(_head(served, len(data)).replace(CHAT.encode(), b"/v1/responses") + data)
+    seen = b""
+    while b"response.output_text.delta" not in seen:
+        seen = seen[-64:] + await asyncio.wait_for(reader.read(1 << 20), 10)
+    await _until_idle(served)
+    writer.close()

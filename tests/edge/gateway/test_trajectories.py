@@ -5,11 +5,13 @@ import base64
 import json
 import logging
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, NotFoundError
 
+from clawloop_edge.gateway import trajectory_store
 from clawloop_edge.gateway.trajectory_chat import accepted
 from clawloop_edge.gateway.trajectory_store import Facts, TrajectoryStore
 from clawloop_edge.pool.store import Pool
@@ -427,3 +429,48 @@ def test_tool_messages_get_the_id_of_the_call_at_their_place() -> None:
     assert accepted(told, "<tool_call>")[0] == told[0]
     raw: list[Any] = [{"role": "assistant", "content": CALL, "tool_calls": calls}, {"role": "tool", "content": "1"}]
     assert "tool_calls" not in accepted(raw, "<tool_call>")[0]
+
+
+async def test_a_trajectory_whose_body_is_slow_to_come_is_not_forgotten_meanwhile(
+    scripted: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectory_store, "_CACHED", 1)
+    served = await scripted(["a", "b", "c"])
+    name, base = await begin(served)
+    await chat(base, ASKED)
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"{"
+        entered.set()
+        await go_on.wait()
+        yield b"}"
+
+    completing = asyncio.create_task(served.http.post(f"{base}/complete_trajectory", data=slowly()))
+    await entered.wait()
+    await asyncio.sleep(0.1)  # the server has the head of the request, and waits for its end
+    await begin(served)
+    second = await chat(base, ASKED)
+    go_on.set()
+    assert (await completing).status == 200
+    third = await chat(base, ASKED)
+    told = [reply.headers["x-clawloop-trajectory-step"] for reply in (second, third)]
+    query = "SELECT next_index, completed FROM trajectories WHERE trajectory_id = ?"
+    row = served.pool.submit(lambda database: database.conn.execute(query, (name,)).fetchone()).result(10)
+    assert (told, row) == (["1", "2"], (3, 1))
+
+
+@pytest.mark.parametrize("when", ["remembered", "in the pool"])
+async def test_a_call_that_names_no_session_does_not_get_into_a_trajectory_that_began_alike(
+    scripted: Serve, when: str
+) -> None:
+    served = await scripted(["The same.", "More."])
+    name, base = await begin(served)
+    await chat(base, ASKED)
+    assert len(steps_of(served, name)) == 1
+    other = served if when == "remembered" else await scripted(["More."])
+    told = [*ASKED, {"role": "assistant", "content": "The same."}, {"role": "user", "content": "mine alone"}]
+    _, _, body = await other.post("/v1/chat/completions", {"messages": told})
+    step = other.kept(body["id"]).step
+    assert step.session_id != name
+    assert step.parent_id == ""

@@ -225,3 +225,61 @@ async def test_a_forced_form_is_refused_by_an_exact_server_and_left_to_one_of_te
     plain.answer = whole({"content": "{}"})
     assert (await ask(await before(plain), **forced))[0] == 200
     assert plain.requests[0]["response_format"] == {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": -1, "completion_tokens": -1},
+        {"prompt_tokens": 10**400},
+        {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}},
+    ],
+)
+async def test_counts_that_cannot_be_fail_no_call(before: Before, usage: dict[str, Any]) -> None:
+    server = PlainServer()
+    served = await before(server)
+    choice = {"index": 0, "message": {"content": "fine"}, "finish_reason": "stop"}
+    server.answer = replies({"choices": [choice], "usage": usage})
+    status, _, body = await served.post("/v1/messages", {"messages": MESSAGES, "max_tokens": 5})
+    assert status == 200, body
+    assert all(count >= 0 for count in body["usage"].values())
+
+
+async def test_a_character_that_a_server_cuts_in_two_fails_no_call(before: Before) -> None:
+    server = PlainServer()
+    served = await before(server)
+    server.answer = says(delta("a \ud83d"), delta("\ude00 b"), end("stop"))
+    status, headers, body = await ask(served)
+    assert (status, body["choices"][0]["message"]["content"]) == (200, "a \ufffd\ufffd b")
+    assert served.kept(headers["x-clawloop-step"]).text == "a \ufffd\ufffd b"
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6, 2**70])
+async def test_an_id_outside_the_vocabulary_ends_the_answer(
+    before: Before, engine: MlxEngine, tiny_model: Path, token_id: int
+) -> None:
+    server = FakeVllm(engine)
+    served = await before(server, model=tiny_model, logprobs="processed")
+
+    def bent(reply: dict[str, Any]) -> dict[str, Any]:
+        for choice in reply["choices"]:
+            choice["token_ids"] = [token_id] * len(choice["token_ids"])
+        return reply
+
+    server.bend = bent
+    status, _, body = await ask(served)
+    assert (status, body["error"]["code"]) == (500, "engine_error")
+    served.pool.submit(lambda database: None).result(10)
+    assert served.pool.step_ids() == []
+
+
+async def test_a_server_that_never_stops_is_ended(before: Before) -> None:
+    server = PlainServer()
+    served = await before(server)
+    server.answer = says(*[delta("word " * 1000)] * 100, end("stop"))
+    auth = {"Authorization": f"Bearer {served.token}"}
+    body = {"messages": MESSAGES, "max_tokens": 20, "stream": True}
+    async with served.http.post(served.base_url + CHAT, json=body, headers=auth) as reply:
+        text = await reply.text()
+    assert "more than it was asked for" in text
+    assert text.count("word ") < 20_000

@@ -1,9 +1,14 @@
 """Programs that hold the tokens themselves: what they sampled here and hand in is learned from, and nothing else is."""
 
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
+from clawloop_edge.pool.records import KeptStep
+from clawloop_shared.errors import StorageError
 from clawloop_shared.records import Channel, Step, check_step
 
 from .conftest import Serve, Served
@@ -226,3 +231,48 @@ async def test_without_a_scorer_no_reward_is_computed(scripted: Serve) -> None:
 
 def _auth(served: Served) -> dict[str, str]:
     return {"Authorization": f"Bearer {served.token}"}
+
+
+async def test_one_draw_proves_one_step_also_of_many_handed_in_at_once(real: Served) -> None:
+    drawn, names = await draw(real), [f"traj-{number}" for number in range(6)]
+    await asyncio.gather(*(submit(real, payload(drawn, trajectory_uid=name)) for name in names))
+    assert sorted(only(real, name).untrainable for name in names) == ["", *["not sampled here"] * 5]
+
+
+async def test_of_an_incognito_generate_nothing_is_kept(real: Served) -> None:
+    body = {"prompt_ids": PROMPT, "sampling_params": PARAMS}
+    status, _, drawn = await real.post("/generate", body, headers={"X-Clawloop-Incognito": "1"})
+    assert status == 200
+    with real.pool.read() as database:
+        assert database.table("draws").count == 0
+    await submit(real, payload(drawn))
+    assert only(real).untrainable == "not sampled here"
+
+
+async def test_a_draw_that_cannot_be_kept_is_given_all_the_same(real: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(operation: Callable[..., Any]) -> Future[Any]:
+        failed: Future[Any] = Future()
+        failed.set_exception(StorageError("the disk is full"))
+        return failed
+
+    monkeypatch.setattr(real.pool, "submit", full)
+    assert (await draw(real))["token_ids"]
+
+
+async def test_a_client_that_goes_away_while_its_step_is_kept_cannot_have_its_draw_twice(
+    real: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping, keep_step = asyncio.Event(), real.pool.keep_step
+
+    def noted(kept: KeptStep, *, index: dict[str, bytes]) -> Future[None]:
+        keeping.set()
+        return keep_step(kept, index=index)
+
+    drawn = await draw(real)
+    monkeypatch.setattr(real.pool, "keep_step", noted)
+    first = asyncio.create_task(submit(real, payload(drawn, trajectory_uid="first")))
+    await keeping.wait()
+    first.cancel()
+    await asyncio.wait((first,))
+    await submit(real, payload(drawn, trajectory_uid="second"))
+    assert [only(real, name).untrainable for name in ("first", "second")] == ["", "not sampled here"]
