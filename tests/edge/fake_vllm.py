@@ -42,7 +42,7 @@ def error(status: int, message: str, *, param: str | None = None, code: Any = No
 class FakeVllm:
     """vLLM's server, as far as docs/upstream.md uses it. `requests` are the bodies that came to `/v1/completions`.
 
-    `with_ids`, `bend` and `runtime_lora` take away or spoil what a test wants to be without.
+    `with_ids`, `refuses`, `bend` and `runtime_lora` take away or spoil what a test wants to be without.
     """
 
     def __init__(self, engine: Engine, *, name: str = "served") -> None:
@@ -51,6 +51,7 @@ class FakeVllm:
         self.headers: list[dict[str, str]] = []
         self.loras: dict[str, Policy] = {}
         self.with_ids = True
+        self.refuses = ""
         self.runtime_lora = True
         self.chunk_tokens = 1
         self.aborted = 0
@@ -101,6 +102,8 @@ class FakeVllm:
         self.headers.append(dict(request.headers))
         if body["model"] != self.name and body["model"] not in self.loras:
             return error(404, f"The model `{body['model']}` does not exist.", param="model")
+        if self.refuses in body:
+            return error(400, f"{self.refuses} is not supported", param=self.refuses)
         prompt = body["prompt"] if isinstance(body["prompt"], list) else self.engine.tokenizer.encode(body["prompt"])
         try:
             generation = await self.engine.generate(self._asked(body, prompt))

@@ -236,7 +236,10 @@ async def test_a_server_that_is_not_exact_is_one_of_texts_and_says_why(
         return engine.health().detail
 
     assert await why(ids="off") == ""
-    assert "refuses a completion" in await why(model="unknown")
+    assert "refuses what an exact call has to say" in await why(model="unknown")
+    server.refuses = "stop_token_ids"
+    assert "stop_token_ids is not supported" in await why()
+    server.refuses = ""
     server.with_ids = False
     assert "returns no token ids" in await why()
     server.with_ids = True

@@ -310,17 +310,11 @@ def _top(found: dict[str, float | None] | None, count: int) -> tuple[tuple[int, 
     return tuple(sorted(named, key=lambda pair: -pair[1])[:count])
 
 
-def _body(request: GenerateRequest, model: str, *, stops: list[int]) -> Json:
+def sampling_fields(sampling: Sampling, *, stops: list[int]) -> Json:
     """Every field that bends the distribution is said: vLLM takes what is missing from the model's own
     `generation_config.json`, and the logprobs would be those of a sampler that nobody asked for."""
-    sampling = request.sampling
-    body = {
-        "model": model,
-        "prompt": request.prompt_ids,
+    fields = {
         "add_special_tokens": False,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "max_tokens": request.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -330,8 +324,19 @@ def _body(request: GenerateRequest, model: str, *, stops: list[int]) -> Json:
         "frequency_penalty": 0.0,
         "stop_token_ids": stops,
         "skip_special_tokens": False,
-        "logprobs": request.top_logprobs,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-    return body if sampling.seed is None else {**body, "seed": sampling.seed}
+    return fields if sampling.seed is None else {**fields, "seed": sampling.seed}
+
+
+def _body(request: GenerateRequest, model: str, *, stops: list[int]) -> Json:
+    return {
+        **sampling_fields(request.sampling, stops=stops),
+        "model": model,
+        "prompt": request.prompt_ids,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": request.max_tokens,
+        "logprobs": request.top_logprobs,
+    }

@@ -1,20 +1,21 @@
 """Finding out what an upstream server is: exact where it proves to be, else a server of texts.
 
-One request decides: a conversation in the model folder's own template, sent as text. An exact server returns the very
-ids that our tokenizer makes of it, and an id and a logprob of what it sampled.
+One request decides, and says all that later calls say: a conversation in the model folder's own template, as text. An
+exact server returns the very ids that our tokenizer makes of it, and an id and a logprob of what it sampled.
 """
 
 import logging
 from pathlib import Path
 
 from clawloop_edge.engine.protocol import ChatTokenizer, Engine, TextEngine
-from clawloop_edge.engine.upstream import Completion, UpstreamEngine
+from clawloop_edge.engine.upstream import Completion, UpstreamEngine, sampling_fields
 from clawloop_edge.engine.upstream_http import ModelCard, Upstream
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.engine.upstream_text import UpstreamTextEngine
 from clawloop_edge.errors import EngineGone, RequestError
 from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.model_line import read_line
+from clawloop_shared.records import Sampling
 
 _LOG = logging.getLogger(__name__)
 _PROBE = [{"role": "system", "content": "Probe 12345, naïve café 東京 😀"}, {"role": "user", "content": "  a\n\tb"}]
@@ -99,19 +100,12 @@ def _chosen(cards: list[ModelCard], model: str) -> ModelCard:
 async def _inexact(upstream: Upstream, model: str, tokenizer: ChatTokenizer) -> str:
     """Why a server is not exact; empty if it is. Raises EngineError: it could not be asked."""
     text = tokenizer.render(_PROBE, None)
-    body = {
-        "model": model,
-        "prompt": text,
-        "add_special_tokens": False,
-        "max_tokens": 1,
-        "temperature": 1.0,
-        "logprobs": 0,
-        "return_token_ids": True,
-    }
+    fields = sampling_fields(Sampling(), stops=sorted(tokenizer.eos_ids))
+    body = {**fields, "model": model, "prompt": text, "max_tokens": 1, "logprobs": 0}
     try:
         reply = await upstream.ask("completions", body, Completion)
     except RequestError as error:
-        return f"inexact: it refuses a completion that returns token ids ({error})"
+        return f"inexact: it refuses what an exact call has to say ({error})"
     choice = reply.choices[0] if reply.choices else None
     if choice is None or choice.prompt_token_ids is None or not choice.token_ids:
         return "inexact: it returns no token ids (vLLM does from 0.10.2 on)"
