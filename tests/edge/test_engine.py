@@ -2,15 +2,20 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clawloop_edge.engine.mlx import MlxEngine
+from clawloop_edge.engine.prefix_cache import PrefixTrie
 from clawloop_edge.engine.protocol import GenerateRequest, Generation, Token
 from clawloop_edge.engine.settings import EngineSettings
 from clawloop_edge.errors import EngineBusy, EngineError, EngineGone, PromptTooLong, UnknownVersion
+from clawloop_edge.pool.chain import shared_length
 from clawloop_shared.errors import AdapterInvalid, ConfigError
 from clawloop_shared.records import Policy, Sampling
 
@@ -331,6 +336,35 @@ async def test_calls_that_come_and_go_at_random_leave_nothing_behind(
 async def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model folder"):
         await MlxEngine.open(tmp_path)
+
+
+sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=6)
+
+
+@given(sequences, st.lists(st.integers(0, 2), min_size=1, max_size=7))
+def test_a_prompts_longest_kept_start_is_found(kept: list[list[int]], asked: list[int]) -> None:
+    trie = PrefixTrie()
+    for ids in kept:
+        trie.add("model", ids, tuple(ids))
+    found = trie.search("model", asked)
+    if asked in kept:
+        assert found.exact == asked
+        return
+    starts = [len(ids) for ids in kept if asked[: len(ids)] == ids]
+    shared = max((shared_length(ids, asked) for ids in kept), default=0)
+    assert (found.exact, found.common_prefix, len(found.shorter or [])) == (None, shared, max(starts, default=0))
+    assert (found.longer is None) is (shared == 0)
+    if found.longer is not None:
+        assert trie.get("model", found.longer) == tuple(found.longer)
+        assert found.longer[:shared] == asked[:shared]
+
+
+def test_a_long_kept_conversation_is_passed_by_in_no_time() -> None:
+    trie = PrefixTrie()
+    trie.add("model", list(range(60_000)), "kept")  # mlx-lm's own search takes seconds
+    began = time.monotonic()
+    assert trie.search("model", [0, 1, 99_999]).common_prefix == 2
+    assert time.monotonic() - began < 0.5
 
 
 async def test_old_caches_give_way_within_their_bounds(tiny_model: Path, make_adapter: Callable[..., Files]) -> None:

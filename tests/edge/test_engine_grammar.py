@@ -84,7 +84,7 @@ async def test_a_tool_call_is_forced_in_the_models_own_format(engine: MlxEngine,
     form = engine.tokenizer.tool_format
     assert form is not None
     grammar = tool_call_grammar(form, [WEATHER, NOTHING], only=None, several=several)
-    answers = await asyncio.gather(*(sample(engine, grammar, temperature=2.0) for _ in range(4)))
+    answers = await asyncio.gather(*(sample(engine, grammar, temperature=2.0, seed=seed) for seed in range(8)))
     ended = [tokens for tokens in answers if tokens[-1].finish_reason == "stop"]
     assert ended
     for tokens in ended:
@@ -158,6 +158,18 @@ def test_schemas_that_cannot_be_enforced_are_refused_by_their_reason() -> None:
     assert "properties" in refused({"type": "object", "properties": []})
     assert "uniqueItems" in refused({"type": "array", "uniqueItems": True})
     assert "cannot be enforced" in refused({"type": "string", "pattern": "(?=x)y"})
+    for pattern in (
+        "a{1000000}",
+        "^(a{300}){300}$",
+        r"(?x)(\(a{200,} b){ 200 }",
+        r"\x{61}[)}]{9999}(ab)",
+        "(" * 5000 + "a" + "){99}" * 5000,
+    ):
+        assert "characters and more" in refused({"type": "string", "pattern": pattern})
+        assert "characters and more" in refused({"type": "object", "patternProperties": {pattern: {}}})
+    assert json_schema_grammar({"type": "string", "pattern": r"^[0-9]{4}-(\d{2}){2}(\x{20}[a-z]{1,99}){100}$"})
+    assert "out of range" in refused({"const": 10**400})
+    assert "hex escape" in refused({"const": "\ud800"})
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

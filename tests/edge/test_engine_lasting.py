@@ -17,6 +17,7 @@ from clawloop_edge.engine.chores import Chores, Pace
 from clawloop_edge.engine.mlx import MlxEngine
 from clawloop_edge.engine.protocol import GenerateRequest, Generation, Token
 from clawloop_edge.engine.settings import EngineSettings
+from clawloop_edge.engine.worker import Worker, _Thread
 from clawloop_edge.errors import EngineError, EngineGone
 from clawloop_shared.model_line import read_line
 from clawloop_shared.records import Policy, Sampling
@@ -32,6 +33,16 @@ def request(tokens: int, *, ids: int = 20, temperature: float = 9.0, seed: int |
 
 async def sample(engine: MlxEngine, asked: GenerateRequest) -> list[Token]:
     return [token async for token in await engine.generate(asked)]
+
+
+class Idle:
+    """Work that there is none of."""
+
+    busy = False
+
+    def turn(self) -> None: ...
+    def fail_all(self, error: BaseException) -> None: ...
+    def close(self) -> None: ...
 
 
 async def gaps(generation: Generation) -> list[float]:
@@ -191,6 +202,16 @@ async def test_everything_is_let_go_in_the_thread_that_made_it(tiny_model: Path)
     assert not list(engine._scheduler._all_lanes())
     assert engine._versions.model_of(0) is None
     assert engine.health().memory_bytes > 0
+
+
+def test_a_forked_process_takes_none_of_its_parents_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = threading.Thread(target=str)
+    gone.start()
+    gone.join()
+    monkeypatch.setattr(_Thread, "parked", [gone])
+    worker = Worker(Idle)
+    worker.ready.result(10)
+    worker.stop()
 
 
 async def test_the_next_engine_takes_the_thread_of_the_one_before(tiny_model: Path) -> None:

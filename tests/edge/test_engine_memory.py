@@ -176,6 +176,15 @@ async def test_a_call_that_waits_too_long_is_refused_and_the_running_one_goes_on
     await engine.close()
 
 
+async def test_a_queue_that_moves_is_served_to_its_end(tiny_model: Path) -> None:
+    engine = await MlxEngine.open(tiny_model, EngineSettings(completion_batch_size=1, queue_timeout_s=0.3))
+    calls = [await engine.generate(request(20, 30, temperature=9.0, seed=n)) for n in range(20)]
+    began = time.monotonic()
+    assert all([[token async for token in call][-1].finish_reason for call in calls])
+    assert time.monotonic() - began > 0.3
+    await engine.close()
+
+
 async def test_six_hundred_calls_at_once_are_all_taken_and_finish(tiny_model: Path) -> None:
     engine = await MlxEngine.open(tiny_model)
     began = time.monotonic()
@@ -208,6 +217,7 @@ async def test_adapters_count_and_calls_that_no_longer_fit_are_told(
 
 
 def test_settings_refuse_what_makes_no_sense() -> None:
-    for name, value in (("memory_budget_bytes", -1), ("queue_timeout_s", 0), ("wired_limit_bytes", -5)):
+    wrong = {"memory_budget_bytes": -1, "queue_timeout_s": 0, "wired_limit_bytes": -5, "completion_batch_size": 0}
+    for name, value in {**wrong, "prefill_step_size": 0, "max_queue": 0, "keep_versions": 0}.items():
         with pytest.raises(msgspec.ValidationError, match=name):
             msgspec.json.decode(json.dumps({name: value}), type=EngineSettings)

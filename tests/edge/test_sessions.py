@@ -1,17 +1,21 @@
 """The pure middle of sessions: normal form, chains, splicing, names, memory."""
 
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clawloop_edge.engine.thinking import ThinkMarks
 from clawloop_edge.errors import RequestError
+from clawloop_edge.gateway.prompt import _with_thoughts
 from clawloop_edge.sessions import openclaw, tree
 from clawloop_edge.sessions.classify import Kind, Traffic, classify
 from clawloop_edge.sessions.identity import identify, trace_id
 from clawloop_edge.sessions.memory import Known, StepMemory, known_ids
 from clawloop_edge.sessions.splice import How, Sampled, common_length, splice
+from clawloop_edge.sessions.tracker import Placement
 from clawloop_shared.records import Channel
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -307,6 +311,14 @@ def test_a_rewritten_history_is_encoded_again() -> None:
     assert splice("q|", CODEC).how is How.FRESH
 
 
+def test_before_a_reply_that_was_rewritten_the_parents_ids_stand() -> None:
+    asked = sampled("q|", REPLY)
+    parent = Sampled(asked.text + "u|tab|", [*asked.ids, *map(ord, "u|tab|")], len("q|ab|u|"), len(asked.ids) + 2)
+    found = splice("q|ab|u|ab|v|", CODEC, parent=parent, reply_at=lambda: len("q|ab|u|"))
+    assert (found.how, found.reused) == (How.ENCODED, 7)
+    assert found.ids == [*asked.ids, ord("u"), ord("|"), 1000, *map(ord, "|v|")]
+
+
 pieces = st.lists(st.text("abqx", max_size=4).map(lambda text: text + "|"), max_size=4).map("".join)
 
 
@@ -378,3 +390,43 @@ def test_equal_conversations_are_handed_out_once_each_and_within_their_session()
     assert within is not None
     assert within.step_id == "b"
     assert memory.find(b"c", call_ids=(), sessions=("s3",)) is None
+
+
+def test_what_a_model_that_went_astray_wrote_is_normalised_in_one_pass() -> None:
+    began = time.perf_counter()
+    tree.turns_of([USER, {"role": "assistant", "content": "</think>" + "<think>" * 100_000}])
+    assert time.perf_counter() - began < 2.0, "a pass an opening mark would take a quarter of an hour"
+
+
+@pytest.mark.parametrize(
+    ("sampled", "sent_back"),
+    [
+        ("<think>a</think>b", "b"),
+        ("<think></think>a<think>b\nc</think>d", "ad"),
+        ("a</think>b<think>c<think>d</think>e", "a</think>be"),
+    ],
+)
+def test_thoughts_that_end_are_no_part_of_an_answer(sampled: str, sent_back: str) -> None:
+    one, other = ({"role": "assistant", "content": text} for text in (sampled, sent_back))
+    assert last_hash(USER, one) == last_hash(USER, other)
+    assert last_hash(USER, {"role": "assistant", "content": "<think>a"}) != last_hash(
+        USER, {"role": "assistant", "content": ""}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted"),
+    [
+        ({"content": "I look."}, "hm"),
+        ({"content": "I look.", "reasoning_content": "so"}, "so"),
+        ({"content": "<think>\nhm\n</think>\n\nI look."}, None),
+        ({"content": [{"type": "text", "text": "<think>hm</think>I look."}]}, None),
+    ],
+)
+def test_thoughts_are_put_back_where_the_client_has_left_them_out(sent: dict[str, Any], wanted: str | None) -> None:
+    reply = Sampled("p<think>\nhm\n</think>\n\nI look.|", [], reply_char=1, reply_id=0)
+    placed = Placement(session_id="s", run_id="r", kind=Kind.MAIN, app="", chain=b"", said=((1, reply),))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", **sent}]
+    (_, message) = _with_thoughts(messages, placed, ThinkMarks("<think>", "</think>"))
+    assert message.get("reasoning_content") == wanted
+    assert message["content"] == sent["content"]

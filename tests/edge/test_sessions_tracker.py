@@ -281,6 +281,13 @@ async def test_a_session_with_something_hidden_tells_no_summary_of_it(edge: Edge
     assert (about.incognito, after.incognito, later.incognito) == (True, True, True)
 
 
+async def test_a_request_about_an_incognito_turn_is_known_by_its_trace(edge: Edge) -> None:
+    await edge.place(user("secret"), trace_id=TRACE, incognito=True)
+    about = user("<conversation>secret</conversation>")
+    assert not (await edge.place(about, traffic=COMPACTION, trace_id=OTHER)).incognito
+    assert (await edge.place(about, traffic=COMPACTION, trace_id=TRACE)).incognito
+
+
 # Any order
 
 

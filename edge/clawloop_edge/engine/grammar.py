@@ -2,12 +2,14 @@
 imported on first use; knows no MLX and no HTTP.
 
 What a client sends as a schema is bounded before anything is built of it: size, depth, no references to elsewhere, and
-limits on what the grammar may cost. With them no schema that was tried takes a second to build or 0.1 s a token.
+limits on what the grammar and its patterns may cost. With them no schema that was tried takes a second to build or
+0.1 s a token.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 64
+MAX_PATTERN_LENGTH = 10_000
+"""characters that a pattern may ask for at least: a repeated text is written out, `a{1000000}` in 600 MiB"""
 _STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models write it in training data (json.dumps); free white space would let a model go on with it for ever"""
 _LENIENT = {**_STYLE, "lenient": True, "coerce_one_of": True}
+_UNCOUNTED = 10**9
 _MARKS = ("call_start: ", "call_end: ")
+_REGEX_PART = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
 
 
 def json_schema_grammar(schema: dict[str, Any]) -> str:
@@ -36,7 +42,12 @@ def json_schema_grammar(schema: dict[str, Any]) -> str:
     Raises:
         RequestError: the schema is too large, or uses what cannot be enforced.
     """
-    return _valid(_of_schema(_bounded(schema, "response_format")), "response_format")
+    text = _bounded(schema, "response_format")
+    try:
+        grammar = _of_schema(text)
+    except ValueError as error:  # a number of more than 64 bits, half a surrogate pair
+        raise RequestError(f"the schema is not JSON that can be enforced: {error}", param="response_format") from error
+    return _valid(grammar, "response_format")
 
 
 def json_object_grammar() -> str:
@@ -113,12 +124,44 @@ def _bounded(schema: dict[str, Any], param: str) -> str:
                 raise RequestError(
                     f"the schema refers to {target[:100]!r}; only its own parts can be used", param=param
                 )
+            _check_patterns(part, param)
         children = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         todo += [(child, depth + 1) for child in children]
     text = json.dumps(schema)
     if not isinstance(schema, dict) or len(text) > MAX_SCHEMA_BYTES:
         raise RequestError(f"the schema is no object of at most {MAX_SCHEMA_BYTES} bytes; shorten it", param=param)
     return text
+
+
+def _check_patterns(part: dict[str, Any], param: str) -> None:
+    named = part.get("patternProperties")
+    for pattern in (part.get("pattern"), *(named if isinstance(named, dict) else ())):
+        if isinstance(pattern, str) and (length := _least_length(pattern)) > MAX_PATTERN_LENGTH:
+            raise RequestError(
+                f"a pattern of the schema asks for {length} characters and more; at most {MAX_PATTERN_LENGTH} can be "
+                "enforced",
+                param=param,
+            )
+
+
+def _least_length(pattern: str) -> int:
+    """Characters that a match has at least, or more than that: of alternatives all are counted."""
+    open_groups, last = [0], 0
+    for part in _REGEX_PART.findall(pattern):
+        count = re.search(r"\d+", part) if part[0] == "{" else None
+        if part == "(":
+            open_groups.append(0)
+        elif part == ")" and len(open_groups) > 1:
+            last = open_groups.pop()
+            open_groups[-1] += last
+        elif count is not None:
+            more = min(last * max(int(count.group()[:9]) - 1, 0), _UNCOUNTED)
+            open_groups[-1] += more
+            last += more
+        else:
+            open_groups[-1] += 1
+            last = 1
+    return sum(open_groups)
 
 
 def _limits() -> LLParserLimits:

@@ -8,9 +8,46 @@ from collections import OrderedDict
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    PromptTrie,
+    PromptTrieResult,
+    can_trim_prompt_cache,
+    trim_prompt_cache,
+)
 
 from clawloop_shared.records import Policy
+
+_VALUE = "__value__"
+"""the key of what a sequence has kept, in mlx-lm's trie"""
+
+
+class PrefixTrie(PromptTrie):  # type: ignore[misc]
+    """mlx-lm's, but for the search. Its own looks for the shortest sequence that goes on after the prefix, and copies
+    the path to each token of each: a second, in which no stream moves, where one of 30,000 tokens is kept."""
+
+    def search(self, model: Any, tokens: list[int]) -> PromptTrieResult:
+        """The exact sequence, or the longest that is a prefix and one that goes on after what it shares."""
+        node: dict[Any, Any] = self._trie.get(model, {})
+        shared = whole = 0
+        while shared < len(tokens) and tokens[shared] in node:
+            node = node[tokens[shared]]
+            shared += 1
+            if _VALUE in node:
+                whole = shared
+        if tokens and whole == len(tokens):
+            return PromptTrieResult(model, tokens, None, None, 0)
+        longer = tokens[:shared] + _path_down(node) if shared else None
+        return PromptTrieResult(model, None, tokens[:whole] or None, longer, shared)
+
+
+def _path_down(node: dict[Any, Any]) -> list[int]:
+    """The tokens from here to some sequence that is kept."""
+    path = []
+    while _VALUE not in node:
+        token, node = next(iter(node.items()))
+        path.append(token)
+    return path
 
 
 class PrefixCache:
@@ -53,6 +90,7 @@ class PrefixCache:
         store = self._by_policy.get(policy)
         if store is None:
             store = self._by_policy[policy] = LRUPromptCache(self._entries, self._size_bytes)
+            store._trie = PrefixTrie()
         self._by_policy.move_to_end(policy)
         store.insert_cache(policy, token_ids, cache)
         self.shrink(self._size_bytes)

@@ -38,6 +38,7 @@ class Scheduler:
         self._waiting: deque[Call] = deque()
         self._lanes: dict[LaneKey, list[Lane]] = {}
         self._out: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, Item]]] = defaultdict(list)
+        self._started_s = 0.0  # when a call last got a row
         self.chores = Chores()
         self.last_error = ""
         self.memory_bytes = self.cache_bytes = 0
@@ -108,9 +109,10 @@ class Scheduler:
 
     def _refuse_late(self) -> None:
         limit_s = self._settings.queue_timeout_s
-        while self._waiting and time.monotonic() - self._waiting[0].since_s > limit_s:
+        late_s = time.monotonic() - limit_s
+        while self._waiting and max(self._waiting[0].since_s, self._started_s) < late_s:
             call = self._waiting.popleft()
-            self._put(call, EngineBusy(f"the call waited {limit_s:g} s for a place; try again later"))
+            self._put(call, EngineBusy(f"the call waited {limit_s:g} s and more for a place; try again later"))
             self._end(call)
 
     def _admit(self) -> None:
@@ -120,7 +122,7 @@ class Scheduler:
             try:
                 if not self._start(call):
                     return
-                running += 1
+                running, self._started_s = running + 1, time.monotonic()
             except Exception as error:  # noqa: BLE001 - one call that cannot start must not stop the others
                 self._fail(call, error)
             self._waiting.popleft()

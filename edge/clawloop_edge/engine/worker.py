@@ -47,12 +47,20 @@ class _Thread(threading.Thread):
     @classmethod
     def doing(cls, job: Callable[[], None], ended: threading.Event) -> "_Thread":
         """A thread that does `job`, and then sets `ended`: one that is free, or a new one."""
-        try:
-            thread = cls.parked.pop()
-        except IndexError:
-            thread = cls()
+        thread = cls._free() or cls()
         thread._jobs.put((job, ended))
         return thread
+
+    @classmethod
+    def _free(cls) -> "_Thread | None":
+        """A parked thread; a process that was forked has only the names of its parent's."""
+        while True:
+            try:
+                thread = cls.parked.pop()
+            except IndexError:
+                return None
+            if thread.is_alive():
+                return thread
 
     def run(self) -> None:
         while True:

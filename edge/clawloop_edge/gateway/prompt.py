@@ -16,6 +16,7 @@ from clawloop_edge.errors import PromptTooLong, RequestError
 from clawloop_edge.gateway.call import Call
 from clawloop_edge.sessions.splice import How, splice
 from clawloop_edge.sessions.tracker import Placement
+from clawloop_edge.sessions.tree import text_of
 
 Json = dict[str, Any]
 _INLINE_BYTES = 8 << 10
@@ -104,9 +105,14 @@ def _with_thoughts(messages: list[Json], placed: Placement, marks: ThinkMarks | 
     for index, sampled in placed.said:
         prompt, reply = sampled.text[: sampled.reply_char], sampled.text[sampled.reply_char :]
         thoughts = thoughts_in(reply, marks, begun=prompt.rstrip().endswith(marks.start))
-        if thoughts and not whole[index].get("reasoning_content"):
+        if thoughts and not _tells_thoughts(whole[index], marks):
             whole[index] = {**whole[index], "reasoning_content": thoughts}
     return whole
+
+
+def _tells_thoughts(message: Json, marks: ThinkMarks) -> bool:
+    """Whether the client has sent a message's thoughts, in their own place or, as some do, in its text."""
+    return bool(message.get("reasoning_content")) or marks.end in text_of(message.get("content"))
 
 
 def _raw(tokenizer: ChatTokenizer, raw: str | list[int]) -> Prompt:

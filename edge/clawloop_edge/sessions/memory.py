@@ -19,13 +19,15 @@ _SESSIONS_A_TRACE = 256
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """One recorded step, as far as its successor needs it."""
+    """One recorded step, as far as its successor needs it. `seated`: its session is a trajectory, which nobody
+    continues without its name."""
 
     step_id: str
     session_id: str
     run_id: str
     kind: str
     sampled: Sampled
+    seated: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -114,8 +116,11 @@ class StepMemory:
     def _matching(self, step_ids: Iterable[str | None], sessions: Collection[str] | None) -> Iterator[Known]:
         for step_id in step_ids:
             entry = self._steps.get(step_id or "")
-            if entry is not None and (sessions is None or entry[0].session_id in sessions):
-                yield entry[0]
+            if entry is None:
+                continue
+            known = entry[0]
+            if (not known.seated) if sessions is None else known.session_id in sessions:
+                yield known
 
     def _forget(self, step_id: str) -> None:
         entry = self._steps.pop(step_id, None)

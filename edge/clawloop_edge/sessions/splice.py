@@ -2,7 +2,8 @@
 
 A model that reads its own earlier tokens re-encoded may read other tokens than it wrote. Where the new prompt's text
 starts with the parent's prompt and reply, the parent's ids stand. Where a message between them moved (OpenClaw's
-ephemeral last one), the part before it stands, and the parent's reply is put in at its new place.
+ephemeral last one), the part before it stands, and the parent's reply is put in at its new place. Where the reply does
+not stand either (its thoughts are left out of later turns), the part before the change does.
 """
 
 from bisect import bisect_right
@@ -32,7 +33,7 @@ class How(StrEnum):
     MOVED = "moved"
     """a message moved; the parent's reply stands at its new place"""
     ENCODED = "encoded"
-    """the history was rewritten: everything was encoded again"""
+    """the history was rewritten: what is not as it was, was encoded again"""
     RAW = "raw"
     """the caller gave a prompt, not messages"""
 
@@ -67,7 +68,8 @@ def splice(
         return Spliced([*parent.ids, *codec.encode(text[len(parent.text) :])], len(parent.ids), How.PREFIX)
     place, reply = reply_at(), parent.text[parent.reply_char :]
     if place is None or not reply or not text.startswith(reply, place):
-        return Spliced(codec.encode(text), 0, How.ENCODED)
+        kept_ids, kept_chars = _common(text, codec, parent)
+        return Spliced([*kept_ids, *codec.encode(text[kept_chars:])], len(kept_ids), How.ENCODED)
     kept_ids, kept_chars = _common(text[:place], codec, parent)
     reply_ids = list(parent.ids[parent.reply_id :])
     between = codec.encode(text[kept_chars:place])

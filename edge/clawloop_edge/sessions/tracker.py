@@ -147,6 +147,7 @@ class Tracker:
             run_id=step.run_id,
             kind=placed.kind,
             sampled=_sampled(step, prompt_text, text),
+            seated=bool(step.trajectory_id),
         )
         calls = reply.get("tool_calls") or []
         ids = tuple(tree.call_id_key(call["id"]) for call in calls)
@@ -164,13 +165,12 @@ class Tracker:
         return tuple((talk.turns[p].index, step.sampled) for p, step in zip(places, known, strict=True) if step)
 
     def _note(self, placed: Placement, talk: _Talk, identity: Identity) -> None:
+        if identity.trace_id and placed.kind not in _INNER:  # an incognito one too: what tells of it is in its session
+            self._memory.join_trace(identity.trace_id, placed.session_id, first=talk.first)
         if placed.incognito:
             self._hidden.add(placed.chain, session_id=placed.session_id)
-            return
-        if placed.parent is not None and placed.link is not Link.SESSION:
+        elif placed.parent is not None and placed.link is not Link.SESSION:
             self._memory.mark_continued(placed.parent.step_id)
-        if identity.trace_id and placed.kind not in _INNER:
-            self._memory.join_trace(identity.trace_id, placed.session_id, first=talk.first)
 
     def _continues_hidden(self, talk: _Talk, found: _Found) -> bool:
         if not self._hidden:
@@ -213,7 +213,7 @@ class Tracker:
         for position in talk.replies[:_POOL_DEPTH]:
             for session_id in (named,) if named else (*reversed(run), None):
                 kept = self._find_kept(talk.chain[position], session_id)
-                if kept is not None:
+                if kept is not None and (session_id is not None or not kept.step.trajectory_id):
                     known = self._known(kept)
                     return _Found(session_id=known.session_id, parent=known, position=position, link=Link.CHAIN)
         if recent.parent is not None:
@@ -238,6 +238,7 @@ class Tracker:
             run_id=step.run_id,
             kind=kept.kind,
             sampled=_sampled(step, prompt_text, text),
+            seated=bool(step.trajectory_id),
         )
 
 
