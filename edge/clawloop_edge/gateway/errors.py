@@ -110,7 +110,7 @@ def _engine_failure(error: EngineError, retry_after_s: int) -> Failure:
 def _http_failure(error: web.HTTPException) -> Failure:
     codes = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
     messages = {
-        404: "no such path; OpenAI's clients take a base URL with /v1, Anthropic's one without; GET /openapi.json lists all paths",
+        404: "no such path; OpenAI's clients take a base URL with /v1, Anthropic's without; see GET /openapi.json",
         405: f"this path takes {error.headers.get('Allow', 'another method')}",
         413: error.text or "the request is too large",
     }
