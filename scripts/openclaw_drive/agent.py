@@ -1,4 +1,4 @@
-"""The real OpenClaw, one turn at a time, with a HOME of its own."""
+"""The real OpenClaw, turn by turn, with a HOME of its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from openclaw_drive.config import openclaw_config, write_config
-from openclaw_drive.transcript import find_session
+from openclaw_drive.config import Edge, Gateway, openclaw_config, write_config
+from openclaw_drive.transcript import Transcript, TranscriptError, find_session, read_transcript
 
 TURN_TIMEOUT_S = 1200
 TEMPERATURE = 0.7
@@ -46,86 +47,135 @@ class Turn:
     failed: bool = False
 
 
+class Order(NamedTuple):
+    """What is to be asked in which conversation."""
+
+    session_key: str
+    message: str
+
+
 class OpenClaw:
     """An installed OpenClaw whose HOME is `folder`/home."""
 
     def __init__(self, installed: Path, folder: Path) -> None:
-        self.home = folder / "home"
+        self.home, self.folder = folder / "home", folder
         self.errors = folder / "openclaw.err"
         self._command = installed / "app/node_modules/.bin/openclaw"
-        self._installed, self._folder = installed, folder
+        self._installed = installed
 
     @property
-    def database(self) -> Path:
+    def _database(self) -> Path:
         """Where OpenClaw keeps its own transcripts."""
         return self.home / ".openclaw/agents/main/agent/openclaw-agent.sqlite"
 
-    def point_at(self, base_url: str, *, token: str) -> None:
+    def point_at(self, edge: Edge, *, gateway: Gateway | None = None) -> None:
         """Write the configuration that makes the edge its model provider."""
-        config = openclaw_config(base_url, token=token, folder=self._folder, temperature=TEMPERATURE)
+        config = openclaw_config(edge, folder=self.folder, temperature=TEMPERATURE, gateway=gateway)
         write_config(self.home / ".openclaw/openclaw.json", config)
 
-    def turn(self, session_key: str, message: str) -> Turn:
-        """One turn of the conversation that `session_key` names, its tool loop included.
+    def turn(self, order: Order) -> Turn:
+        """One turn, its tool loop included, in a process of its own. No daemon may run.
 
         Raises:
             DriveError: OpenClaw did not even begin the conversation, or printed no result.
         """
-        command = [str(self._command), "agent", "--local", "--session-key", f"agent:main:{session_key}"]
-        started = time.monotonic()
-        code, output = self._run([*command, "--message", message, "--json", "--timeout", str(TURN_TIMEOUT_S)])
-        seconds = time.monotonic() - started
-        if code:
-            session_id = find_session(self.database, f"agent:main:{session_key}") if self.database.exists() else ""
-            if not session_id:
-                raise DriveError(f"openclaw agent ended with {code}; see {self.errors}")
-            return Turn(session_key, message, "", session_id, (), seconds, failed=True)
-        return read_turn(output, session_key, message=message, seconds=seconds)
+        return self._turns([order], "--local")[0]
 
-    def _run(self, command: list[str]) -> tuple[int, bytes]:
-        """Exit code and output. OpenClaw works in a child of its launcher, so the whole group ends with this call."""
-        with self.errors.open("ab") as errors:
+    def turns_at_once(self, orders: Sequence[Order]) -> list[Turn]:
+        """One turn of each of several conversations at the same time, through the daemon.
+
+        Raises:
+            DriveError: OpenClaw did not even begin one of the conversations, or printed no result.
+        """
+        return self._turns(orders)
+
+    def run(self, *arguments: str, timeout_s: float) -> tuple[int, bytes]:
+        """Exit code and output of one command."""
+        with self.started(*arguments) as process:
+            output, _ = process.communicate(timeout=timeout_s)
+        return process.returncode, output
+
+    @contextmanager
+    def started(self, *arguments: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+        """A running command, its output to `log` or to be read, and its errors to that file or to `errors`.
+
+        OpenClaw works in children of its launcher, so the whole group ends with the block.
+        """
+        with (log or self.errors).open("ab") as errors:
             process = subprocess.Popen(
-                command,
+                [str(self._command), *arguments],
                 env=self._environment(os.environ),
-                stdout=subprocess.PIPE,
+                stdout=errors if log else subprocess.PIPE,
                 stderr=errors,
                 stdin=subprocess.DEVNULL,
-                cwd=self._folder,
+                cwd=self.folder,
                 start_new_session=True,
             )
         with process:
             try:
-                output, _ = process.communicate(timeout=TURN_TIMEOUT_S + 60)
+                yield process
             finally:
                 with contextlib.suppress(ProcessLookupError):  # the usual case: nobody of the group is left
                     os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode, output
+
+    def transcript(self, session_id: str) -> Transcript:
+        """What OpenClaw itself keeps of a conversation.
+
+        Raises:
+            DriveError: it cannot be read.
+        """
+        try:
+            return read_transcript(self._database, session_id)
+        except TranscriptError as error:
+            raise DriveError(str(error)) from error
+
+    def _turns(self, orders: Sequence[Order], *options: str) -> list[Turn]:
+        began = time.monotonic()
+        turns = []
+        with ExitStack() as running:
+            processes = [running.enter_context(self._asking(order, *options)) for order in orders]
+            for order, process in zip(orders, processes, strict=True):
+                output, _ = process.communicate(timeout=TURN_TIMEOUT_S + 60)
+                turns.append(self._read(order, process.returncode, output=output, seconds=time.monotonic() - began))
+        return turns
+
+    def _asking(self, order: Order, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        asked = ("--session-key", f"agent:main:{order.session_key}", "--message", order.message)
+        return self.started("agent", *options, *asked, "--json", "--timeout", str(TURN_TIMEOUT_S))
+
+    def _read(self, order: Order, code: int, *, output: bytes, seconds: float) -> Turn:
+        if not code:
+            return read_turn(output, order, seconds=seconds)
+        key = f"agent:main:{order.session_key}"
+        session_id = find_session(self._database, key) if self._database.exists() else ""
+        if not session_id:
+            raise DriveError(f"openclaw agent ended with {code}; see {self.errors}")
+        return Turn(*order, "", session_id, (), seconds, failed=True)
 
     def _environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The user's environment without what names their own OpenClaw."""
         kept = {k: v for k, v in base.items() if not k.startswith("OPENCLAW_")}
         own = {
             "HOME": str(self.home),
-            "TMPDIR": str(self._folder),
+            "TMPDIR": str(self.folder),
             "NODE_COMPILE_CACHE": str(self._installed / "compile-cache"),
             "PATH": f"{self._installed / 'bin'}:{base.get('PATH', os.defpath)}",
         }
         return {**kept, **QUIET, **own}
 
 
-def read_turn(output: bytes, session_key: str, *, message: str, seconds: float) -> Turn:
-    """What `openclaw agent --json` printed.
+def read_turn(output: bytes, order: Order, *, seconds: float) -> Turn:
+    """What `openclaw agent --json` printed, `--local` or through the daemon.
 
     Raises:
         DriveError: it is not that JSON.
     """
     try:
-        found: dict[str, Any] = json.loads(output)
+        printed: dict[str, Any] = json.loads(output)
+        found = printed.get("result", printed)
         meta = found["meta"]
         return Turn(
-            session_key=session_key,
-            message=message,
+            *order,
             reply="\n".join(p["text"] for p in found["payloads"] if p.get("text")),
             session_id=meta["agentMeta"]["sessionId"],
             tools=tuple(meta.get("toolSummary", {}).get("tools", ())),

@@ -18,6 +18,7 @@ from openclaw_drive.agent import Turn
 from openclaw_drive.transcript import Said, Transcript
 
 MAX_DIFFERENCE = 1e-3
+MAIN, HEARTBEAT, COMPACTION, TITLE = "main", "heartbeat", "compaction", "title"
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 Decode = Callable[[Sequence[int]], str]
 
@@ -48,19 +49,38 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One conversation from both sides: the turns driven, OpenClaw's transcript, and the steps of its session."""
+class Talk:
+    """One conversation as it was driven: by which `part` of the drive, its turns, and the kinds of what OpenClaw was
+    made to ask the model there by itself."""
 
-    name: str
+    part: str
     turns: tuple[Turn, ...]
-    transcript: Transcript
-    steps: tuple[Kept, ...]
+    asides: frozenset[str] = frozenset()
     scripted: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the drive calls it."""
+        return self.turns[0].session_key
 
     @property
     def session_id(self) -> str:
         """OpenClaw's own name of the conversation."""
         return self.turns[0].session_id
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A talk from both sides: OpenClaw's transcript, and the steps of its session."""
+
+    talk: Talk
+    transcript: Transcript
+    steps: tuple[Kept, ...]
+
+    @property
+    def main(self) -> list[Kept]:
+        """The steps of the main line."""
+        return [step for step in self.steps if step.kind == MAIN]
 
 
 @dataclass(frozen=True)
@@ -76,29 +96,36 @@ class Finding:
         return not self.problems
 
 
-def check_all(conversations: Sequence[Conversation], *, decode: Decode, end: str) -> list[Finding]:
-    """Every check of kept steps. `end` is the text of the model's end token."""
-    sampled = [step for c in conversations if not c.scripted for step in c.steps]
-    steps = [step for c in conversations for step in c.steps]
+def check_all(
+    conversations: Sequence[Conversation], apart: Sequence[Kept] = (), *, decode: Decode, end: str
+) -> list[Finding]:
+    """Every check of kept steps; `apart` are those of no conversation. `end` is the text of the model's end token."""
+    sampled = [*apart, *(step for c in conversations if not c.talk.scripted for step in c.steps)]
+    steps = [*apart, *(step for c in conversations for step in c.steps)]
     pairs = [pair for c in conversations for pair in _pairs(c)]
     return [
         _finding("every answer OpenClaw got is a step of its conversation's session", map(_missing, conversations)),
         _finding("one session a conversation, and no other", _sessions(conversations)),
         _finding("one run a user turn", map(_runs, conversations)),
-        _finding("steps are OpenClaw's main line", map(_main_line, steps)),
+        _finding("user turns are the main line, a heartbeat is not", (_kind(s, said) for s, said in pairs)),
+        _finding(
+            "what else OpenClaw asks is a side request of its kind", [*map(_asides, conversations), *map(_title, apart)]
+        ),
+        _finding("each session's main line is one tree", map(_tree, conversations)),
+        _finding("each prompt has its parent's reply by the ids that were sampled", map(_spliced, conversations)),
         _finding("response ids decode to the text that was kept", (_decodes(s, decode) for s in steps)),
         _finding("and to what OpenClaw stored", (_delivered(s, said, decode=decode, end=end) for s, said in pairs)),
         _finding("as many logprobs as ids, each finite and at most 0", map(_logprobs, steps)),
         _finding(f"teacher-forced logprobs equal the kept ones within {MAX_DIFFERENCE:g}", map(_rescored, sampled)),
         _finding("and so do those of transformers and torch", map(_referenced, sampled)),
-        _finding("sampled steps are trainable, scripted ones are not", _trainable(conversations)),
+        _finding("sampled turns are all trainable, nothing else is", _trainable(conversations, apart)),
     ]
 
 
-def check_tool_loop(conversations: Sequence[Conversation], word: str) -> Finding:
-    """Some conversation has a step that calls a tool, its result with `word`, and the next step of the same run."""
-    found = any(_has_tool_loop(conversation, word) for conversation in conversations)
-    return Finding("a real tool loop", () if found else (f"no tool gave {word!r} between two steps of one run",))
+def check_tool_loop(conversations: Sequence[Conversation], part: str, *, word: str) -> Finding:
+    """Some conversation of `part` has a step that calls a tool, its result with `word`, and the run's next step."""
+    found = any(_has_tool_loop(c, word) for c in conversations if c.talk.part == part)
+    return Finding(f"a real tool loop: {part}", () if found else (f"no tool gave {word!r} between two steps of a run",))
 
 
 def split_calls(text: str) -> tuple[str, list[tuple[str, object]]]:
@@ -129,18 +156,19 @@ def _missing(conversation: Conversation) -> str:
     kept = {step.step_id for step in conversation.steps}
     lost = [s.response_id or "(no id)" for s in conversation.transcript.said if s.response_id not in kept]
     if not conversation.transcript.said:
-        return f"{conversation.name}: OpenClaw has no answer on record"
-    return f"{conversation.name}: not kept: {', '.join(lost)}" if lost else ""
+        return f"{conversation.talk.name}: OpenClaw has no answer on record"
+    return f"{conversation.talk.name}: not kept: {', '.join(lost)}" if lost else ""
 
 
 def _sessions(conversations: Sequence[Conversation]) -> list[str]:
-    names = [c.session_id for c in conversations]
+    names = [c.talk.session_id for c in conversations]
     problems = [] if len(set(names)) == len(names) else [f"OpenClaw gave one id to several conversations: {names}"]
     for c in conversations:
-        strange = {step.session_id for step in c.steps} - {c.session_id}
-        split = {turn.session_id for turn in c.turns} - {c.session_id}
+        wanted = c.talk.session_id
+        strange = {step.session_id for step in c.steps} - {wanted}
+        split = {turn.session_id for turn in c.talk.turns} - {wanted}
         if strange or split:
-            problems.append(f"{c.name}: expected session {c.session_id} alone, found also {sorted(strange | split)}")
+            problems.append(f"{c.talk.name}: expected session {wanted} alone, found also {sorted(strange | split)}")
     return problems
 
 
@@ -148,18 +176,65 @@ def _runs(conversation: Conversation) -> str:
     """A turn that OpenClaw gave up may be two: it tries again under a new trace id after an answer without content."""
     theirs: dict[str, set[str]] = {}
     for step, said in _pairs(conversation):
-        theirs.setdefault(said.run_id, set()).add(step.run_id)
-    turns, failed = len(conversation.turns), sum(turn.failed for turn in conversation.turns)
-    ours = {step.run_id for step in conversation.steps}
-    apart = sum(map(len, theirs.values())) == len(set().union(*theirs.values()))
+        if not said.heartbeat:
+            theirs.setdefault(said.run_id, set()).add(step.run_id)
+    turns, failed = len(conversation.talk.turns), sum(turn.failed for turn in conversation.talk.turns)
+    ours = {step.run_id for step in conversation.main}
+    beside = ours & {step.run_id for step in conversation.steps if step.kind != MAIN}
+    apart = sum(map(len, theirs.values())) == len(set().union(*theirs.values())) and not beside
     split = sum(len(runs) > 1 for runs in theirs.values())
     if apart and split <= failed and turns - failed <= len(theirs) <= turns and (failed or len(ours) == turns):
         return ""
-    return f"{conversation.name}: {turns} turns ({failed} failed), {len(theirs)} runs of OpenClaw's, {len(ours)} kept"
+    return (
+        f"{conversation.talk.name}: {turns} turns ({failed} failed), {len(theirs)} runs of OpenClaw's, {len(ours)} kept"
+    )
 
 
-def _main_line(step: Kept) -> str:
-    return "" if (step.app, step.kind) == ("openclaw", "main") else f"{step.step_id}: {step.app}, {step.kind}"
+def _kind(step: Kept, said: Said) -> str:
+    wanted = HEARTBEAT if said.heartbeat else MAIN
+    found = (step.app, step.kind)
+    return "" if found == ("openclaw", wanted) else f"{step.step_id}: expected {wanted}, found {', '.join(found)}"
+
+
+def _asides(conversation: Conversation) -> str:
+    found = {step.kind for step in conversation.steps} - {MAIN}
+    wanted = set(conversation.talk.asides)
+    return "" if found == wanted else f"{conversation.talk.name}: expected {sorted(wanted)}, found {sorted(found)}"
+
+
+def _title(step: Kept) -> str:
+    return "" if (step.app, step.kind) == ("openclaw", TITLE) else f"{step.step_id}: no conversation's, {step.kind}"
+
+
+def _tree(conversation: Conversation) -> str:
+    """One step without a parent, the first; every other one continues an earlier one. That may be a heartbeat, whose
+    answer OpenClaw keeps in the history, but nothing that was asked beside the conversation."""
+    ids: set[str] = set()
+    orphans = []
+    for step in conversation.steps:
+        if step.kind not in (MAIN, HEARTBEAT):
+            continue
+        if step.parent_id not in (ids or {""}):
+            orphans.append(f"{step.step_id} has the parent {step.parent_id or '(none)'}")
+        ids.add(step.step_id)
+    return f"{conversation.talk.name}: {'; '.join(orphans)}" if orphans else ""
+
+
+def _spliced(conversation: Conversation) -> str:
+    """Not so where a summary has taken the place of the parent's reply."""
+    summarised = {said.response_id for said in conversation.transcript.said if said.summarised}
+    replies = {step.step_id: step.response_ids for step in conversation.steps}
+    anew = [
+        step.step_id
+        for step in conversation.main
+        if step.parent_id in replies and step.step_id not in summarised
+        if not _contains(step.prompt_ids, replies[step.parent_id])
+    ]
+    return f"{conversation.talk.name}: encoded anew: {', '.join(anew)}" if anew else ""
+
+
+def _contains(ids: list[int], part: list[int]) -> bool:
+    return any(ids[at : at + len(part)] == part for at in range(len(ids) - len(part) + 1))
 
 
 def _decodes(step: Kept, decode: Decode) -> str:
@@ -198,9 +273,10 @@ def _too_far(step: Kept, difference: float | None) -> str:
     return ""
 
 
-def _trainable(conversations: Sequence[Conversation]) -> list[str]:
-    steps = [(c.scripted, step) for c in conversations for step in c.steps]
-    return [f"{s.step_id}: {s.untrainable or 'trainable'}" for scripted, s in steps if s.trainable is scripted]
+def _trainable(conversations: Sequence[Conversation], apart: Sequence[Kept]) -> list[str]:
+    wanted = [(step, step.kind == MAIN and not c.talk.scripted) for c in conversations for step in c.steps]
+    wanted += [(step, False) for step in apart]
+    return [f"{s.step_id}: {s.untrainable or 'trainable'}" for s, may in wanted if s.trainable is not may]
 
 
 def _has_tool_loop(conversation: Conversation, word: str) -> bool:

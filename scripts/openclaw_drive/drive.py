@@ -1,185 +1,203 @@
-"""The play: which turns are driven through which edge, and what is asked of the edge afterwards."""
+"""The play: which turns OpenClaw is asked, by which API and through what, and both sides of it afterwards."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
-
-import msgspec
 
 from demoworld.stage import Part, make_edge
-from openclaw_drive.agent import DriveError, OpenClaw, Turn
-from openclaw_drive.check import Conversation, Decode, Finding, Kept
-from openclaw_drive.transcript import Transcript, read_transcript
+from openclaw_drive import daemon
+from openclaw_drive.agent import DriveError, OpenClaw, Order, Turn
+from openclaw_drive.check import COMPACTION, HEARTBEAT, Conversation, Finding, Kept, Talk
+from openclaw_drive.config import Api, Edge
+from openclaw_drive.daemon import Daemon
+from openclaw_drive.evidence import (
+    Reason,
+    check_doctor,
+    check_http,
+    check_list,
+    doctors_counts,
+    prompts,
+    read_sessions,
+    sessions_of,
+)
 
-TOOL_WORD = "marble-42"
-"""not in OpenClaw's own prompt: of a word that is (`clawloop`), a small model copies what follows it there (0 of 12)"""
+TOOL_WORD = "lantern"
+"""not in OpenClaw's own prompt: of a word that is (`clawloop`), a small model copies what follows it there (0 of 12).
+A plain word it copies always (27 of 27), digits it garbles (`marble-42`: 16 of 27)"""
 GREETING, TOOL_ORDER, THANKS = "hello", f"Use the exec tool with command: echo {TOOL_WORD}", "thank you"
-HTTP_TIMEOUT_S = 30
+DAEMON = "daemon"
+"""the part of a drive that goes through OpenClaw's daemon; the others are named after their API"""
+
+
+@dataclass(frozen=True)
+class Played:
+    """Both sides of all conversations, the steps of no conversation, and what the edge that sampled says of them: how
+    prompts came about, what `doctor` counts, further checks."""
+
+    conversations: list[Conversation]
+    apart: list[Kept]
+    prompts: Counter[str]
+    counts: Counter[Reason]
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)
 class Drive:
-    """One drive of `agent` with everything in `folder`; `say` takes lines of progress."""
+    """One drive of `agent` with everything in `folder`; `say` takes lines of progress.
+
+    The model samples, so each turn may be tried `tries` times, a tool turn in a fresh conversation each time.
+    """
 
     agent: OpenClaw
     folder: Path
     model: Path
+    tries: int
     say: Callable[[str], object]
 
-    def play(self, *, tries: int) -> tuple[list[Conversation], list[Finding]]:
-        """Four turns and more of one conversation, one of another; what both sides keep of them; checks of the edge.
+    def play(self, apis: Sequence[Api], *, through_daemon: bool) -> Played:
+        """A conversation by each API, several through the daemon; what both sides keep of them.
 
-        The model samples, so each turn may be tried `tries` times, the tool turn in a fresh conversation each time. If
-        the model never manages it, a scripted engine plays it in a conversation of its own.
+        Where the model never manages the tool call, a scripted engine plays that turn in a conversation of its own.
         """
         with self._edge("edge", settings={}) as edge:
-            talks, called = self._order_tool(tries)
-            if not called:
-                talks.append(self._ask([], "plain", GREETING, tries=tries))
-                talks[-1] = self._ask(talks[-1], "plain", GREETING, tries=tries)
-            for message in (THANKS, GREETING):
-                talks[-1] = self._ask(talks[-1], talks[-1][0].session_key, message, tries=tries)
-            talks.append(self._ask([], "other", GREETING, tries=tries))
-            conversations = [self._both_sides(edge, talk) for talk in talks]
-            further = [*check_http(edge, conversations[0].steps[0].step_id), check_list(edge, conversations)]
-        if not called:
-            self.say(f"the model did not call the tool in {tries} tries: a SCRIPTED engine plays that turn")
-            conversations.append(self._scripted_tool_turn())
-        return conversations, further
+            talks = [talk for api in apis for talk in self._locally(edge, api)]
+            if through_daemon:
+                talks += self._through_daemon(edge)
+            played = self._both_sides(edge, talks)
+        for part in [*apis, *([DAEMON] if through_daemon else [])]:
+            if not any(self._ran_tool(turn) for talk in talks if talk.part == part for turn in talk.turns):
+                self.say(f"the model did not call the tool in {self.tries} tries: a SCRIPTED engine plays {part}")
+                played.conversations.append(self._scripted_tool_turn(part))
+        return played
 
-    def _order_tool(self, tries: int) -> tuple[list[list[Turn]], bool]:
-        """Conversations of a greeting and the order, until one has run the tool; and whether the last one has."""
-        talks = []
-        for attempt in range(1, tries + 1):
-            name = f"tool-{attempt}"
-            talks.append([*self._ask([], name, GREETING, tries=tries), self._turn(name, TOOL_ORDER)])
+    def _locally(self, edge: Part, api: Api) -> list[Talk]:
+        """Conversations of a greeting and the order, until one has run the tool; then the last one's thanks."""
+        self.say(f"{api}, by openclaw agent --local")
+        self.agent.point_at(_provider(edge, api))
+        talks: list[list[Turn]] = []
+        for attempt in range(1, self.tries + 1):
+            name = f"{api}-{attempt}"
+            talks.append([*self._ask(name, GREETING), self._turn(name, TOOL_ORDER)])
             if self._ran_tool(talks[-1][-1]):
-                return talks, True
-        return talks, False
+                break
+        talks[-1] += self._ask(talks[-1][0].session_key, THANKS)
+        return [Talk(api, tuple(turns)) for turns in talks]
 
-    def _ask(self, talk: list[Turn], session_key: str, message: str, *, tries: int) -> list[Turn]:
-        """`talk` with the turns that it took to get an answer to `message`.
+    def _through_daemon(self, edge: Part) -> list[Talk]:
+        """Two conversations at a time, the last one summarised; one of the dashboard's, woken in between."""
+        self.say("starting OpenClaw's daemon")
+        with daemon.running(self.agent, _provider(edge, Api.COMPLETIONS)) as running:
+            talks = self._pairs()
+            name = talks[-1][0].session_key
+            self.say(f"  {name}: {'summarised' if running.compact(name) else 'OpenClaw made no summary'}")
+            talks[-1] += self._at_once([name], THANKS)
+            dashboard = self._dashboard(running, "dashboard:1")
+        *plain, summarised = [Talk(DAEMON, tuple(turns)) for turns in talks]
+        return [
+            *plain,
+            replace(summarised, asides=frozenset({COMPACTION})),
+            Talk(DAEMON, tuple(dashboard), frozenset({HEARTBEAT})),
+        ]
 
-        Raises:
-            DriveError: no answer in any try.
-        """
-        taken = list(talk)
-        for _ in range(tries):
-            taken.append(self._turn(session_key, message))
-            if not taken[-1].failed:
-                return taken
-        raise DriveError(f"OpenClaw got no answer to {message!r} in {tries} tries; see {self.agent.errors}")
+    def _pairs(self) -> list[list[Turn]]:
+        """Two conversations at a time of a greeting and the order, until one has run the tool."""
+        talks: list[list[Turn]] = []
+        for attempt in range(1, self.tries + 1):
+            names = [f"{DAEMON}-{attempt}-{side}" for side in ("a", "b")]
+            greeted, ordered = self._at_once(names, GREETING), self._at_once(names, TOOL_ORDER)
+            talks += [list(pair) for pair in zip(greeted, ordered, strict=True)]
+            if any(map(self._ran_tool, ordered)):
+                break
+        return talks
 
-    def _ran_tool(self, turn: Turn) -> bool:
-        results = self._transcript(turn.session_id).results
-        return "exec" in turn.tools and any(TOOL_WORD in r.text and not r.is_error for r in results)
+    def _dashboard(self, running: Daemon, name: str) -> list[Turn]:
+        greeted = self._told(running.chat(Order(name, GREETING)))
+        running.wake(greeted)
+        self.say(f"  {name}: the model answered to a system event")
+        return [greeted, self._told(running.chat(Order(name, THANKS)))]
 
-    def _scripted_tool_turn(self) -> Conversation:
+    def _scripted_tool_turn(self, part: str) -> Conversation:
         call = json.dumps({"name": "exec", "arguments": {"command": f"echo {TOOL_WORD}"}})
         script = self.folder / "script.json"
         script.write_text(json.dumps([f"<tool_call>\n{call}\n</tool_call>", f"The result is: {TOOL_WORD}"]))
-        with self._edge("scripted-edge", settings={"model": {"kind": "scripted", "script": str(script)}}) as edge:
-            return self._both_sides(edge, [self._turn("scripted", TOOL_ORDER)], scripted=True)
+        name = f"scripted-{part}"
+        with self._edge(f"{name}-edge", settings={"model": {"kind": "scripted", "script": str(script)}}) as edge:
+            if part == DAEMON:
+                with daemon.running(self.agent, _provider(edge, Api.COMPLETIONS)):
+                    turns = self._at_once([name], TOOL_ORDER)
+            else:
+                self.agent.point_at(_provider(edge, Api(part)))
+                turns = [self._turn(name, TOOL_ORDER)]
+            kept = read_sessions(edge, sessions_of(edge), model=None)
+            return self._conversation(Talk(part, tuple(turns), scripted=True), kept)
 
     @contextmanager
     def _edge(self, name: str, *, settings: dict[str, dict[str, object]]) -> Iterator[Part]:
-        """A running edge that OpenClaw is pointed at; stopped at the end."""
+        """A running edge; stopped at the end."""
         edge = make_edge(self.folder, self.model, name=name, settings=settings)
         self.say(f"{name} on port {edge.port}")
         edge.start()
         try:
-            self.agent.point_at(f"http://127.0.0.1:{edge.port}/v1", token=edge.token())
             yield edge
         finally:
             edge.stop()
 
+    def _ask(self, session_key: str, message: str) -> list[Turn]:
+        """The turns that it took to get an answer.
+
+        Raises:
+            DriveError: no answer in any try.
+        """
+        taken = []
+        for _ in range(self.tries):
+            taken.append(self._turn(session_key, message))
+            if not taken[-1].failed:
+                return taken
+        raise DriveError(f"OpenClaw got no answer to {message!r} in {self.tries} tries; see {self.agent.errors}")
+
     def _turn(self, session_key: str, message: str) -> Turn:
-        turn = self.agent.turn(session_key, message)
-        if turn.failed:
-            self.say(f"  {session_key}: {message!r} -> OpenClaw gave up ({turn.seconds:.0f} s)")
-            return turn
+        return self._told(self.agent.turn(Order(session_key, message)))
+
+    def _at_once(self, session_keys: Sequence[str], message: str) -> list[Turn]:
+        return [self._told(turn) for turn in self.agent.turns_at_once([Order(key, message) for key in session_keys])]
+
+    def _told(self, turn: Turn) -> Turn:
         ran = f", ran {', '.join(turn.tools)}" if turn.tools else ""
-        self.say(f"  {session_key}: {message!r} -> {shortened(turn.reply)}{ran} ({turn.seconds:.0f} s)")
+        reply = "OpenClaw gave up" if turn.failed else shortened(turn.reply)
+        self.say(f"  {turn.session_key}: {turn.message!r} -> {reply}{ran} ({turn.seconds:.0f} s)")
         return turn
 
-    def _transcript(self, session_id: str) -> Transcript:
-        try:
-            return read_transcript(self.agent.database, session_id)
-        except (sqlite3.Error, json.JSONDecodeError, KeyError) as error:
-            raise DriveError(f"{self.agent.database} is not the transcript of OpenClaw 2026.9.6: {error!r}") from error
+    def _ran_tool(self, turn: Turn) -> bool:
+        results = self.agent.transcript(turn.session_id).results
+        return "exec" in turn.tools and any(TOOL_WORD in r.text and not r.is_error for r in results)
 
-    def _both_sides(self, edge: Part, turns: list[Turn], *, scripted: bool = False) -> Conversation:
-        """OpenClaw's transcript and the edge's steps of one conversation; sampled steps are scored again."""
-        name, session_id = turns[0].session_key, turns[0].session_id
-        self.say(f"  reading what was kept of {name}{'' if scripted else ', and scoring it again'}")
-        again = [] if scripted else ["--rescore"]
-        steps = [
-            msgspec.convert(edge.run("explain", row["step_id"], *again, "--json", expect_json=True), Kept)
-            for row in edge.run("sessions", "show", session_id, "--json", expect_json=True)
-        ]
-        if not scripted:
-            steps = with_reference(self.model, steps)
-        return Conversation(name, tuple(turns), self._transcript(session_id), tuple(steps), scripted)
+    def _both_sides(self, edge: Part, talks: Sequence[Talk]) -> Played:
+        listed, counts = sessions_of(edge), doctors_counts(edge)
+        self.say(f"reading what was kept, {sum(listed.values())} steps, and scoring it again")
+        kept = read_sessions(edge, listed, model=self.model)
+        conversations = [self._conversation(talk, kept) for talk in talks]
+        names = {talk.session_id for talk in talks}
+        steps = [step for each in kept.values() for step in each]
+        if not steps:
+            raise DriveError(f"the edge kept nothing; see {edge.log}")
+        findings = [check_doctor(counts, steps), check_list(listed, steps), *check_http(edge, steps[0].step_id)]
+        apart = [step for step in steps if step.session_id not in names]
+        return Played(conversations, apart, prompts(edge), counts, findings)
+
+    def _conversation(self, talk: Talk, kept: Mapping[str, tuple[Kept, ...]]) -> Conversation:
+        """Both sides of a talk."""
+        return Conversation(talk, self.agent.transcript(talk.session_id), kept.get(talk.session_id, ()))
 
 
-def with_reference(model: Path, steps: Sequence[Kept]) -> list[Kept]:
-    """The steps with what transformers and torch say of their logprobs."""
-    from openclaw_drive.reference import largest_differences
-
-    asked = [(s.prompt_ids, s.response_ids, s.response_logprobs, s.temperature) for s in steps]
-    found = largest_differences(model, asked)
-    return [msgspec.structs.replace(s, reference_difference=d) for s, d in zip(steps, found, strict=True)]
+def _provider(edge: Part, api: Api) -> Edge:
+    return Edge(f"http://127.0.0.1:{edge.port}", edge.token(), api)
 
 
 def shortened(text: str, *, chars: int = 60) -> str:
     """`text` as one short line, in quotes."""
     return repr(text if len(text) <= chars else text[: chars - 1] + "…")
-
-
-def check_list(edge: Part, conversations: Sequence[Conversation]) -> Finding:
-    """`sessions list` names exactly these conversations, with the right number of steps each."""
-    listed = {s["session_id"]: s["steps"] for s in edge.run("sessions", "list", "--json", expect_json=True)}
-    wanted = {c.session_id: len(c.steps) for c in conversations}
-    name = "`sessions list` names these sessions and their steps"
-    return Finding(name, () if listed == wanted else (f"listed {listed}, expected {wanted}",))
-
-
-def check_http(edge: Part, step_id: str) -> list[Finding]:
-    """Over HTTP: no answer without the token, and a feedback on a kept step is kept with it."""
-    feedback = {"step_id": step_id, "value": 1.0}
-    refused = call(edge, "/v1/feedback", feedback, token="wrong")
-    taken = call(edge, "/v1/feedback", feedback, token=edge.token())
-    signals = edge.run("explain", step_id, "--json", expect_json=True)["signals"]
-    found = any(s["target_id"] == step_id and s["value"] == 1.0 for s in signals)
-    return [
-        Finding("a wrong token is answered 401", () if refused == 401 else (f"answered {refused}",)),
-        Finding("feedback on a step is kept", () if taken == 200 and found else (f"answered {taken}, kept: {found}",)),
-    ]
-
-
-def call(edge: Part, path: str, body: dict[str, Any], *, token: str) -> int:
-    """POST `body` as JSON; the status of the answer."""
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    request = Request(f"http://127.0.0.1:{edge.port}{path}", data=json.dumps(body).encode(), headers=headers)
-    try:
-        with urlopen(request, timeout=HTTP_TIMEOUT_S) as reply:
-            return int(reply.status)
-    except HTTPError as error:
-        return error.code
-
-
-def read_decoder(model: Path) -> tuple[Decode, str]:
-    """How a model's own tokenizer file turns ids into text, end token included, and the text of that end token."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    end = json.loads((model / "tokenizer_config.json").read_bytes())["eos_token"]
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)), str(end)

@@ -16,6 +16,11 @@ from typing import Any
 import zstandard
 
 MAX_EVENT_BYTES = 4 << 20
+_HEARTBEAT = "[OpenClaw heartbeat poll]"
+
+
+class TranscriptError(Exception):
+    """The file is no database of the OpenClaw that this was written for."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Said:
-    """One assistant message: the completion id that it came with, OpenClaw's run, its text and its calls."""
+    """One assistant message: the completion id that it came with, OpenClaw's run, its text and its calls.
+
+    `heartbeat`: nobody asked, OpenClaw woke the model. `summarised`: since the answer before, a summary took the place
+    of what had been said.
+    """
 
     response_id: str
     run_id: str
     text: str
     calls: tuple[Call, ...]
+    heartbeat: bool = False
+    summarised: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,16 +66,15 @@ class Transcript:
 
 
 def read_transcript(database: Path, session_id: str) -> Transcript:
-    """The conversation that OpenClaw keeps under `session_id`. Raises sqlite3.Error if the file is not its database."""
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        rows = connection.execute(
-            "SELECT event_json, event_zstd FROM transcript_events WHERE session_id = ? ORDER BY seq", (session_id,)
-        ).fetchall()
-    messages = [event["message"] for event in map(_event, rows) if event.get("type") == "message"]
-    return Transcript(
-        tuple(_said(m) for m in messages if m.get("role") == "assistant"),
-        tuple(_result(m) for m in messages if m.get("role") == "toolResult"),
-    )
+    """The conversation that OpenClaw keeps under `session_id`.
+
+    Raises:
+        TranscriptError: the file is not its database.
+    """
+    try:
+        return _read(_events(database, session_id))
+    except (sqlite3.Error, json.JSONDecodeError, KeyError) as error:
+        raise TranscriptError(f"{database} is not the transcript of OpenClaw 2026.9.6: {error!r}") from error
 
 
 def find_session(database: Path, session_key: str) -> str:
@@ -74,6 +84,33 @@ def find_session(database: Path, session_key: str) -> str:
             "SELECT session_id FROM session_windows WHERE session_key = ? ORDER BY created_at DESC", (session_key,)
         ).fetchone()
     return str(found[0]) if found else ""
+
+
+def _events(database: Path, session_id: str) -> list[dict[str, Any]]:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        rows = connection.execute(
+            "SELECT event_json, event_zstd FROM transcript_events WHERE session_id = ? ORDER BY seq", (session_id,)
+        ).fetchall()
+    return [_event(row) for row in rows]
+
+
+def _read(events: list[dict[str, Any]]) -> Transcript:
+    said: list[Said] = []
+    results: list[ToolResult] = []
+    heartbeat = summarised = False
+    for event in events:
+        message = event.get("message", {})
+        match (event.get("type"), message.get("role")):
+            case ("compaction", _):
+                summarised = True
+            case ("message", "user"):
+                heartbeat = _text(message["content"]).startswith(_HEARTBEAT)
+            case ("message", "toolResult"):
+                results.append(_result(message))
+            case ("message", "assistant"):
+                said.append(_said(message, heartbeat=heartbeat, summarised=summarised))
+                summarised = False
+    return Transcript(tuple(said), tuple(results))
 
 
 def _event(row: tuple[str | None, bytes | None]) -> dict[str, Any]:
@@ -89,13 +126,15 @@ def _text(content: Any) -> str:
     return "".join(part.get("text", "") for part in content if part.get("type") == "text")
 
 
-def _said(message: dict[str, Any]) -> Said:
+def _said(message: dict[str, Any], *, heartbeat: bool, summarised: bool) -> Said:
     calls = [part for part in message["content"] if part.get("type") == "toolCall"]
     return Said(
         response_id=message.get("responseId", ""),
         run_id=message.get("__openclaw", {}).get("runId", ""),
         text=_text(message["content"]),
         calls=tuple(Call(part["id"], part["name"], part["arguments"]) for part in calls),
+        heartbeat=heartbeat,
+        summarised=summarised,
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -13,11 +14,12 @@ import msgspec
 import pytest
 import zstandard
 
-from openclaw_drive.agent import DriveError, Turn, read_turn
-from openclaw_drive.check import Conversation, Finding, Kept, check_all, check_tool_loop, split_calls
-from openclaw_drive.config import openclaw_config, write_config
+from openclaw_drive.agent import DriveError, Order, Turn, read_turn
+from openclaw_drive.check import Conversation, Finding, Kept, Talk, check_all, check_tool_loop, split_calls
+from openclaw_drive.config import Api, Edge, Gateway, openclaw_config, write_config
+from openclaw_drive.evidence import check_doctor, check_list
 from openclaw_drive.leftovers import remove_leftovers
-from openclaw_drive.transcript import Call, Said, ToolResult, Transcript, read_transcript
+from openclaw_drive.transcript import Call, Said, ToolResult, Transcript, TranscriptError, read_transcript
 
 END = "<|im_end|>"
 CALL_TEXT = '<tool_call>\n{"name": "exec", "arguments": {"command": "echo hi"}}\n</tool_call>'
@@ -28,7 +30,7 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(TEXTS[token_id] for token_id in ids)
 
 
-def kept(step_id: str, ids: list[int], *, parent_id: str = "") -> Kept:
+def kept(step_id: str, ids: list[int], *, prompt_ids: list[int], parent_id: str = "") -> Kept:
     return Kept(
         step_id=step_id,
         session_id="s1",
@@ -41,7 +43,7 @@ def kept(step_id: str, ids: list[int], *, parent_id: str = "") -> Kept:
         temperature=1.0,
         adapter_version=0,
         text=decode(ids),
-        prompt_ids=[1, 2],
+        prompt_ids=prompt_ids,
         response_ids=ids,
         response_logprobs=[-0.5] * len(ids),
         max_abs_difference=1e-5,
@@ -49,23 +51,29 @@ def kept(step_id: str, ids: list[int], *, parent_id: str = "") -> Kept:
     )
 
 
-def conversation(*steps: Kept) -> Conversation:
+def conversation(*steps: Kept, asides: Sequence[str] = ()) -> Conversation:
     call = Call("call_1", "exec", {"command": "echo hi"})
     said = (Said("a", "run1", "", (call,)), Said("b", "run1", "done", ()))
     turn = Turn("first", "Run echo hi", "done", "s1", ("exec",), 1.0)
-    return Conversation("first", (turn,), Transcript(said, (ToolResult("call_1", "hi", False),)), steps)
+    talk = Talk("daemon", (turn,), frozenset(asides))
+    return Conversation(talk, Transcript(said, (ToolResult("call_1", "hi", False),)), steps)
 
 
-STEPS = (kept("a", [1, 3]), kept("b", [2, 3], parent_id="a"))
+STEPS = (kept("a", [1, 3], prompt_ids=[2]), kept("b", [2, 3], prompt_ids=[2, 1, 3, 2], parent_id="a"))
+ASIDE = {"trainable": False, "untrainable": "side request", "run_id": "trace2"}
+
+
+def failed(*conversations: Conversation, apart: Sequence[Kept] = ()) -> list[Finding]:
+    return [f for f in check_all(conversations, apart, decode=decode, end=END) if not f.ok]
 
 
 def broken(*steps: Kept) -> list[Finding]:
-    return [f for f in check_all([conversation(*steps)], decode=decode, end=END) if not f.ok]
+    return failed(conversation(*steps))
 
 
 def test_a_conversation_that_was_kept_well_passes_every_check() -> None:
     assert broken(*STEPS) == []
-    assert check_tool_loop([conversation(*STEPS)], "hi").ok
+    assert check_tool_loop([conversation(*STEPS)], "daemon", word="hi").ok
 
 
 @pytest.mark.parametrize(
@@ -85,6 +93,9 @@ def test_a_conversation_that_was_kept_well_passes_every_check() -> None:
         {"reference_difference": float("nan")},
         {"adapter_version": 3},
         {"trainable": False, "untrainable": "cut"},
+        {"parent_id": ""},
+        {"parent_id": "of another session"},
+        {"prompt_ids": [2, 1, 2, 3]},
     ],
 )
 def test_each_thing_that_may_go_wrong_is_noticed(change: dict[str, object]) -> None:
@@ -93,14 +104,67 @@ def test_each_thing_that_may_go_wrong_is_noticed(change: dict[str, object]) -> N
 
 def test_a_turn_that_openclaw_gave_up_may_be_two_runs() -> None:
     talk = conversation(STEPS[0], msgspec.structs.replace(STEPS[1], run_id="trace2"))
-    given_up = replace(talk, turns=(replace(talk.turns[0], failed=True),))
-    assert all(f.ok for f in check_all([given_up], decode=decode, end=END))
+    given_up = replace(talk.talk, turns=(replace(talk.talk.turns[0], failed=True),))
+    assert failed(replace(talk, talk=given_up)) == []
+
+
+def test_a_side_request_is_one_that_was_caused_and_is_never_learned_from() -> None:
+    summary = msgspec.structs.replace(STEPS[0], step_id="c", kind="compaction", **ASIDE)
+    assert failed(conversation(*STEPS, summary, asides=["compaction"])) == []
+    assert failed(conversation(*STEPS, summary))
+    assert failed(conversation(*STEPS, asides=["compaction"]))
+    assert failed(conversation(*STEPS, msgspec.structs.replace(summary, trainable=True), asides=["compaction"]))
+    assert failed(conversation(*STEPS, msgspec.structs.replace(summary, run_id="trace1"), asides=["compaction"]))
+
+
+def test_what_belongs_to_no_conversation_is_a_title() -> None:
+    title = msgspec.structs.replace(STEPS[0], step_id="t", session_id="s2", kind="title", **ASIDE)
+    assert failed(conversation(*STEPS), apart=[title]) == []
+    assert failed(conversation(*STEPS), apart=[msgspec.structs.replace(title, kind="main")])
+
+
+def test_a_heartbeat_in_the_transcript_is_a_heartbeat_of_the_edge_and_no_turn() -> None:
+    talk = conversation(
+        *STEPS, msgspec.structs.replace(STEPS[1], step_id="c", kind="heartbeat", **ASIDE), asides=["heartbeat"]
+    )
+    woken = replace(talk.transcript, said=(*talk.transcript.said, Said("c", "run2", "done", (), heartbeat=True)))
+    assert failed(replace(talk, transcript=woken)) == []
+    asked = replace(talk.transcript, said=(*talk.transcript.said, Said("c", "run2", "done", ())))
+    assert failed(replace(talk, transcript=asked))
+
+
+@pytest.mark.parametrize(("kind", "kept_well"), [("heartbeat", True), ("compaction", False)])
+def test_a_turn_may_continue_a_heartbeat_but_nothing_beside_the_conversation(kind: str, kept_well: bool) -> None:
+    beside = msgspec.structs.replace(STEPS[1], step_id="c", kind=kind, **ASIDE)
+    after = msgspec.structs.replace(STEPS[1], step_id="d", parent_id="c", prompt_ids=[2, 1, 3, 2, 2, 3])
+    problems = [f.name for f in failed(conversation(*STEPS, beside, after, asides=[kind]))]
+    assert problems == ([] if kept_well else ["each session's main line is one tree"])
+
+
+def test_after_a_summary_a_prompt_need_not_have_its_parents_reply() -> None:
+    anew = conversation(STEPS[0], msgspec.structs.replace(STEPS[1], prompt_ids=[2, 2]))
+    first, second = anew.transcript.said
+    assert failed(anew)
+    assert (
+        failed(replace(anew, transcript=replace(anew.transcript, said=(first, replace(second, summarised=True))))) == []
+    )
 
 
 def test_a_tool_loop_needs_its_result_and_the_next_step_of_the_same_run() -> None:
-    assert not check_tool_loop([conversation(*STEPS)], "other word").ok
-    assert not check_tool_loop([conversation(STEPS[0], msgspec.structs.replace(STEPS[1], run_id="t2"))], "hi").ok
-    assert not check_tool_loop([conversation(STEPS[0], msgspec.structs.replace(STEPS[1], parent_id=""))], "hi").ok
+    assert not check_tool_loop([conversation(*STEPS)], "daemon", word="other word").ok
+    assert not check_tool_loop([conversation(*STEPS)], "responses", word="hi").ok
+    for change in ({"run_id": "t2"}, {"parent_id": ""}):
+        talk = conversation(STEPS[0], msgspec.structs.replace(STEPS[1], **change))
+        assert not check_tool_loop([talk], "daemon", word="hi").ok
+
+
+def test_the_counts_of_the_edge_are_those_of_its_steps() -> None:
+    unlike = msgspec.structs.replace(STEPS[1], kind="title", session_id="s2", trainable=False, untrainable="cut")
+    counts = Counter({("main", ""): 1, ("title", "cut"): 1})
+    assert check_doctor(counts, [STEPS[0], unlike]).ok
+    assert not check_doctor(counts, STEPS).ok
+    assert check_list({"s1": 1, "s2": 1}, [STEPS[0], unlike]).ok
+    assert not check_list({"s1": 1}, [STEPS[0], unlike]).ok
 
 
 def test_a_call_that_cannot_be_read_is_text() -> None:
@@ -109,7 +173,7 @@ def test_a_call_that_cannot_be_read_is_text() -> None:
 
 
 def test_the_configuration_points_at_the_edge_and_keeps_everything_in_one_folder(tmp_path: Path) -> None:
-    config = openclaw_config("http://127.0.0.1:8100/v1", token="secret", folder=tmp_path, temperature=1.0)
+    config = openclaw_config(Edge("http://127.0.0.1:8100", "secret"), folder=tmp_path, temperature=1.0)
     path = tmp_path / "home/.openclaw/openclaw.json"
     write_config(path, config)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -120,15 +184,42 @@ def test_the_configuration_points_at_the_edge_and_keeps_everything_in_one_folder
         assert Path(place).is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("api", "option", "base_url"),
+    [
+        (Api.COMPLETIONS, "openai-completions", "http://127.0.0.1:8100/v1"),
+        (Api.RESPONSES, "openai-responses", "http://127.0.0.1:8100/v1"),
+        (Api.MESSAGES, "anthropic-messages", "http://127.0.0.1:8100"),
+    ],
+)
+def test_each_api_has_its_name_and_its_base_url(api: Api, option: str, base_url: str, tmp_path: Path) -> None:
+    config = openclaw_config(Edge("http://127.0.0.1:8100", "secret", api), folder=tmp_path, temperature=1.0)
+    provider = config["models"]["providers"]["clawloop"]
+    assert (provider["api"], provider["baseUrl"]) == (option, base_url)
+
+
+def test_the_daemon_listens_on_loopback_and_wants_a_token(tmp_path: Path) -> None:
+    edge = Edge("http://127.0.0.1:8100", "secret")
+    config = openclaw_config(edge, folder=tmp_path, temperature=1.0, gateway=Gateway(9, "its own"))
+    assert config["gateway"] == {
+        "mode": "local",
+        "bind": "loopback",
+        "port": 9,
+        "auth": {"mode": "token", "token": "its own"},
+    }
+
+
 def test_what_openclaw_prints_becomes_a_turn_or_a_plain_error() -> None:
     printed = {
         "payloads": [{"text": "done", "mediaUrl": None}],
         "meta": {"agentMeta": {"sessionId": "s1"}, "toolSummary": {"calls": 1, "tools": ["exec"]}},
     }
-    turn = read_turn(json.dumps(printed).encode(), "first", message="Run echo hi", seconds=1.0)
-    assert turn == Turn("first", "Run echo hi", "done", "s1", ("exec",), 1.0)
+    order = Order("first", "Run echo hi")
+    for whole in (printed, {"runId": "r1", "status": "ok", "result": printed}):  # --local, and through the daemon
+        turn = read_turn(json.dumps(whole).encode(), order, seconds=1.0)
+        assert turn == Turn("first", "Run echo hi", "done", "s1", ("exec",), 1.0)
     with pytest.raises(DriveError, match="printed something else"):
-        read_turn(b"Update available!", "first", message="hello", seconds=1.0)
+        read_turn(b"Update available!", order, seconds=1.0)
 
 
 def test_a_transcript_is_read_from_plain_and_packed_events(tmp_path: Path) -> None:
@@ -145,16 +236,38 @@ def test_a_transcript_is_read_from_plain_and_packed_events(tmp_path: Path) -> No
         },
     ]
     database = tmp_path / "agent.sqlite"
-    with closing(sqlite3.connect(database)) as connection, connection:
+    write_database(database, [{"type": "message", "message": message} for message in messages])
+    assert read_transcript(database, "s1") == conversation().transcript
+    assert read_transcript(database, "s2") == Transcript((), ())
+
+
+def test_a_transcript_says_what_nobody_asked_and_where_a_summary_came_in(tmp_path: Path) -> None:
+    events: list[dict[str, object]] = []
+    for asked, response_id in (("hello", "a"), ("[OpenClaw heartbeat poll]", "b"), ("and now?", "c"), ("bye", "d")):
+        answer = {"role": "assistant", "content": [], "responseId": response_id}
+        events += [{"type": "message", "message": {"role": "user", "content": asked}}]
+        events += [{"type": "compaction"}] if response_id == "c" else []
+        events += [{"type": "message", "message": answer}]
+    write_database(tmp_path / "agent.sqlite", events)
+    said = read_transcript(tmp_path / "agent.sqlite", "s1").said
+    assert [s.response_id for s in said if s.heartbeat] == ["b"]
+    assert [s.response_id for s in said if s.summarised] == ["c"]
+
+
+def test_a_file_that_is_no_transcript_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "agent.sqlite").write_text("no database")
+    with pytest.raises(TranscriptError, match="not the transcript"):
+        read_transcript(tmp_path / "agent.sqlite", "s1")
+
+
+def write_database(path: Path, events: Sequence[dict[str, object]]) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(
             "CREATE TABLE transcript_events (session_id TEXT, seq INT, event_json TEXT, event_zstd BLOB)"
         )
-        for seq, message in enumerate(messages):
-            event = json.dumps({"type": "message", "message": message})
+        for seq, event in enumerate(map(json.dumps, events)):
             row = (event, None) if seq % 2 else (None, zstandard.ZstdCompressor().compress(event.encode()))
             connection.execute("INSERT INTO transcript_events VALUES ('s1', ?, ?, ?)", (seq, *row))
-    assert read_transcript(database, "s1") == conversation().transcript
-    assert read_transcript(database, "s2") == Transcript((), ())
 
 
 def test_only_the_locks_of_this_home_are_removed_from_the_temporary_folder(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def prepare(tokenizer: ChatTokenizer, call: Call, *, placed: Placement) -> Promp
     """
     if call.raw is not None:
         return _raw(tokenizer, call.raw)
-    messages, tools = _with_thoughts(call.messages, placed, tokenizer.think_marks), call.offered or None
+    messages = _with_arguments(_with_thoughts(call.messages, placed, tokenizer.think_marks), placed)
+    tools = call.offered or None
     try:
         text = tokenizer.render(messages, tools, thinking=call.thinking)
 
@@ -113,6 +114,24 @@ def _with_thoughts(messages: list[Json], placed: Placement, marks: ThinkMarks | 
 def _tells_thoughts(message: Json, marks: ThinkMarks) -> bool:
     """Whether the client has sent a message's thoughts, in their own place or, as some do, in its text."""
     return bool(message.get("reasoning_content")) or marks.end in text_of(message.get("content"))
+
+
+def _with_arguments(messages: list[Json], placed: Placement) -> list[Json]:
+    """The messages with the arguments of tool calls as they were sampled: clients parse them, and send them back
+    spaced in their own way (OpenClaw: not at all), which chat templates that take strings would show to the model."""
+    if not placed.called:
+        return messages
+    whole = list(messages)
+    for index, sampled in placed.called:
+        sent = whole[index].get("tool_calls") or []
+        if len(sent) != len(sampled):  # told as text, as in trajectories
+            continue
+        calls = [
+            {**call, "function": {**call["function"], "arguments": arguments}}
+            for call, arguments in zip(sent, sampled, strict=True)
+        ]
+        whole[index] = {**whole[index], "tool_calls": calls}
+    return whole
 
 
 def _raw(tokenizer: ChatTokenizer, raw: str | list[int]) -> Prompt:

@@ -20,7 +20,7 @@ _SESSIONS_A_TRACE = 256
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """One recorded step, as far as its successor needs it. `seated`: its session is a trajectory, which nobody
-    continues without its name."""
+    continues without its name. `arguments` are those of its tool calls, as they were sampled."""
 
     step_id: str
     session_id: str
@@ -28,11 +28,13 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     sampled: Sampled
     seated: bool = False
+    arguments: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """What it costs to remember, about."""
-        return _ENTRY_BYTES + sys.getsizeof(self.sampled.text) + 4 * len(self.sampled.ids)
+        text_bytes = sys.getsizeof(self.sampled.text) + sum(map(len, self.arguments))
+        return _ENTRY_BYTES + text_bytes + 4 * len(self.sampled.ids)
 
 
 def known_ids(ids: list[int]) -> "array[int]":

@@ -56,7 +56,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     `chain` is the hash of the conversation that the call sent. `incognito` says that nothing of the call may be kept,
     because it asked for that itself or has in its history what was said incognito. `said` are the replies since the
-    user last spoke, by their places among the messages, as they were sampled.
+    user last spoke, by their places among the messages, as they were sampled; `called` the arguments of all tool calls,
+    as they were sampled, by the places of the replies that made them.
     """
 
     session_id: str
@@ -69,6 +70,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     link: Link = Link.NONE
     incognito: bool = False
     said: tuple[tuple[int, Sampled], ...] = ()
+    called: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     @property
     def parent_id(self) -> str:
@@ -133,6 +135,7 @@ class Tracker:
             link=found.link,
             incognito=identity.incognito or self._continues_hidden(talk, found),
             said=self._said(talk, found),
+            called=self._called(talk, found),
         )
         if not peek:
             self._note(placed, talk, identity)
@@ -148,6 +151,7 @@ class Tracker:
             kind=placed.kind,
             sampled=_sampled(step, prompt_text, text),
             seated=bool(step.trajectory_id),
+            arguments=_arguments(reply),
         )
         calls = reply.get("tool_calls") or []
         ids = tuple(tree.call_id_key(call["id"]) for call in calls)
@@ -163,6 +167,17 @@ class Tracker:
         places = [position for position in reversed(talk.replies) if position > asked]
         known = (self._memory.find(talk.chain[p], call_ids=talk.turns[p].call_ids, sessions=sessions) for p in places)
         return tuple((talk.turns[p].index, step.sampled) for p, step in zip(places, known, strict=True) if step)
+
+    def _called(self, talk: _Talk, found: _Found) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """The arguments of tool calls in the history as they were sampled, each with its reply's place."""
+        if found.link is not Link.CHAIN:
+            return ()
+        known = {found.position: found.parent}
+        for position in talk.replies:
+            calls = talk.turns[position].call_ids
+            if calls and position not in known:
+                known[position] = self._memory.find(talk.chain[position], call_ids=calls, sessions=(found.session_id,))
+        return tuple((talk.turns[p].index, step.arguments) for p, step in known.items() if step and step.arguments)
 
     def _note(self, placed: Placement, talk: _Talk, identity: Identity) -> None:
         if identity.trace_id and placed.kind not in _INNER:  # an incognito one too: what tells of it is in its session
@@ -239,6 +254,7 @@ class Tracker:
             kind=kept.kind,
             sampled=_sampled(step, prompt_text, text),
             seated=bool(step.trajectory_id),
+            arguments=_arguments(kept.reply),
         )
 
 
@@ -265,6 +281,10 @@ def _run(identity: Identity, found: _Found, new: list[Turn]) -> str:
     if found.parent is not None and found.position >= 0 and all(turn.role == "tool" for turn in new):
         return found.parent.run_id
     return new_id()
+
+
+def _arguments(reply: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(call["function"]["arguments"] for call in reply.get("tool_calls") or [])
 
 
 def _sampled(step: Step, prompt_text: str, text: str) -> Sampled:

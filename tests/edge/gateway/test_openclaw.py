@@ -17,7 +17,7 @@ SYSTEM = {
     "content": "<!-- openclaw:attempt:STABLE -->\nYou are a personal assistant.\n<!-- /openclaw:attempt:STABLE -->\n"
     "<!-- openclaw:attempt:DYNAMIC -->\nDate: 2026-11-22\n<!-- /openclaw:attempt:DYNAMIC -->",
 }
-CALL = '<tool_call>\n{"name": "exec", "arguments": {"command":"echo c2"}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "exec", "arguments": {"command": "echo c2"}}\n</tool_call>'
 TOOLS = [
     {"type": "function", "function": {"name": name, "description": "x", "parameters": {"type": "object"}}}
     for name in ("exec", "read")
@@ -36,11 +36,15 @@ def user(text: str, *, first: bool = False, session: str = SESSION, key: str = "
 
 
 def replayed(body: dict[str, Any]) -> dict[str, Any]:
-    """A reply as OpenClaw sends it back: no text beside calls, and ids without anything but letters and digits."""
+    """A reply as OpenClaw sends it back: no text beside calls, arguments without spaces, ids of letters and digits."""
     message = body["choices"][0]["message"]
     if not message.get("tool_calls"):
         return {"role": "assistant", "content": message["content"]}
-    calls = [dict(call, id="".join(filter(str.isalnum, call["id"]))) for call in message["tool_calls"]]
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(json.loads(call["function"]["arguments"]), separators=(",", ":"))
+        function = dict(call["function"], arguments=arguments)
+        calls.append(dict(call, id="".join(filter(str.isalnum, call["id"])), function=function))
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
@@ -91,8 +95,8 @@ async def test_two_turns_and_a_tool_loop_are_one_session_and_one_tree(
     kept = [served.kept(step.step_id) for step in steps]
     assert {(k.kind, k.app) for k in kept} == {("main", "openclaw")}
     assert served.app[STATS]().spliced == {"fresh": 1, "moved": 3}
-    for parent, child in itertools.pairwise(steps):
-        assert _holds(child.prompt_ids, parent.response_ids)
+    for before, after in itertools.combinations(steps, 2):
+        assert _holds(after.prompt_ids, before.response_ids)
     for step in steps:
         assert served.engine.tokenizer.encode(served.engine.tokenizer.decode(step.prompt_ids)) == step.prompt_ids
     (summary,) = served.pool.sessions()
