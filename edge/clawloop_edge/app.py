@@ -24,6 +24,7 @@ from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.gateway.app import DRAIN, STATS, make_app, make_runner
+from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
@@ -190,15 +191,26 @@ async def _drop_adapters(engine: Engine) -> None:
             await engine.unload(version)
 
 
-async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> None:
-    """Run the edge until SIGTERM or SIGINT, then finish the calls in flight."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
-    started = time.monotonic()
-    engine = await open_engine(config)
-    _log.info("model ready in %.1f s, line %s", time.monotonic() - started, engine.line.line_id)
+class Stop:
+    """SIGTERM and SIGINT: the first asks to finish the calls in flight, the next to cut them."""
+
+    def __init__(self) -> None:
+        self.asked, self.at_once = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signal)
+
+    def _signal(self) -> None:
+        (self.at_once if self.asked.is_set() else self.asked).set()
+
+
+async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
+    """Run the edge until SIGTERM or SIGINT, then finish the calls in flight; how many of them were cut.
+
+    Until the model is loaded, a signal ends the process as any other.
+    """
+    await _check_port(config.gateway)
+    engine = await _loaded(config)
+    stop = Stop()
     edge = Edge(home, config, pool=pool, engine=engine)
     app = make_app(engine, pool, settings=config.gateway, token=home.token())
     app.router.add_get("/v1/status", edge.status)
@@ -208,13 +220,48 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> None:
         await edge.start()
         await _listen(runner, config.gateway)
         _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
-        await stop.wait()
-        _log.info("stopping: finishing %d calls", engine.health().in_flight)
-        await app[DRAIN]()
+        await stop.asked.wait()
+        return await _finish(app[DRAIN], stop, within_s=config.gateway.drain_s)
     finally:
-        await edge.stop()
-        await runner.cleanup()
+        await asyncio.gather(edge.stop(), runner.cleanup())
         await engine.close()
+
+
+async def _loaded(config: EdgeConfig) -> Engine | TextEngine:
+    """The engine, and in the log what is waited for."""
+    started, upstream = time.monotonic(), config.model.kind == "upstream"
+    _log.info("loading %s ...", f"what {config.upstream.url} has" if upstream else config.model.path)
+    engine = await open_engine(config)
+    kind = "" if not upstream else "text, " if isinstance(engine, TextEngine) else "exact, "
+    _log.info("model ready in %.1f s, %sline %s", time.monotonic() - started, kind, engine.line.line_id)
+    return engine
+
+
+async def _finish(drain: Drain, stop: Stop, *, within_s: float) -> int:
+    """Wait for the calls in flight until they end, the time is up, or a signal comes; how many are still there."""
+    _log.info("stopping: %s to finish within %g s; a second signal cuts", _calls(drain.in_flight), within_s)
+    waits = {asyncio.create_task(drain()), asyncio.create_task(stop.at_once.wait())}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return drain.in_flight
+
+
+def _calls(count: int) -> str:
+    return "1 call" if count == 1 else f"{count} calls"
+
+
+async def _check_port(settings: GatewaySettings) -> None:
+    """Tell before the model is loaded what `_listen` would tell after it. Raises ConfigError."""
+    loop = asyncio.get_running_loop()
+    try:
+        server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
+    except OSError as error:
+        raise _no_port(settings, error) from error
+    server.close()
+    await server.wait_closed()
 
 
 async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> None:
@@ -222,10 +269,14 @@ async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> None:
     try:
         await web.TCPSite(runner, settings.host, settings.port).start()
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; stop the program that has this port, "
-            "or set another [gateway] port"
-        ) from error
+        raise _no_port(settings, error) from error
+
+
+def _no_port(settings: GatewaySettings, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; stop the program that has this port, "
+        "or set another [gateway] port"
+    )
 
 
 def _allow_connections(calls: int) -> None:
@@ -251,6 +302,7 @@ def run(home: EdgeHome) -> None:
     pool = open_pool(home, writer=True)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # a fifth less CPU a stream
-            runner.run(serve(home, config, pool=pool))
+            cut = runner.run(serve(home, config, pool=pool))
     finally:
         pool.close()
+    _log.info("stopped, %s cut", _calls(cut))

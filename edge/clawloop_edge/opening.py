@@ -11,7 +11,7 @@ from clawloop_edge.home import EdgeHome
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clawloop_edge.config import EdgeConfig
+    from clawloop_edge.config import EdgeConfig, PoolConfig
     from clawloop_edge.engine.protocol import Engine, TextEngine
     from clawloop_edge.pool.keys import KeyStore
     from clawloop_edge.pool.store import Pool
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 KEYCHAIN_SERVICE = "clawloop-edge"
 
 
-def key_store(home: EdgeHome) -> KeyStore:
-    """Where this home's pool key is kept, as its configuration says.
+def key_store(home: EdgeHome, settings: PoolConfig) -> KeyStore:
+    """Where this home's pool key is kept, as its configuration's `[pool]` says.
 
     Raises:
         ConfigError: an unknown kind of key store.
     """
     from clawloop_edge.pool.keys import FileKeyStore, KeychainKeyStore
 
-    settings = home.load_config().pool
     if settings.key == "file":
         return FileKeyStore(Path(settings.key_file) if settings.key_file else home.key_file)
     if settings.key == "keychain":
@@ -45,7 +44,8 @@ def open_pool(home: EdgeHome, *, writer: bool) -> Pool:
     from clawloop_edge.pool.keys import open_key
     from clawloop_edge.pool.store import Pool
 
-    return Pool.open(home.folder, open_key(key_store(home), home.folder), writer=writer)
+    key = open_key(key_store(home, home.load_config().pool), home.folder)
+    return Pool.open(home.folder, key, writer=writer)
 
 
 def model_folder(name: str) -> Path:

@@ -1,24 +1,30 @@
 """The running edge: joining and leaving servers, wishes of its owner, silence at level off, and how it starts."""
 
 import asyncio
+import logging
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientSession
 
 from clawloop_edge import state
 from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.app import Edge, serve
+from clawloop_edge.cli.service import ask
 from clawloop_edge.config import EdgeConfig, ModelConfig
 from clawloop_edge.engine.mlx import MlxEngine
+from clawloop_edge.engine.scripted import ScriptedEngine
 from clawloop_edge.errors import ConsentError
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.join import Membership
 from clawloop_edge.pool.store import Pool
-from clawloop_shared import signing
+from clawloop_shared import config, signing
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import sha256
 from clawloop_shared.levels import Level
@@ -155,17 +161,50 @@ async def test_at_level_off_not_even_a_counter_is_answered(edge: Edge, engine: M
     assert handlers.status().level == "metrics"
 
 
-async def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
-    script = tmp_path / "script.json"
-    script.write_text('["hello"]')
+async def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     home = EdgeHome(tmp_path / "home")
     home.make()
     with socket.socket() as taken, Pool.open(home.folder, b"k" * 32, writer=True) as pool:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        config = EdgeConfig(
-            model=ModelConfig(path=str(tiny_model), kind="scripted", script=str(script)),
-            gateway=GatewaySettings(port=taken.getsockname()[1]),
-        )
+        config = EdgeConfig(model=ModelConfig(path="/nowhere"), gateway=GatewaySettings(port=taken.getsockname()[1]))
         with pytest.raises(ConfigError, match="cannot listen on 127"):
             await serve(home, config, pool=pool)
+
+
+async def test_a_second_signal_cuts_the_calls_that_the_first_one_waits_for(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ScriptedEngine(tiny_model, ["never said"], token_delay_s=300)
+
+    async def slow(config: EdgeConfig) -> ScriptedEngine:
+        return engine
+
+    monkeypatch.setattr("clawloop_edge.app.open_engine", slow)
+    caplog.set_level(logging.INFO, logger="clawloop_edge.app")
+    home = EdgeHome(tmp_path / "home")
+    home.make()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    chosen = EdgeConfig(model=ModelConfig(path=str(tiny_model)), gateway=GatewaySettings(port=port, drain_s=300))
+    config.save(home.config_file, chosen)
+    headers, body = {"Authorization": f"Bearer {home.token()}"}, {"messages": [{"role": "user", "content": "x"}]}
+    with Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+        async with ClientSession(f"http://127.0.0.1:{port}", headers=headers) as http:
+            serving = asyncio.create_task(serve(home, chosen, pool=pool))
+            await _until(lambda: "serving on" in caplog.text)
+            call = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            await _until(lambda: bool(engine.health().in_flight))
+            os.kill(os.getpid(), signal.SIGTERM)
+            await _until(lambda: "stopping: 1 call to finish within 300 s" in caplog.text)
+            found = await asyncio.to_thread(ask, home)
+            assert found["state"] == f"stopping (process {os.getpid()})"
+            os.kill(os.getpid(), signal.SIGINT)
+            assert await asyncio.wait_for(serving, 20) == 1
+            await asyncio.gather(call, return_exceptions=True)
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    while not true():  # noqa: ASYNC110 - a log and an engine have no event
+        await asyncio.sleep(0.01)

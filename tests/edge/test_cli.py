@@ -1,6 +1,8 @@
 """The command line: what others wrote breaks no table, facts are one JSON value, and known failures are one line."""
 
 import json
+import os
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from clawloop_edge import state
 from clawloop_edge.cli.root import app
+from clawloop_edge.cli.service import ask
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
@@ -24,10 +27,10 @@ from clawloop_shared.records import Policy, Sampling, Step
 NASTY = "[/INST] \x1b]0;owned\x07 say [bold]hi[/bold]"
 
 
-def kept(words: str) -> KeptStep:
+def kept(words: str, *, session: str = "s", untrainable: str = "") -> KeptStep:
     step = Step(
         step_id=new_step_id(),
-        session_id="s",
+        session_id=session,
         run_id="r",
         prompt_ids=[1],
         response_ids=[2],
@@ -36,6 +39,7 @@ def kept(words: str) -> KeptStep:
         sampling=Sampling(),
         finish_reason="stop",
         created_ms=1,
+        untrainable=untrainable,
     )
     messages = [{"role": "user", "content": [{"type": "text", "text": words}]}]
     reply = {"role": "assistant", "content": words}
@@ -63,7 +67,66 @@ def test_what_a_model_or_a_person_wrote_is_shown_as_it_is(home: EdgeHome) -> Non
         assert shown.exit_code == 0, shown.output
         assert "[/INST]" in shown.output
         assert "\x1b]0" not in shown.output
-        assert "[bold]" in shown.output.replace("\n", "")
+    assert "[bold]" in shown.output.replace("\n", "")
+
+
+def test_a_session_is_one_row_with_its_whole_id(home: EdgeHome) -> None:
+    session = "agent-main-0123456789abcdef01234567"
+    with open_pool(home, writer=True) as pool:
+        pool.keep_step(kept("many words\n" * 20, session=session)).result()
+    listed = run(home, "sessions", "list").stdout
+    assert session in listed
+    assert listed.count("many") == 1
+    assert max(map(len, listed.splitlines())) <= 80
+
+
+def test_explain_says_yes_or_why_not_and_what_a_step_waits_for(home: EdgeHome) -> None:
+    good, never = kept("x"), kept("y", untrainable="temperature 0")
+    with open_pool(home, writer=True) as pool:
+        for step in (good, never):
+            pool.keep_step(step).result()
+    waiting = run(home, "explain", good.step.step_id).stdout
+    assert "no feedback yet: it is learned from once it was judged" in waiting
+    refused = run(home, "explain", never.step.step_id).stdout
+    assert "no (temperature 0)" in refused
+    assert "once it was judged" not in refused
+    assert "trainable: no (temperature 0)" in run(home, "sessions", "show", "s").stdout
+
+
+def test_a_hint_names_the_home_only_where_it_is_needed(home: EdgeHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = f"start it with: clawloop-edge --home {shlex.quote(str(home.folder))} serve\n"
+    assert named in run(home, "status").stdout
+    monkeypatch.setenv("CLAWLOOP_EDGE_HOME", str(home.folder))
+    assert "start it with: clawloop-edge serve\n" in run(home, "status").stdout
+
+
+def test_an_edge_that_holds_the_pool_and_does_not_answer_is_starting_or_stopping(home: EdgeHome) -> None:
+    with open_pool(home, writer=True):
+        asked = run(home, "status")
+        assert (asked.exit_code, ask(home)) == (1, {"running": False, "process": os.getpid()})
+        assert f"starting or stopping (process {os.getpid()})" in asked.stdout
+    assert ask(home) == {"running": False}
+
+
+def test_setup_without_a_keychain_sets_up_nothing(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keyring.core
+    from keyring.backends import fail
+
+    monkeypatch.setattr(keyring.core, "_keyring_backend", fail.Keyring())  # type: ignore[no-untyped-call]
+    home = EdgeHome(tmp_path / "home")
+    failed = run(home, "setup", "--model", str(tiny_model))
+    assert "--key-file" in str(failed.exception)
+    assert not home.exists
+    assert not home.token_file.exists()
+    assert run(home, "setup", "--model", str(tiny_model), "--key-file").exit_code == 0, "nothing is asked"
+
+
+def test_a_question_that_nobody_can_answer_names_the_option(home: EdgeHome, tiny_model: Path) -> None:
+    failed = run(home, "setup", "--model", str(tiny_model))
+    assert isinstance(failed.exception, ConfigError)
+    assert "give --yes" in str(failed.exception)
 
 
 def test_a_level_can_be_set_by_a_program(home: EdgeHome) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -9,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from clawloop_edge.app import serve
 from clawloop_edge.cli import doctor
 from clawloop_edge.cli.root import app
+from clawloop_edge.config import ModelConfig
+from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
 from clawloop_edge.pool.records import KeptStep
+from clawloop_shared import config
 from clawloop_shared.ids import new_step_id
 from clawloop_shared.records import Policy, Sampling, Step
 
@@ -75,16 +80,15 @@ def examined(home: EdgeHome) -> tuple[int, Found]:
 @asynccontextmanager
 async def running(home: EdgeHome) -> AsyncIterator[None]:
     """The edge of this home, serving."""
-    config = home.load_config()
+    settings = home.load_config()
     with open_pool(home, writer=True) as pool:
-        task = asyncio.create_task(serve(home, config, pool=pool))
-        url = f"http://127.0.0.1:{config.gateway.port}/readyz"
+        task = asyncio.create_task(serve(home, settings, pool=pool))
+        url = f"http://127.0.0.1:{settings.gateway.port}/readyz"
         async with aiohttp.ClientSession() as http:
             while not task.done():
                 with suppress(aiohttp.ClientError):
-                    async with http.get(url) as reply:
-                        if reply.status == 200:
-                            break
+                    async with http.get(url):
+                        break
                 await asyncio.sleep(0.02)
         try:
             yield
@@ -105,7 +109,28 @@ async def test_all_is_well_with_an_edge_that_runs(home: EdgeHome) -> None:
 def test_an_edge_that_does_not_run_fails_and_says_how_to_start_it(home: EdgeHome) -> None:
     code, found = examined(home)
     assert code == 1
-    assert (found["service"]["state"], found["service"]["mend"]) == ("fail", "clawloop-edge serve")
+    mend = f"clawloop-edge --home {home.folder} serve"
+    assert (found["service"]["state"], found["service"]["mend"]) == ("fail", mend)
+
+
+def test_an_edge_that_loads_its_model_is_not_told_to_start(home: EdgeHome) -> None:
+    with open_pool(home, writer=True):
+        service = examined(home)[1]["service"]
+    assert f"starting or stopping (process {os.getpid()})" in service["reason"]
+    assert "look again" in service["mend"]
+
+
+async def test_an_upstream_server_that_is_away_is_named_with_what_to_do(home: EdgeHome) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        upstream = UpstreamSettings(url=url, model="m", connect_timeout_s=1.0)
+        chosen = msgspec.structs.replace(home.load_config(), model=ModelConfig(kind="upstream"), upstream=upstream)
+        config.save(home.config_file, chosen)
+        async with running(home):
+            service = (await asyncio.to_thread(examined, home))[1]["service"]
+    assert "engine gone: cannot reach" in service["reason"]
+    assert f"start the server at {url}" in service["mend"]
 
 
 def test_steps_are_counted_by_kind_program_and_reason(home: EdgeHome) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clawloop_edge.cli.context import Json, console, home_of, opened_pool, print_json, print_table, when
+from clawloop_edge.cli.context import Json, command, home_of, opened_pool, print_json, print_table, when
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def _want(context: typer.Context, version: int) -> None:
         if version > 0 and version not in kept:
             raise ConfigError(f"adapter {version} is not kept here; kept are {kept}")
         state.want_adapter(pool, version, now_ms=time.time_ns() // 1_000_000)
-    console.print("asked; the edge follows within a second, or when it is started: clawloop-edge status")
+    status = command(home_of(context), "status")
+    typer.echo(f"asked; the edge follows within a second, or when it is started: {status}")
 
 
 def _store(context: typer.Context, pool: Pool) -> AdapterStore | None:

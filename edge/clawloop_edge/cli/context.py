@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 import typer
@@ -15,11 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from clawloop_edge.home import EdgeHome
+from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
 
 console = Console()
+T = TypeVar("T")
 
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -30,6 +33,12 @@ def home_of(context: typer.Context) -> EdgeHome:
     """The home that `--home` or the environment names."""
     found = context.find_object(EdgeHome)
     return found or EdgeHome.at()
+
+
+def command(home: EdgeHome, words: str) -> str:
+    """A command to print: with `--home`, unless it would find this home by itself."""
+    named = "" if home == EdgeHome.at() else f" --home {shlex.quote(str(home.folder))}"
+    return f"clawloop-edge{named} {words}"
 
 
 @contextmanager
@@ -54,17 +63,34 @@ def print_json(value: Any) -> None:
     sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
-    """Facts for a person: a table, or the sentence `empty` if there is nothing."""
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    empty: str,
+    whole: Collection[str] = (),
+    clipped: Collection[str] = (),
+) -> None:
+    """Facts for a person: a table, or the sentence `empty` if there is nothing.
+
+    Columns named in `whole` keep their width, those in `clipped` their one line; the others are folded.
+    """
     if not rows:
         console.print(empty)
         return
     table = Table()
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
+        cells = zip(columns, row, strict=True)
+        table.add_row(*(_clipped(cell) if column in clipped else shown(cell) for column, cell in cells))
     console.print(table)
+
+
+def _clipped(value: object) -> Text:
+    text = shown(" ".join(str(value).split()))
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
 
 
 def shown(value: object) -> Text:
@@ -80,5 +106,20 @@ def when(time_ms: int) -> str:
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask, unless `yes`; leave with exit code 1 on a no."""
-    if not yes and not typer.confirm(question):
+    if not yes and not answered(lambda: typer.confirm(question), instead="--yes"):
         raise typer.Exit(1)
+
+
+def answered(ask: Callable[[], T], *, instead: str) -> T:
+    """What the person said.
+
+    Raises:
+        ConfigError: there is no terminal to ask at; `instead` is the option to give.
+    """
+    try:
+        return ask()
+    except typer.Abort as error:
+        if sys.stdin.isatty():
+            raise
+        typer.echo()
+        raise ConfigError(f"there is no terminal to ask at; give {instead}") from error

@@ -12,8 +12,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,7 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, console, home_of, print_json, print_table
+from clawloop_edge.cli.context import Json, command, console, home_of, print_json, print_table
 from clawloop_edge.cli.service import ask
 from clawloop_shared.errors import ClawloopError
 
@@ -31,13 +29,13 @@ if TYPE_CHECKING:
     from clawloop_edge.pool.records import StepCount
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_READY_S = 10.0
 _CONNECT = "see Connect in docs/openclaw.md"
+_LOG = "look into the log of `clawloop-edge serve`"
 _MENDS = {
     "temperature 0": "let the agent sample: a temperature above 0",
     "truncating sampler": "take top_p, top_k and min_p out of the agent's configuration",
     "unknown traffic": "OpenClaw asks without tools, or in a way that this edge does not know yet; look with `explain`",
-    "the engine stopped": "look into the log of `clawloop-edge serve`",
+    "the engine stopped": _LOG,
     "no logprob for every token": "the server behind the engine must return token ids and logprobs",
 }
 _MAIN = "main"
@@ -82,7 +80,7 @@ def check_token(home: EdgeHome) -> Iterator[Finding]:
     """The token is there, and its owner's alone."""
     name, file = "token", home.token_file
     if not file.is_file():
-        yield _warn(name, f"there is no {file} yet", mend="it is made by `clawloop-edge serve`")
+        yield _warn(name, f"there is no {file} yet", mend=f"it is made by `{command(home, 'serve')}`")
         return
     facts = file.stat()
     if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
@@ -100,11 +98,11 @@ def check_model(home: EdgeHome) -> Iterator[Finding]:
     if not path and config.model.kind == "upstream":
         yield _warn(name, f"{config.upstream.url} has the model", mend="nothing is learned: name its folder in `setup`")
         return
-    folder = Path(path).expanduser()
+    folder, again = Path(path).expanduser(), command(home, "setup --model FOLDER")
     if not (folder / "config.json").is_file():
-        yield _fail(name, f"{path or 'no folder'} is no model folder", mend="clawloop-edge setup --model FOLDER")
+        yield _fail(name, f"{path or 'no folder'} is no model folder", mend=again)
     elif config.model.kind == "mlx" and not any(folder.glob("*.safetensors")):
-        yield _fail(name, f"{folder} has no weights", mend="fetch the model again, then clawloop-edge setup --model")
+        yield _fail(name, f"{folder} has no weights", mend=f"fetch the model again, then {again}")
     else:
         yield _ok(name, f"{folder} is there")
 
@@ -116,17 +114,17 @@ def check_pool(home: EdgeHome) -> Iterator[Finding]:
     with open_pool(home, writer=False) as pool:
         stats, counts = pool.stats(), pool.step_counts()
     yield _ok("pool", f"opens: {stats.steps} steps in {stats.sessions} sessions, {stats.file_bytes >> 20} MiB")
-    yield _steps(counts, kept=stats.steps)
+    yield _steps(home, counts, kept=stats.steps)
 
 
-def _steps(counts: list[StepCount], *, kept: int) -> Finding:
+def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
     name, counted = "steps", sum(count.steps for count in counts)
     trainable = sum(count.steps for count in counts if not count.untrainable)
     main = [count for count in counts if count.kind == _MAIN]
     facts = {"steps": counted, "trainable": trainable, "counts": msgspec.to_builtins(counts)}
     reason = f"{trainable} of {counted} may be learned from"
     if counted != kept:
-        return _warn(name, f"{counted} counted, {kept} kept", mend="clawloop-edge pool verify", facts=facts)
+        return _warn(name, f"{counted} counted, {kept} kept", mend=command(home, "pool verify"), facts=facts)
     if not counted:
         return _ok(name, "nothing was kept yet", facts=facts)
     if main and all(count.untrainable for count in main):
@@ -142,40 +140,33 @@ def check_service(home: EdgeHome) -> Iterator[Finding]:
     """The edge answers, is ready, and keeps what passes."""
     name, gateway = "service", home.load_config().gateway
     at = f"{gateway.host}:{gateway.port}"
-    status = ask(home) if home.token_file.is_file() else {"running": False}
-    if not status["running"]:
-        yield _fail(name, f"nothing answers at {at}", mend="clawloop-edge serve")
-        return
-    problem = _not_ready(gateway)
-    if problem:
-        yield _fail(name, f"{at} is not ready: {problem}", mend="look into the log of `clawloop-edge serve`")
-        return
-    yield _ok(name, f"{at} is ready, serves adapter {status.get('adapter_version', 0)}")
-    lost = status.get("not_kept", 0)
-    if lost:
-        yield _warn(
-            "keeping", f"{lost} steps could not be kept since the start", mend="free disk space; look into the log"
-        )
+    status: dict[str, Any] = ask(home) if home.token_file.is_file() else {"running": False}
+    if "process" in status:
+        reason = f"no answer at {at}: starting or stopping (process {status['process']})"
+        yield _fail(name, reason, mend=f"look again in a moment, or {_LOG}")
+    elif not status["running"]:
+        yield _fail(name, f"nothing answers at {at}", mend=command(home, "serve"))
+    elif status["state"] != "ready":
+        yield _fail(name, f"{at} is not ready: {status['state']}", mend=_mend_of(home, status["state"]))
+    else:
+        yield _ok(name, f"{at} is ready, serves adapter {status.get('adapter_version', 0)}")
+        yield from _lost(status.get("not_kept", 0))
 
 
-def _not_ready(gateway: GatewaySettings) -> str:
-    """Why /readyz does not say 200, or an empty string."""
-    connection = HTTPConnection(gateway.host, gateway.port, timeout=_READY_S)
-    try:
-        connection.request("GET", "/readyz")
-        reply = connection.getresponse()
-        said = reply.read()
-    except (OSError, HTTPException) as error:
-        return type(error).__name__
-    finally:
-        connection.close()
-    if reply.status == HTTPStatus.OK:
-        return ""
-    try:
-        facts = msgspec.json.decode(said, type=dict[str, Any])
-    except msgspec.DecodeError:
-        return f"status {reply.status}"
-    return " ".join(str(facts.get(part, "")) for part in ("status", "detail")).strip()
+def _mend_of(home: EdgeHome, state: str) -> str:
+    """What to do about an edge that answers and is not ready."""
+    config = home.load_config()
+    if state.startswith("stopping"):
+        return f"when it has ended: {command(home, 'serve')}"
+    if state.startswith("engine gone") and config.model.kind == "upstream":
+        return f"start the server at {config.upstream.url}, or check [upstream] url in {home.config_file}"
+    return _LOG
+
+
+def _lost(steps: int) -> Iterator[Finding]:
+    if steps:
+        reason = f"{steps} steps could not be kept since the start"
+        yield _warn("keeping", reason, mend="free disk space; look into the log")
 
 
 def check_openclaw(home: EdgeHome) -> Iterator[Finding]:

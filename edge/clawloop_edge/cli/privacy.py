@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clawloop_edge.cli.context import Json, Yes, confirm, console, home_of, opened_pool, print_json, print_table, when
+from clawloop_edge.cli.context import (
+    Json,
+    Yes,
+    command,
+    confirm,
+    console,
+    home_of,
+    opened_pool,
+    print_json,
+    print_table,
+    when,
+)
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
@@ -51,7 +62,8 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
         print_json({"level": level, "means": meaning(level), "chosen": state.chosen, "reason": state.reason})
         return
     if state.chosen is not level:
-        console.print(f"{state.chosen} was chosen, but {state.reason}; to allow it again: privacy set {state.chosen}")
+        again = command(home_of(context), f"privacy set {state.chosen}")
+        typer.echo(f"{state.chosen} was chosen, but {state.reason}; to allow it again: {again}")
     rows = [("→" if each is level else "", each, meaning(each)) for each in Level]
     print_table(("", "level", "what leaves"), rows, empty="")
 

@@ -18,9 +18,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Home = Annotated[
-    Path | None, typer.Option("--home", envvar=ENVIRONMENT, help="Folder that holds everything of this edge.")
-]
+_HOME = (
+    "Folder that holds everything of this edge; by default ~/.local/share/clawloop/edge, "
+    "on macOS ~/Library/Application Support/clawloop/edge."
+)
+Home = Annotated[Path | None, typer.Option("--home", envvar=ENVIRONMENT, help=_HOME)]
 
 
 @app.callback()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clawloop_edge.cli.context import Yes, confirm, console, home_of, opened_pool
+from clawloop_edge.cli.context import Yes, command, confirm, console, home_of, opened_pool
 from clawloop_shared.errors import ConfigError
 
 Invitation = Annotated[str, typer.Argument(help="The line that `clawloop-server invite` printed.")]
@@ -25,7 +25,8 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     found = read_invitation(invitation)
     console.print(f"server {found.url}\nits words: [bold]{key_words(found.root_key)}[/bold]")
     confirm("Are these the words that the operator sees?", yes=yes)
-    model = home_of(context).require().load_config().model
+    home = home_of(context).require()
+    model = home.load_config().model
     if model.kind == "upstream" and not model.path:
         raise ConfigError(
             "nothing is learned before an upstream server without its model folder; name it with setup --model"
@@ -33,11 +34,11 @@ def join(context: typer.Context, invitation: Invitation, yes: Yes = False) -> No
     line = read_line(model_folder(model.path))
     with opened_pool(context) as pool:
         if state.membership(pool) is not None:
-            raise ConfigError("this device has joined a server; run `clawloop-edge leave` first")
+            raise ConfigError(f"this device has joined a server; run `{command(home, 'leave')}` first")
         member = ask(invitation, line=line, device_key=device_key(pool))
         ConsentLog(pool).set_recipient(Recipient(member.url, member.root_key))
         state.keep_membership(pool, member)
-    console.print(f"joined as device {member.device_id}; nothing leaves until: clawloop-edge privacy set LEVEL")
+    typer.echo(f"joined as device {member.device_id}; nothing leaves until: {command(home, 'privacy set LEVEL')}")
 
 
 def leave(context: typer.Context, yes: Yes = False) -> None:

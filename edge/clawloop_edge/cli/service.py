@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, Yes, confirm, console, home_of, print_json, print_table
+from clawloop_edge.cli.context import Json, Yes, answered, command, confirm, console, home_of, print_json, print_table
 from clawloop_edge.config import ModelConfig
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
@@ -19,6 +19,7 @@ from clawloop_edge.home import EdgeHome
 from clawloop_shared import config
 from clawloop_shared.errors import ConfigError
 
+_ANSWER_S = 10.0
 Model = Annotated[str, typer.Option("--model", help="Model folder, or a hub id like owner/model.")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port on loopback for your agent (8100).")]
 KeyFile = Annotated[
@@ -47,7 +48,8 @@ def setup(
 
     Run again, it sets the model, and what else is given; all other settings stay.
     """
-    from clawloop_edge.opening import model_folder, open_pool
+    from clawloop_edge.opening import key_store, model_folder, open_pool
+    from clawloop_edge.pool.keys import open_key
     from clawloop_shared.model_line import read_line
 
     if upstream and script:
@@ -59,7 +61,7 @@ def setup(
     if not model and not upstream and yes:
         raise ConfigError("no model is named; give --model with a folder, or a hub id like owner/model")
     if not model and not upstream:
-        model = typer.prompt("Model (a folder, or a hub id like owner/model)")
+        model = answered(lambda: typer.prompt("Model (a folder, or a hub id like owner/model)"), instead="--model")
     folder = model_folder(model) if model else None
     server = old.upstream
     if upstream:
@@ -67,7 +69,6 @@ def setup(
         key = _absolute(upstream_key_file) or kept_key
         server = _asked(msgspec.structs.replace(server, url=upstream, model=upstream_model, key_file=key))
     shown = read_line(folder).line_id if folder else f"none (before {server.model} at {server.url}, nothing is learned)"
-    home.make()
     kind = "scripted" if script else "upstream" if upstream else "mlx"
     chosen = msgspec.structs.replace(
         old,
@@ -76,11 +77,12 @@ def setup(
         gateway=msgspec.structs.replace(old.gateway, port=port or old.gateway.port),
         pool=msgspec.structs.replace(old.pool, key="file") if key_file else old.pool,
     )
+    open_key(key_store(home, chosen.pool), home.folder)  # first: where there is none, nothing is set up by half
     config.save(home.config_file, chosen)
     home.token()
     open_pool(home, writer=False).close()
     console.print(f"edge at [bold]{home.folder}[/bold], model line {shown}, privacy level [bold]off[/bold]")
-    console.print("next: clawloop-edge serve")
+    typer.echo(f"next: {command(home, 'serve')}")
 
 
 def _asked(server: UpstreamSettings) -> UpstreamSettings:
@@ -97,7 +99,7 @@ def _absolute(name: str) -> str:
 
 
 def serve(context: typer.Context) -> None:
-    """Serve in the foreground until SIGTERM or Ctrl-C."""
+    """Serve in the foreground until SIGTERM or Ctrl-C; a second one cuts the calls in flight."""
     from clawloop_edge.app import run
 
     run(home_of(context).require())
@@ -109,8 +111,10 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     found = ask(home)
     if as_json:
         print_json(found)
+    elif "process" in found:
+        typer.echo(f"no answer: starting or stopping (process {found['process']})")
     elif not found["running"]:
-        console.print("not running; start it with: clawloop-edge serve")
+        typer.echo(f"not running; start it with: {command(home, 'serve')}")
     else:
         print_table(("what", "is"), [(k.replace("_", " "), v) for k, v in found.items()], empty="")
     if not found["running"]:
@@ -118,29 +122,55 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
 
 def ask(home: EdgeHome) -> dict[str, Any]:
-    """The running edge's own word on how it is; `running` is false if nothing answers.
+    """The running edge's own word on how it is; `state` is `ready`, or why it is not.
+
+    `running` is false if nothing answers; `process` is then the one that has the pool for itself, if there is one.
 
     Raises:
         ConfigError: what answers at its address is not this edge.
     """
     gateway = home.load_config().gateway
-    connection = HTTPConnection(gateway.host, gateway.port, timeout=10)  # no proxy may see the token
     try:
-        connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {home.token()}"})
-        reply = connection.getresponse()
-        status, data = reply.status, reply.read()
+        status, data = _get(gateway, "/v1/status", token=home.token())
+        _, readiness = _get(gateway, "/readyz")
     except OSError:
-        return {"running": False}
+        process = _process(home)
+        return {"running": False, "process": process} if process else {"running": False}
     except HTTPException as error:
         raise _stranger(gateway, type(error).__name__) from error
-    finally:
-        connection.close()
     if status != HTTPStatus.OK:
         raise _stranger(gateway, f"status {status}")
     try:
-        return {"running": True, **msgspec.json.decode(data, type=dict[str, Any])}
+        facts, ready = (msgspec.json.decode(said, type=dict[str, Any]) for said in (data, readiness))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _stranger(gateway, "no JSON") from error
+    return {"running": True, "state": _state(home, ready), **facts}
+
+
+def _get(gateway: GatewaySettings, path: str, *, token: str = "") -> tuple[int, bytes]:
+    """Status and body. Raises OSError, HTTPException."""
+    connection = HTTPConnection(gateway.host, gateway.port, timeout=_ANSWER_S)  # no proxy may see the token
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def _state(home: EdgeHome, readiness: dict[str, Any]) -> str:
+    status, detail = readiness.get("status", ""), readiness.get("detail", "")
+    if status == "draining":
+        return f"stopping (process {_process(home)})"
+    return f"{status}: {detail}" if detail and status != "ready" else str(status)
+
+
+def _process(home: EdgeHome) -> int:
+    """The process that has this home's pool for itself; 0 if none has."""
+    from clawloop_edge.pool.lock import holder_of
+    from clawloop_edge.pool.store import LOCK_NAME
+
+    return holder_of(home.folder / LOCK_NAME)
 
 
 def _stranger(gateway: GatewaySettings, answer: str) -> ConfigError:
@@ -151,5 +181,5 @@ def _stranger(gateway: GatewaySettings, answer: str) -> ConfigError:
 
 
 def register(app: typer.Typer) -> None:
-    for command in (setup, serve, status):
-        app.command()(command)
+    for each in (setup, serve, status):
+        app.command()(each)

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, Limit, console, opened_pool, print_json, print_table, shown, when
+from clawloop_edge.cli.context import (
+    Json,
+    Limit,
+    command,
+    console,
+    home_of,
+    opened_pool,
+    print_json,
+    print_table,
+    shown,
+    when,
+)
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from clawloop_edge.pool.records import KeptStep
-    from clawloop_shared.records import Signal
+    from clawloop_shared.records import Signal, Step
 
 group = typer.Typer(help="Look at what was kept.", no_args_is_help=True)
 
@@ -27,7 +38,11 @@ def list_sessions(context: typer.Context, limit: Limit = 50, as_json: Json = Fal
         return
     rows = [(s.session_id, s.title, s.app, s.steps, s.trainable, when(s.last_ms)) for s in found]
     print_table(
-        ("session", "title", "app", "steps", "trainable", "last"), rows, empty="nothing was kept yet; call the edge"
+        ("session", "title", "app", "steps", "trainable", "last"),
+        rows,
+        empty="nothing was kept yet; call the edge",
+        whole={"session"},
+        clipped={"title"},
     )
 
 
@@ -41,7 +56,8 @@ def show_session(
     with opened_pool(context) as pool:
         steps = pool.session_steps(session_id)
     if not steps:
-        raise ConfigError(f"no session {session_id}; `clawloop-edge sessions list` shows those that are kept")
+        listing = command(home_of(context), "sessions list")
+        raise ConfigError(f"no session {session_id}; `{listing}` shows those that are kept")
     if as_json:
         print_json([facts(kept, tokens=False) for kept in steps])
         return
@@ -50,7 +66,12 @@ def show_session(
         console.rule(f"{step.step_id} · {kept.kind} · adapter {step.policy.version} · {when(step.created_ms)}")
         console.print(shown(_asked(kept)), style="dim")
         console.print(shown(kept.text))
-        console.print("trainable" if step.trainable else f"not trainable: {step.untrainable}", style="dim")
+        console.print(shown(f"trainable: {_trainable(step)}"), style="dim")
+
+
+def _trainable(step: Step) -> str:
+    """Whether a step may be learned from, in the words that its caller got."""
+    return "yes" if step.trainable else f"no ({step.untrainable})"
 
 
 def _asked(kept: KeptStep) -> str:
@@ -108,12 +129,14 @@ def _signals(pool: Any, kept: KeptStep) -> list[Signal]:
 
 
 def _print_explained(found: dict[str, Any], kept: KeptStep) -> None:
-    hidden = {"response_ids", "response_logprobs", "signals", "prompt_ids"}
-    print_table(("what", "is"), [(k.replace("_", " "), v) for k, v in found.items() if k not in hidden], empty="")
+    hidden = {"response_ids", "response_logprobs", "signals", "prompt_ids", "untrainable"}
+    told = {**found, "trainable": _trainable(kept.step)}
+    print_table(("what", "is"), [(k.replace("_", " "), v) for k, v in told.items() if k not in hidden], empty="")
     tokens = zip(kept.step.response_ids, kept.step.response_logprobs, strict=True)
     print_table(("token id", "logprob"), [(i, f"{p:.4f}") for i, p in tokens], empty="")
     rows = [(s["source"], s["value"], s.get("weight", 1.0), s["target"]) for s in found["signals"]]
-    print_table(("signal", "value", "weight", "on"), rows, empty="no signal yet, so not trainable yet")
+    waits = ": it is learned from once it was judged" if kept.step.trainable else ""
+    print_table(("signal", "value", "weight", "on"), rows, empty=f"no feedback yet{waits}")
 
 
 def facts(kept: KeptStep, *, tokens: bool) -> dict[str, Any]:

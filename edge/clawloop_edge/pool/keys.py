@@ -17,7 +17,7 @@ from clawloop_shared.errors import KeyMissing
 from clawloop_shared.files import private_folder, sync_folder
 
 DATABASE_NAME = "pool.db"
-_USE_A_FILE = "keep the key in a file: clawloop-edge setup --key-file"
+_USE_A_FILE = "keep the key in a file: give --key-file to setup"
 _NO_KEYCHAIN = f"unlock it (a session over ssh or cron has it locked), or {_USE_A_FILE}"
 
 
