@@ -375,7 +375,6 @@ class Weather(BaseModel):
 
 
 async def test_an_answer_by_schema_is_parsed(scripted: Serve) -> None:
-    pytest.importorskip("clawloop_edge.engine.grammar")
     served = await scripted(['{"wet": true}', '{"wet": false}'])
     async with AsyncOpenAI(**served.sdk) as client:
         reply = await client.responses.parse(model="x", input=ASKED, text_format=Weather)
