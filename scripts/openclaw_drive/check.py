@@ -173,7 +173,8 @@ def _sessions(conversations: Sequence[Conversation]) -> list[str]:
 
 
 def _runs(conversation: Conversation) -> str:
-    """A turn that OpenClaw gave up may be two: it tries again under a new trace id after an answer without content."""
+    """A turn may be two where OpenClaw got no answer that it could show (nothing, or a call that is no JSON): it asks
+    for one under a new trace id, and may give up."""
     theirs: dict[str, set[str]] = {}
     for step, said in _pairs(conversation):
         if not said.heartbeat:
@@ -183,11 +184,22 @@ def _runs(conversation: Conversation) -> str:
     beside = ours & {step.run_id for step in conversation.steps if step.kind != MAIN}
     apart = sum(map(len, theirs.values())) == len(set().union(*theirs.values())) and not beside
     split = sum(len(runs) > 1 for runs in theirs.values())
-    if apart and split <= failed and turns - failed <= len(theirs) <= turns and (failed or len(ours) == turns):
+    spoiled = sum(map(_spoiled, conversation.main))
+    enough = turns - failed <= len(theirs) <= turns and (failed or turns <= len(ours) <= turns + spoiled)
+    if apart and split <= failed + spoiled and enough:
         return ""
     return (
         f"{conversation.talk.name}: {turns} turns ({failed} failed), {len(theirs)} runs of OpenClaw's, {len(ours)} kept"
     )
+
+
+def _spoiled(step: Kept) -> bool:
+    """Whether a step began a tool call and wrote none that can be read."""
+    found = _CALL.search(step.text)
+    try:
+        return "<tool_call>" in step.text and not (found and json.loads(found.group(1)))
+    except json.JSONDecodeError:
+        return True
 
 
 def _kind(step: Kept, said: Said) -> str:

@@ -108,6 +108,13 @@ def test_a_turn_that_openclaw_gave_up_may_be_two_runs() -> None:
     assert failed(replace(talk, talk=given_up)) == []
 
 
+def test_a_turn_in_which_a_call_was_spoiled_may_be_two_runs() -> None:
+    parted = (STEPS[0], msgspec.structs.replace(STEPS[1], run_id="trace2"))
+    assert [f.name for f in failed(conversation(*parted))] == ["one run a user turn"]
+    cut = msgspec.structs.replace(STEPS[0], text='<tool_call>\n{"name": "exec", "arg')
+    assert "one run a user turn" not in [f.name for f in failed(conversation(cut, parted[1]))]
+
+
 def test_a_side_request_is_one_that_was_caused_and_is_never_learned_from() -> None:
     summary = msgspec.structs.replace(STEPS[0], step_id="c", kind="compaction", **ASIDE)
     assert failed(conversation(*STEPS, summary, asides=["compaction"])) == []
