@@ -5,8 +5,10 @@ Everything lies in one folder, every port is on loopback, and everything that wa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ import tomli_w
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
+_PORTS = (15_000, 32_000)
 
 
 class StageError(Exception):
@@ -31,8 +34,12 @@ class StageError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Ports on loopback that nobody listens on now, and that no outgoing connection can get meanwhile: they are below
+    those that Linux and macOS give to such."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):  # taken: try another
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(*_PORTS))))
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()
