@@ -301,7 +301,7 @@ def run(home: EdgeHome) -> None:
     _allow_connections(config.engine.max_queue)
     pool = open_pool(home, writer=True)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # a fifth less CPU a stream
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # makes streams cheaper
             cut = runner.run(serve(home, config, pool=pool))
     finally:
         pool.close()

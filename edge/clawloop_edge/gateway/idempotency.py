@@ -185,9 +185,8 @@ class Retries:
         same = self._pool.find_steps_by(_BODY_INDEX, key.name + key.body, limit=2 * call.n)
         _check_same(bool(same))
         each = ([first_id, *(f"{first_id}-{index}" for index in range(1, call.n))] for first_id in same)
-        for ids in (
-            ids for ids in each if set(ids) <= set(same)
-        ):  # one that was cancelled is kept, and answers nothing
+        # Of one that was cancelled some choices lack the key: it is kept, and answers nothing.
+        for ids in filter(set(same).issuperset, each):
             steps = [kept for step_id in ids if (kept := self._pool.get_step(step_id)) is not None]
             recent = not key.implied or self._clock_ms() - steps[0].finished_ms <= _RETRY_WINDOW_MS
             if len(steps) == call.n and recent:
