@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
 import time
 import traceback
@@ -23,26 +24,47 @@ from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.engine.protocol import Engine, TextEngine
-from clawloop_edge.gateway.app import DRAIN, STATS, make_app, make_runner
+from clawloop_edge.errors import RedactionError
+from clawloop_edge.gateway.app import DRAIN, DROPPER, STATS, make_app, make_runner
 from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
+from clawloop_edge.node.deleting import ask_due
 from clawloop_edge.node.join import Membership
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
-from clawloop_edge.opening import model_folder, open_engine, open_pool
-from clawloop_edge.privacy.consent import ConsentLog
+from clawloop_edge.opening import model_folder, open_engine, open_pool, open_redactor
+from clawloop_edge.pool import finishing
+from clawloop_edge.pool.crypt import encryption
+from clawloop_edge.pool.retention import Retention
+from clawloop_edge.pool.search import SearchIndex
+from clawloop_edge.privacy.batch import LineRedactor
+from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
+from clawloop_edge.privacy.deletions import Deletions
+from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
+from clawloop_edge.privacy.waiting import waiting_sessions
+from clawloop_shared.database import encrypts
 from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.levels import Level
 from clawloop_shared.model_line import read_shape
 
 if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
+    from clawloop_edge.privacy.redacting import Redactor
 
 _log = logging.getLogger(__name__)
 
 WATCH_S = 0.5
+ANCHOR_S = 60.0
+INDEX_S = 2.0
+"""how often a bite of what was kept goes into the search index"""
+RETAIN_S = 10.0
+"""how soon a disk that fills is noticed"""
+DELETIONS_S = 5.0
+DELETION_TIMEOUT_S = 10.0
+FINISH_S = 60.0
+"""how long before what could not be finished of a forgetting is tried again"""
 
 
 class Edge:
@@ -53,7 +75,26 @@ class Edge:
         self.home, self.config, self.pool, self.engine = home, config, pool, engine
         self._exact = None if isinstance(engine, TextEngine) else engine
         self.consent = ConsentLog(pool)
-        self.outbox = Outbox(pool, self.consent, hold_s=config.privacy.hold_s)
+        self.outbox = Outbox(
+            pool,
+            self.consent,
+            hold_s=config.privacy.hold_s,
+            hold_redacted_s=config.privacy.hold_redacted_s,
+            keep_received_days=config.privacy.keep_received_days,
+        )
+        self.deletions = Deletions(pool)
+        self.retention = Retention(
+            pool,
+            config.retention,
+            waiting=lambda database: waiting_sessions(database, pool=pool, consent=self.consent),
+            clock_ms=wall_clock_ms,
+            free_bytes=lambda: shutil.disk_usage(home.folder).free,
+        )
+        self._redactor: Redactor | None = None
+        self._redaction = ""
+        self.drop_forgotten: Callable[[], Awaitable[None]] = _nothing
+        self._forgotten, self._finish_at_s = "", 0.0
+        self.search = SearchIndex(pool)
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
         self.activator: Activator | None = None
@@ -61,27 +102,38 @@ class Edge:
 
     async def start(self) -> None:
         """Restore the adapter that was in use, and begin to watch."""
+        await asyncio.to_thread(self._open_redactor, asyncio.get_running_loop())
         await self._follow_membership()
         self._tasks = [
             asyncio.create_task(self._every(WATCH_S, self._watch)),
             asyncio.create_task(self._every(self.config.privacy.fill_every_s, self._fill)),
+            asyncio.create_task(self._every(ANCHOR_S, self._anchor)),
+            asyncio.create_task(self._every(INDEX_S, self._index)),
+            asyncio.create_task(self._every(WATCH_S, self._follow_forgetting)),
+            asyncio.create_task(self._every(DELETIONS_S, self._ask_deletions)),
+            asyncio.create_task(self._every(RETAIN_S, self._retain)),
         ]
 
     async def stop(self) -> None:
         """End what `start` began, and say goodbye to the server."""
+        self.outbox.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._stop_node()
+        if self._redactor is not None:
+            await asyncio.to_thread(self._redactor.close)
+        await self._stop_node(silent=await asyncio.to_thread(self._is_silent))
 
     async def status(self, request: web.Request) -> web.Response:
         """GET /v1/status: facts for `clawloop-edge status`."""
         stats = await asyncio.to_thread(self.pool.stats)
         sent = await asyncio.to_thread(self.outbox.totals)
+        consent = await asyncio.to_thread(self.consent.state)
         health = self.engine.health()
         return web.json_response(
             {
-                "level": str(await asyncio.to_thread(self.consent.level)),
+                "level": str(consent.level),
+                "level_reason": consent.reason,
                 "model_line": self.engine.line.line_id,
                 "adapter_version": self.engine.policy.version,
                 "engine_alive": health.alive,
@@ -89,11 +141,15 @@ class Edge:
                 "versions_loaded": health.versions,
                 "sessions": stats.sessions,
                 "steps": stats.steps,
+                "encryption": stats.encryption,
                 "trainable": stats.trainable,
                 "signals": stats.signals,
                 "refused_by_pool": stats.refused,
+                "keeps_nothing": self.pool.gate.closed,
                 "not_kept": request.app[STATS]().keep_failures,
                 "outbox_waiting": sent.waiting,
+                "left_out": await asyncio.to_thread(self.outbox.left_out),
+                "redaction": self._redaction,
                 "sent_items": sent.items,
                 "sent_bytes": sent.bytes,
                 "server": self.member.url if self.member else "",
@@ -120,9 +176,46 @@ class Edge:
             await asyncio.sleep(period_s)
 
     async def _fill(self) -> None:
-        filled = await asyncio.to_thread(self.outbox.fill)
+        await asyncio.to_thread(self.outbox.tidy)
+        try:
+            filled = await asyncio.to_thread(self.outbox.fill)
+        except RedactionError as error:
+            self._redaction = str(error)
+            raise
+        if self._redactor is not None:
+            self._redaction = ""
         if filled and self.node:
             self.node.poke()
+
+    def _open_redactor(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._redactor = open_redactor(self.home, self.config, engine=self.engine, loop=loop)
+        except ConfigError as error:
+            self._redaction = f"nothing can be redacted, so at level redacted no step leaves: {error}"
+        if self._redactor is not None:
+            self.outbox.redact_with(LineRedactor(self.engine.line.line_id, self._redactor))
+
+    async def _index(self) -> None:
+        await asyncio.to_thread(self.search.catch_up)
+
+    async def _anchor(self) -> None:
+        await asyncio.to_thread(self.pool.anchor)
+
+    async def _retain(self) -> None:
+        await asyncio.to_thread(self.retention.tick)
+
+    async def _ask_deletions(self) -> None:
+        await asyncio.to_thread(ask_due, self.deletions, timeout_s=DELETION_TIMEOUT_S)
+
+    async def _follow_forgetting(self) -> None:
+        """Let memory go of what any process has forgotten, and finish what a crash has left of that."""
+        found = await asyncio.to_thread(finishing.latest, self.pool)
+        if found.note_id != self._forgotten:
+            await self.drop_forgotten()
+            self._forgotten = found.note_id
+        if found.parts and time.monotonic() >= self._finish_at_s:
+            self._finish_at_s = time.monotonic() + FINISH_S
+            await asyncio.to_thread(finishing.resume, self.pool)
 
     async def _watch(self) -> None:
         await self._follow_membership()
@@ -139,21 +232,29 @@ class Edge:
     async def _follow_membership(self) -> None:
         """Take up a server that was joined, and let go of one that was left; at level `off` stay silent altogether."""
         member = await asyncio.to_thread(state.membership, self.pool)
+        silent = await asyncio.to_thread(self._is_silent)
+        if silent or member != self.member:
+            await self._stop_node(silent=silent)
         if member != self.member:
-            await self._stop_node()
             if self.member is not None and self._exact is not None:
                 await _drop_adapters(self._exact)
             self.member, self.activator = member, None
             if member is not None and self._exact is not None:
                 self.activator = await asyncio.to_thread(self._make_activator, self._exact, member)
                 await self.activator.restore()
-        silent = await asyncio.to_thread(self.consent.level) is Level.OFF
-        if self.node is not None and silent:
-            await self._stop_node()
         if self.node is None and not silent and member is not None and self.activator is not None:
             known_id = await asyncio.to_thread(state.node_id, self.pool)
             self.node = self._make_node(member, self.activator, node_id=known_id)
             self.node.start()
+
+    def _is_silent(self) -> bool:
+        """Whether nothing may leave at all; so it is as well if the consent cannot be checked."""
+        try:
+            return self.consent.level() is Level.OFF
+        except ClawloopError as error:
+            if self.node is not None:
+                _log.error("nothing leaves any more: %s", error)
+            return True
 
     def _make_activator(self, engine: Engine, member: Membership) -> Activator:
         limits = self.config.adapters
@@ -170,17 +271,28 @@ class Edge:
         from clawloop_edge.node.flower import FlowerTransport
 
         handlers = Handlers(
-            self.engine, self.outbox, consent=self.consent, activator=activator, loop=asyncio.get_running_loop()
+            self.engine,
+            self.outbox,
+            consent=self.consent,
+            member=member,
+            activator=activator,
+            keep_cohort=lambda devices: keep_cohort(self.pool, devices),
+            loop=asyncio.get_running_loop(),
         )
         transport = FlowerTransport(
             member, node_id=node_id, remember=lambda number: state.keep_node_id(self.pool, number)
         )
         return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
 
-    async def _stop_node(self) -> None:
+    async def _stop_node(self, *, silent: bool) -> None:
+        """`silent`: nothing may leave any more, not even a goodbye or the rest of what is being sent."""
         if self.node is not None:
-            await asyncio.to_thread(self.node.stop)
+            await asyncio.to_thread(self.node.stop, silent=silent)
             self.node = None
+
+
+async def _nothing() -> None:
+    """Before there is a gateway, memory holds nothing."""
 
 
 async def _drop_adapters(engine: Engine) -> None:
@@ -214,6 +326,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     edge = Edge(home, config, pool=pool, engine=engine)
     app = make_app(engine, pool, settings=config.gateway, token=home.token())
     app.router.add_get("/v1/status", edge.status)
+    edge.drop_forgotten = app[DROPPER]
     runner = make_runner(app)
     try:
         await runner.setup()
@@ -279,6 +392,13 @@ def _no_port(settings: GatewaySettings, error: OSError) -> ConfigError:
     )
 
 
+def _dump_no_core() -> None:
+    """A crash must not write what this process has in memory to the disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _allow_connections(calls: int) -> None:
     """Let the process have as many connections at once as calls may wait; macOS gives it 256 files by itself."""
     import resource
@@ -298,8 +418,11 @@ def run(home: EdgeHome) -> None:
     """Open what the home holds, serve, and close it again."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = home.load_config()
+    _dump_no_core()
     _allow_connections(config.engine.max_queue)
     pool = open_pool(home, writer=True)
+    if not encrypts():
+        _log.warning("the pool's encryption: %s; pip install sqlcipher3", encryption())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # makes streams cheaper
             cut = runner.run(serve(home, config, pool=pool))

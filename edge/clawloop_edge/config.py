@@ -8,9 +8,12 @@ from msgspec import Meta
 from clawloop_edge.engine.settings import EngineSettings
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.pool.settings import RetentionSettings
 
 _Period = Annotated[float, Meta(ge=0.05, le=86_400)]
 """seconds between two tries of a thing that never ends"""
+_Hold = Annotated[float, Meta(ge=0, le=3_650 * 86_400)]
+"""seconds that an item rests before it leaves by itself"""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,17 +28,32 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the pool's key is kept: `keychain`, or `file` (0600, in the home unless `key_file` names another)."""
+    """Where the pool's key is kept: `keychain`, `file`, or `passphrase`: a file that a passphrase seals.
+
+    The file is 0600, in the home unless `key_file` names another.
+    """
 
     key: str = "keychain"
     key_file: str = ""
 
 
 class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long an item rests in the outbox before it may leave, and how often new records are put there."""
+    """How long an item rests in the outbox before it may leave (at `redacted` another time, if `hold_redacted_s` is
+    set), how often new records are put there, and for how long one can be looked at after the server has it.
 
-    hold_s: Annotated[float, Meta(ge=0, le=3_650 * 86_400)] = 86_400.0
+    At `redacted`: words of the owner's that are taken out, whether the local model is asked what else to take out, and
+    whether neighbours of a secret go with it so that its length shows less. `epsilon` is what the noised deltas of a
+    model line may cost.
+    """
+
+    hold_s: _Hold = 86_400.0
+    hold_redacted_s: _Hold | None = None
     fill_every_s: _Period = 5.0
+    keep_received_days: Annotated[float, Meta(ge=0, le=3_650)] = 7.0
+    redact_words: list[str] = []
+    second_opinion: bool = False
+    strict_lengths: bool = True
+    epsilon: Annotated[float, Meta(gt=0, le=100)] = 8.0
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,3 +82,4 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: NodeConfig = NodeConfig()
     adapters: AdapterConfig = AdapterConfig()
     upstream: UpstreamSettings = UpstreamSettings()
+    retention: RetentionSettings = RetentionSettings()

@@ -8,10 +8,16 @@ ClawloopError
 │   └── UnknownVersion       no adapter of that version is loaded
 ├── InvalidError
 │   ├── RequestError         what an HTTP client sent is wrong (a 4xx in the caller's own shape)
+│   ├── QueryError           what was asked for cannot be looked for
+│   ├── ExportInvalid        a file is no whole export of a pool
+│   ├── ReceiptInvalid       a server's receipt is not for this device, or not for what was sent
 │   └── AdapterInvalid       adapters/errors.py: WrongLine, Expired, OldVersion, ProbeFailed
 ├── UncheckedError
-│   └── PoolError            the pool refuses (wrong home, locked, damaged)
-│       └── UnknownTarget    a signal judges what is not kept here
+│   ├── PoolError            the pool refuses (wrong home, locked, damaged)
+│   │   ├── UnknownTarget    a signal judges what is not kept here
+│   │   ├── PoolFull         there is no room for what is new
+│   │   └── AnchorError      the pool is not the one that its anchor knows
+│   └── RedactionError       what must not leave could not be looked for, so nothing leaves
 ├── NodeError                node/transport.py: the server and this device cannot work together
 │   ├── ServerAway           the server cannot be reached now
 │   └── NodeRefused          the server does not know this device's key
@@ -49,6 +55,18 @@ class RequestError(InvalidError):
         self.status, self.param, self.code = status, param, code
 
 
+class QueryError(InvalidError):
+    """What was asked for cannot be looked for."""
+
+
+class ReceiptInvalid(InvalidError):
+    """A server's receipt is not for this device, or not for what was sent."""
+
+
+class ExportInvalid(InvalidError):
+    """A file is no whole export of a pool."""
+
+
 class PoolError(UncheckedError):
     """The pool refuses."""
 
@@ -57,5 +75,17 @@ class UnknownTarget(PoolError):
     """A signal judges something that this pool does not have."""
 
 
+class PoolFull(PoolError):
+    """There is no room for what is new."""
+
+
+class AnchorError(PoolError):
+    """The pool is not the one that its anchor knows: older, another, or the anchor itself is gone or changed."""
+
+
 class ConsentError(ClawloopError):
     """The privacy level does not allow it."""
+
+
+class RedactionError(UncheckedError):
+    """What must not leave could not be looked for, so nothing leaves."""

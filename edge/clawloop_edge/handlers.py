@@ -6,6 +6,7 @@ Called in the node's thread. What needs the event loop (an adapter) is handed ov
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from clawloop_shared.messages import (
     AdapterOffer,
     AdapterReply,
     StatusReply,
+    StatusRequest,
     UploadReply,
     UploadRequest,
 )
@@ -23,6 +25,7 @@ from clawloop_shared.messages import (
 if TYPE_CHECKING:
     from clawloop_edge.adapters.activate import Activator
     from clawloop_edge.engine.protocol import Engine, TextEngine
+    from clawloop_edge.node.join import Membership
     from clawloop_edge.privacy.consent import ConsentLog
     from clawloop_edge.privacy.outbox import Outbox
 
@@ -38,18 +41,25 @@ class Handlers:
         outbox: Outbox,
         *,
         consent: ConsentLog,
+        member: Membership,
         activator: Activator,
+        keep_cohort: Callable[[int], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self._engine, self._outbox, self._consent = engine, outbox, consent
-        self._activator, self._loop = activator, loop
+        """`keep_cohort` is told how many devices the server says that it learns from."""
+        self._engine, self._outbox, self._consent, self._member = engine, outbox, consent, member
+        self._activator, self._keep_cohort, self._loop = activator, keep_cohort, loop
+        self._cohort = 0
 
-    def status(self) -> StatusReply:
+    def status(self, request: StatusRequest) -> StatusReply:
         """How this device is: counters and hashes, no content.
 
         Raises:
             ConsentError: the level is off, so not even that may leave.
         """
+        if request.cohort > 0 and request.cohort != self._cohort:
+            self._keep_cohort(request.cohort)
+            self._cohort = request.cohort
         return StatusReply(
             level=self._allowed(),
             line=self._engine.line,
@@ -59,9 +69,15 @@ class Handlers:
         )
 
     def upload(self, request: UploadRequest) -> UploadReply:
-        """Forget what the server has on disk, and give the next items that may leave. Raises ConsentError."""
+        """Take the server's receipts for what it has on disk, and give the next items that may leave.
+
+        Raises:
+            ConsentError: the level is off, or was lowered this very moment.
+            SignatureInvalid, ReceiptInvalid: a receipt is not the server's word for what it got from us.
+        """
         self._allowed()
-        self._outbox.mark_received(request.received)
+        member = self._member
+        self._outbox.accept(request.receipts, device_id=member.device_id, release_key=member.release_key)
         limit = min(request.max_bytes, MAX_PAYLOAD_BYTES - ENVELOPE_BYTES)
         items, more = self._outbox.next_items(limit)
         self._outbox.mark_sent([item.item_id for item in items])
@@ -71,6 +87,14 @@ class Handlers:
         """Check and install an adapter while calls go on; a bad one is refused with its reason. Raises ConsentError."""
         self._allowed()
         return asyncio.run_coroutine_threadsafe(self._activator.install(offer), self._loop).result()
+
+    def may_leave(self, item_ids: Sequence[str]) -> bool:
+        """Whether these items may go out now; none: whether anything may."""
+        return self._outbox.may_still_leave(item_ids)
+
+    def stopped(self, item_ids: Sequence[str]) -> None:
+        """The sending of these items was broken off."""
+        self._outbox.mark_stopped(item_ids)
 
     def _allowed(self) -> Level:
         """The level, if it lets anything out: it may have been lowered since this message was taken."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +14,17 @@ from clawloop_edge.home import EdgeHome
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
     from clawloop_edge.config import EdgeConfig, PoolConfig
     from clawloop_edge.engine.protocol import Engine, TextEngine
     from clawloop_edge.pool.keys import KeyStore
     from clawloop_edge.pool.store import Pool
+    from clawloop_edge.privacy.redacting import Redactor
 
 KEYCHAIN_SERVICE = "clawloop-edge"
+PASSPHRASE = "CLAWLOOP_EDGE_PASSPHRASE"
+"""environment variable that may hold the passphrase, where nobody is there to be asked"""
 
 
 def key_store(home: EdgeHome, settings: PoolConfig) -> KeyStore:
@@ -26,26 +34,62 @@ def key_store(home: EdgeHome, settings: PoolConfig) -> KeyStore:
         ConfigError: an unknown kind of key store.
     """
     from clawloop_edge.pool.keys import FileKeyStore, KeychainKeyStore
+    from clawloop_edge.pool.passphrase import PassphraseKeyStore
 
+    path = Path(settings.key_file) if settings.key_file else home.key_file
     if settings.key == "file":
-        return FileKeyStore(Path(settings.key_file) if settings.key_file else home.key_file)
+        return FileKeyStore(path)
+    if settings.key == "passphrase":
+        return PassphraseKeyStore(path, ask_passphrase)
     if settings.key == "keychain":
         return KeychainKeyStore(KEYCHAIN_SERVICE, str(home.folder))
-    raise ConfigError(f"[pool] key = {settings.key!r} in {home.config_file}; it is `keychain` or `file`")
+    raise ConfigError(f"[pool] key = {settings.key!r} in {home.config_file}; it is `keychain`, `file` or `passphrase`")
 
 
-def open_pool(home: EdgeHome, *, writer: bool) -> Pool:
-    """The pool of this home; `writer` is for `serve`, which holds it for itself.
+def ask_passphrase(*, new: bool, what: str = "the pool's key") -> str:
+    """The passphrase of `what`: from the environment, else from whoever sits at the terminal (a `new` one twice).
+
+    Raises:
+        ConfigError: there is no terminal, or the two differ.
+    """
+    found = os.environ.get(PASSPHRASE)
+    if found:
+        return found
+    if not sys.stdin.isatty():
+        raise ConfigError(f"a passphrase opens {what}, and there is no terminal to ask at; set {PASSPHRASE}")
+    passphrase = getpass.getpass(f"{'New passphrase' if new else 'Passphrase'} for {what}: ")
+    if new and getpass.getpass("Again: ") != passphrase:
+        raise ConfigError("the two passphrases differ; nothing was made")
+    return passphrase
+
+
+def open_pool(home: EdgeHome, *, writer: bool, store: KeyStore | None = None) -> Pool:
+    """The pool of this home; `writer` is for `serve`, which holds it for itself. `store` has its keys, if not as usual.
 
     Raises:
         KeyMissing: there is a pool, and its key is not there. No new one is made.
         PoolError: another edge serves from this home.
     """
-    from clawloop_edge.pool.keys import open_key
     from clawloop_edge.pool.store import Pool
 
-    key = open_key(key_store(home, home.load_config().pool), home.folder)
-    return Pool.open(home.folder, key, writer=writer)
+    pool = Pool.open(home.folder, store or key_store(home, home.load_config().pool), writer=writer)
+    _prepare_gateway(pool)  # whichever process forgets a session, these rows go with it
+    return pool
+
+
+def prepare_rooms(pool: Pool) -> None:
+    """Have the tables of all rooms in `pool`, so that they are verified with the rest."""
+    from clawloop_edge.privacy import returning
+
+    _prepare_gateway(pool)
+    returning.adopt(pool)
+
+
+def _prepare_gateway(pool: Pool) -> None:
+    from clawloop_edge.gateway.schema import prepare_draws, prepare_trajectories
+
+    prepare_trajectories(pool)
+    prepare_draws(pool)
 
 
 def model_folder(name: str) -> Path:
@@ -90,6 +134,33 @@ async def open_engine(config: EdgeConfig) -> Engine | TextEngine:
 
         return ScriptedEngine(folder, read_script(Path(config.model.script)))
     raise ConfigError(f"[model] kind = {config.model.kind!r}; it is `mlx`, `upstream` or `scripted`")
+
+
+def open_redactor(
+    home: EdgeHome, config: EdgeConfig, *, engine: Engine | TextEngine, loop: AbstractEventLoop
+) -> Redactor | None:
+    """What redacts the steps of this edge; None before a server of texts, of which no step may be learned from.
+
+    Its process is started with the first step; `close` ends it.
+
+    Raises:
+        ConfigError: the model's folder is not there.
+    """
+    from clawloop_edge.engine.protocol import TextEngine
+    from clawloop_edge.privacy.redact_worker import Plan, RedactWorker
+    from clawloop_edge.privacy.redacting import Redactor, rescore_with
+    from clawloop_edge.privacy.second_opinion import SecondOpinion
+
+    if isinstance(engine, TextEngine):
+        return None
+    settings = config.privacy
+    plan = Plan(
+        folder=str(model_folder(config.model.path)),
+        home=str(home.folder),
+        strict=settings.strict_lengths,
+    )
+    opinion = SecondOpinion(engine, loop) if settings.second_opinion else None
+    return Redactor(RedactWorker(plan), rescore=rescore_with(engine, loop), opinion=opinion)
 
 
 def read_script(path: Path) -> list[str]:

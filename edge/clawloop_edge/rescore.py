@@ -57,4 +57,4 @@ async def _difference(engine: Engine, kept: KeptStep) -> float:
     scored = await engine.score(
         step.prompt_ids, step.response_ids, version=step.policy.version, temperature=step.sampling.temperature
     )
-    return max((abs(a - b) for a, b in zip(scored, step.response_logprobs, strict=True)), default=0.0)
+    return max((abs(a - b) for a, b in zip(scored, step.logprobs, strict=True)), default=0.0)

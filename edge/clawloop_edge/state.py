@@ -11,6 +11,7 @@ import msgspec
 
 from clawloop_edge.node.join import Membership
 from clawloop_edge.pool.state import read_state, write_state
+from clawloop_edge.privacy.deletions import Server
 from clawloop_shared import wire
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
 
 MEMBERSHIP = "membership"
+FORMER = "membership.former"
 WANTED = "adapter.wanted"
 NODE_ID = "node.id"
 
@@ -42,9 +44,46 @@ def keep_membership(pool: Pool, value: Membership) -> None:
 
 
 def forget_membership(pool: Pool) -> None:
-    """Leave: the running edge stops talking to the server within a second. A wish for its adapters goes with it."""
-    pool.set_state(WANTED, b"").result()
-    pool.set_state(MEMBERSHIP, b"").result()
+    """Leave: the running edge stops talking to the server within a second. A wish for its adapters goes with it.
+
+    Where the server is stays known, so that it can still be asked to delete what it got.
+    """
+
+    def operation(database: Database) -> None:
+        raw = read_state(database, pool.keyring, name=MEMBERSHIP)
+        if raw:
+            left = server_of(wire.decode(raw, Membership))
+            others = [each for each in _former(database, pool) if each.root_key != left.root_key]
+            former = msgspec.msgpack.encode([*others, left])
+            write_state(database, pool.keyring, name=FORMER, value=former)
+        for name in (WANTED, MEMBERSHIP):
+            write_state(database, pool.keyring, name=name, value=b"")
+
+    pool.submit(operation).result()
+
+
+def server_of(member: Membership) -> Server:
+    """What is needed to ask a server to delete something."""
+    return Server(
+        url=member.url,
+        root_key=member.root_key,
+        device_id=member.device_id,
+        ca_pem=member.ca_pem,
+        release_key=member.release_key,
+    )
+
+
+def known_servers(pool: Pool) -> list[Server]:
+    """The server that this device has joined, and those that it left, the latest first."""
+    member = membership(pool)
+    with pool.read() as database:
+        former = _former(database, pool)[::-1]
+    return [server_of(member), *(each for each in former if each.root_key != member.root_key)] if member else former
+
+
+def _former(database: Database, pool: Pool) -> list[Server]:
+    found = read_state(database, pool.keyring, name=FORMER)
+    return msgspec.msgpack.decode(found, type=list[Server]) if found else []
 
 
 def wanted_adapter(pool: Pool) -> WantedAdapter | None:

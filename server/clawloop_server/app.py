@@ -32,6 +32,7 @@ from clawloop_server.fleet.superlink import Fleet
 from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, server_context
 from clawloop_server.home import Home, read_secret
 from clawloop_server.hub.admin import AdminPort
+from clawloop_server.hub.forget import ForgetDesk
 from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
 from clawloop_server.hub.members import HubMembers, HubReleases
@@ -42,6 +43,7 @@ from clawloop_server.release.release import release_waiting, renew_expiring
 from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import publish_secret
+from clawloop_shared.receipts import sign_item
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +104,11 @@ class ServerApp:
         self._members = HubMembers(self._vault.database, line_id=self._base.line_id)
         self._releases = HubReleases(self._registry, line_id=self._base.line_id)
         self._dispatcher = Dispatcher(
-            vault=self._vault, releases=self._releases, members=self._members, settings=_dispatch_settings(config)
+            vault=self._vault,
+            releases=self._releases,
+            members=self._members,
+            sign=lambda received: sign_item(received, self._keys.release),
+            settings=_dispatch_settings(config),
         )
         await self._start_fleet(self._dispatcher)
         await self._start_trainer()
@@ -123,19 +129,29 @@ class ServerApp:
         self._open.push_async_callback(fleet.stop)
         await fleet.start()
         self._fleet = fleet
-        desk = JoinDesk(
+        front = self._front(fleet)
+        self._open.push_async_callback(front.stop)
+        hub = self.config.hub
+        with _port_errors(f"{hub.host}:{hub.port}", "[hub] port"):
+            port = await front.start(hub.host, hub.port, tls=server_context(self._tls))
+        self.running = msgspec.structs.replace(self.running, port=port, url=self.config.url(port=port))
+
+    def _front(self, fleet: Fleet) -> Front:
+        joining = JoinDesk(
             self._members,
             register=lambda key_pem, device_id: fleet.admit(device_id, key_pem),
             line=self._base.line,
             release_key=self._keys.release_public,
             wrong_per_minute=self.config.fleet.wrong_joins_per_minute,
         )
-        front = Front(fleet.address, desk=desk, upstream_tls=client_context(self._tls), is_open=lambda: fleet.open)
-        self._open.push_async_callback(front.stop)
-        hub = self.config.hub
-        with _port_errors(f"{hub.host}:{hub.port}", "[hub] port"):
-            port = await front.start(hub.host, hub.port, tls=server_context(self._tls))
-        self.running = msgspec.structs.replace(self.running, port=port, url=self.config.url(port=port))
+        forgetting = ForgetDesk(self._vault, device=self._members.devices.get, release_key=self._keys.release)
+        return Front(
+            fleet.address,
+            joining=joining,
+            forgetting=forgetting,
+            upstream_tls=client_context(self._tls),
+            is_open=lambda: fleet.open,
+        )
 
     async def _start_trainer(self) -> None:
         command = [sys.executable, "-m", "clawloop_server.trainer.process", "--home", str(self.home.folder)]
@@ -173,6 +189,7 @@ class ServerApp:
     async def _look(self) -> None:
         """Release what passed, renew what expires, tell of it, and put out of Flower who may sync no more."""
         known, wait_s = await asyncio.to_thread(self._releases.current_version), _LOOK_S
+        scrubbed = False  # a server that was killed may have deleted without emptying the log
         while True:
             try:
                 await asyncio.to_thread(self._release)
@@ -182,6 +199,9 @@ class ServerApp:
                     self._dispatcher.notify()
                     known = current
                 await self._put_out()
+                if not scrubbed:
+                    await asyncio.to_thread(self._vault.database.scrub)
+                    scrubbed = True
                 wait_s = _LOOK_S
             except ClawloopError as error:
                 wait_s = min(wait_s * 2, _LONGEST_LOOK_S)

@@ -1,4 +1,4 @@
-"""What edge and server say to each other: the join call over HTTPS, and the fixed set of Flower messages.
+"""What edge and server say to each other: joining and forgetting over HTTPS, and the fixed set of Flower messages.
 
 Each Flower message carries one of these structs, wire-encoded, as one value of one record. The server asks, the device
 answers; a device never runs what it is sent. Message types and flows: docs/formats/messages.md.
@@ -6,8 +6,10 @@ answers; a device never runs what it is sent. Message types and flows: docs/form
 
 import base64
 import binascii
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from clawloop_shared import wire
 from clawloop_shared.errors import WireError
@@ -24,6 +26,10 @@ SMALL_PAYLOAD_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 64 << 20
 JOIN_PATH = "/v1/join"
 MAX_JOIN_BYTES = 64 << 10
+FORGET_PATH = "/v1/forget"
+MAX_FORGET_BYTES = 4 << 20
+MAX_FORGET_IDS = 10_000
+MAX_ID_CHARACTERS = 256
 INVITATION_PREFIX = "clawloop-invite:"
 _MAX_INVITATION_CHARACTERS = 16 << 10
 
@@ -56,7 +62,9 @@ class JoinReply(msgspec.Struct, frozen=True, tag="joined.v1"):
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status-request.v1"):
-    """How are you?"""
+    """How are you? `cohort`: how many devices of the same model line this server lets sync, this one among them."""
+
+    cohort: int = 0
 
 
 class StatusReply(msgspec.Struct, frozen=True, tag="status.v1"):
@@ -69,10 +77,26 @@ class StatusReply(msgspec.Struct, frozen=True, tag="status.v1"):
     app_version: str
 
 
-class UploadRequest(msgspec.Struct, frozen=True, tag="upload-request.v1"):
-    """Send what may leave. `received` names the items that the server has on disk."""
+class ItemReceipt(msgspec.Struct, frozen=True):
+    """The server's word that an item is on its disk: an `ItemReceived` as it was signed, and the signature."""
 
-    received: list[str]
+    payload: bytes
+    signature: bytes
+
+
+class ItemReceived(msgspec.Struct, frozen=True, kw_only=True):
+    """What an `ItemReceipt` says. `sha256` (hex) is of the item's body as it came."""
+
+    device_id: str
+    item_id: str
+    received_ms: int
+    sha256: str
+
+
+class UploadRequest(msgspec.Struct, frozen=True, tag="upload-request.v1"):
+    """Send what may leave. `receipts` are of items that the server has on disk."""
+
+    receipts: list[ItemReceipt]
     max_bytes: int
 
 
@@ -106,6 +130,50 @@ class AdapterReply(msgspec.Struct, frozen=True, tag="adapter-reply.v1"):
     version: int
     installed: bool
     reason: str = ""
+
+
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]
+
+
+class ForgetRequest(msgspec.Struct, frozen=True, kw_only=True, tag="forget.v1"):
+    """Delete what this device sent: the steps, signals and items of these ids, or `everything`.
+
+    Asked again (with a new `at_ms`) under the same `request_id`, the answer is the same.
+    """
+
+    request_id: Annotated[str, Meta(pattern=r"\A[0-9A-Za-z-]{1,64}\Z")]
+    device_id: Id
+    at_ms: int
+    record_ids: Annotated[list[Id], Meta(max_length=MAX_FORGET_IDS)] = []
+    everything: bool = False
+
+
+class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1"):
+    """What was done at a `ForgetRequest`: how many steps and signals were deleted, how many of the ids were not known.
+
+    `adapters` are the versions that had learned from any of it, or went on from one that had: they cannot unlearn.
+    """
+
+    request_id: str
+    device_id: str
+    deleted: int
+    unknown: int
+    adapters: list[int]
+    at_ms: int
+
+
+class SignedRequest(msgspec.Struct, frozen=True, tag="signed-request.v1"):
+    """A `ForgetRequest` as the device signed it (JSON, sorted keys), and the signature."""
+
+    payload: bytes
+    signature: bytes
+
+
+class SignedAnswer(msgspec.Struct, frozen=True, tag="signed-answer.v1"):
+    """A `ForgetReceipt` as the server signed it (JSON, sorted keys), and the signature."""
+
+    payload: bytes
+    signature: bytes
 
 
 def write_invitation(invitation: Invitation) -> str:

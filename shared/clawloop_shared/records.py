@@ -1,11 +1,14 @@
 """The records: step, signal, trajectory and what they are made of. Frozen values, checked once at the border.
 
 Law 1 lives here: a step's ids and logprobs are those that the engine consumed and sampled. A logprob that is
-missing or not finite makes the step untrainable; it is never replaced by a number.
+missing or not finite makes the step untrainable; it is never replaced by a number. What redaction took out has none
+(None), and its position is not learned from.
 """
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 
 import msgspec
 
@@ -61,14 +64,19 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One model call, token-exact. All lists of the response have one entry a sampled token, end token included."""
+    """One model call, token-exact. All lists of the response have one entry a sampled token, end token included.
+
+    `redacted` are spans (start, length) of prompt and response ids whose tokens were replaced before the step left its
+    device. A logprob is None where the token was replaced, or where what came before it was and it could not be scored
+    anew. A step that its device keeps has every logprob and no such span.
+    """
 
     step_id: str
     session_id: str
     run_id: str
     prompt_ids: list[int]
     response_ids: list[int]
-    response_logprobs: list[float]
+    response_logprobs: Sequence[float | None]
     policy: Policy
     sampling: Sampling
     finish_reason: str
@@ -78,11 +86,24 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     group_id: str = ""
     channel: Channel = Channel.TRAIN
     untrainable: str = ""
+    redacted: list[tuple[int, int]] = []
 
     @property
     def trainable(self) -> bool:
         """Whether the server may learn from it; `untrainable` holds the reason if not."""
         return not self.untrainable
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The logprobs of a step that has every one.
+
+        Raises:
+            RecordError: one is masked.
+        """
+        found = [logprob for logprob in self.response_logprobs if logprob is not None]
+        if len(found) < len(self.response_logprobs):
+            raise RecordError(f"step {self.step_id}: {len(self.response_logprobs) - len(found)} logprobs are masked")
+        return found
 
     @property
     def token_ids(self) -> list[int]:
@@ -116,7 +137,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepBatch(msgspec.Struct, frozen=True, tag="steps.v1"):
-    """What an outbox item of level `full` holds: steps and signals in the order in which they were kept."""
+    """What an outbox item holds: steps and signals in the order in which they were kept."""
 
     steps: list[Step] = []
     signals: list[Signal] = []
@@ -126,7 +147,8 @@ def check_step(step: Step) -> Step:
     """Return `step` if it keeps the rules of its record.
 
     Raises:
-        RecordError: an empty side, a negative id, unequal lengths, or a logprob that is not a finite number <= 0.
+        RecordError: an empty side, a negative id, unequal lengths, a redacted span outside the ids, a logprob that is
+            not a finite number <= 0, one that is masked without a reason, or none at all.
     """
     where = f"step {step.step_id}"
     if not step.prompt_ids or not step.response_ids:
@@ -139,12 +161,36 @@ def check_step(step: Step) -> Step:
         raise RecordError(f"{where}: a token id is negative")
     if len(step.response_logprobs) != len(step.response_ids):
         raise RecordError(f"{where}: {len(step.response_logprobs)} logprobs for {len(step.response_ids)} response ids")
-    for position, logprob in enumerate(step.response_logprobs):
-        if not math.isfinite(logprob) or logprob > 1e-4:
-            raise RecordError(f"{where}: logprob {logprob} at response position {position} is not a finite number <= 0")
+    _check_spans(step, where)
+    _check_logprobs(step, where)
     if step.sampling.temperature <= 0:
         raise RecordError(f"{where}: temperature {step.sampling.temperature} gives no distribution to learn from")
     return step
+
+
+def _check_spans(step: Step, where: str) -> None:
+    size = len(step.prompt_ids) + len(step.response_ids)
+    for start, length in step.redacted:
+        if start < 0 or length < 1 or start + length > size:
+            raise RecordError(f"{where}: redacted span {start}+{length} is not within its {size} tokens")
+    if any(start + length > following for (start, length), (following, _) in pairwise(step.redacted)):
+        raise RecordError(f"{where}: its redacted spans are not in order, or overlap")
+
+
+def _check_logprobs(step: Step, where: str) -> None:
+    prompt = len(step.prompt_ids)
+    first = step.redacted[0][0] - prompt if step.redacted else len(step.response_ids)
+    replaced = {at - prompt for start, length in step.redacted for at in range(max(start, prompt), start + length)}
+    for position, logprob in enumerate(step.response_logprobs):
+        if logprob is None:
+            if position < first:
+                raise RecordError(f"{where}: no logprob at response position {position}, before anything was redacted")
+        elif position in replaced:
+            raise RecordError(f"{where}: response position {position} was redacted, but still has a logprob")
+        elif not math.isfinite(logprob) or logprob > 1e-4:
+            raise RecordError(f"{where}: logprob {logprob} at response position {position} is not a finite number <= 0")
+    if all(logprob is None for logprob in step.response_logprobs):
+        raise RecordError(f"{where}: redaction left no logprob of its response")
 
 
 def check_signal(signal: Signal) -> Signal:

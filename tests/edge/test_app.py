@@ -23,16 +23,19 @@ from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.join import Membership
+from clawloop_edge.pool.keys import KnownKey
+from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
-from clawloop_shared import config, signing
+from clawloop_shared import config, signing, wire
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import sha256
+from clawloop_shared.ids import new_step_id
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import parse_config
 from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, sign_manifest
-from clawloop_shared.messages import AdapterOffer, UploadRequest
+from clawloop_shared.messages import AdapterOffer, StatusRequest, UploadRequest
 from clawloop_shared.model_line import ModelLine
-from clawloop_shared.records import Policy
+from clawloop_shared.records import Policy, Sampling, Step, StepBatch
 
 MakeAdapter = Callable[..., dict[str, bytes]]
 PROBE_IDS = [5, 300, 301, 302]
@@ -84,7 +87,7 @@ async def edge(tmp_path: Path, engine: MlxEngine, tiny_model: Path) -> AsyncIter
     home = EdgeHome(tmp_path / "home")
     home.make()
     config = EdgeConfig(model=ModelConfig(path=str(tiny_model)))
-    with Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+    with Pool.open(home.folder, KnownKey.of(b"k" * 32), writer=True) as pool:
         edge = Edge(home, config, pool=pool, engine=engine)
         yield edge
         await edge.stop()
@@ -147,24 +150,102 @@ async def test_a_newer_wish_is_not_taken_for_the_one_that_was_followed(edge: Edg
 
 
 async def test_at_level_off_not_even_a_counter_is_answered(edge: Edge, engine: MlxEngine) -> None:
-    state.keep_membership(edge.pool, member(engine.line, signing.new_key()))
+    joined, cohorts = member(engine.line, signing.new_key()), list[int]()
+    state.keep_membership(edge.pool, joined)
     await edge._follow_membership()
     assert edge.activator is not None
     assert edge.node is None
-    loop = asyncio.get_running_loop()
-    handlers = Handlers(engine, edge.outbox, consent=edge.consent, activator=edge.activator, loop=loop)
+    handlers = Handlers(
+        engine,
+        edge.outbox,
+        consent=edge.consent,
+        member=joined,
+        activator=edge.activator,
+        keep_cohort=cohorts.append,
+        loop=asyncio.get_running_loop(),
+    )
     with pytest.raises(ConsentError):
-        handlers.status()
+        handlers.status(StatusRequest(cohort=3))
     with pytest.raises(ConsentError):
         handlers.upload(UploadRequest([], 1 << 20))
+    assert not handlers.may_leave(())
     edge.consent.set_level(Level.METRICS)
-    assert handlers.status().level == "metrics"
+    assert handlers.may_leave(())
+    assert handlers.status(StatusRequest(cohort=3)).level == "metrics"
+    for cohort in (3, 0, 5):
+        handlers.status(StatusRequest(cohort=cohort))
+    assert cohorts == [3, 5]
+
+
+async def test_a_consent_that_cannot_be_checked_is_none(edge: Edge) -> None:
+    edge.consent.set_level(Level.FULL)
+    assert not edge._is_silent()
+    edge.pool.set_state("device.key", signing.new_key()).result()
+    assert edge._is_silent()
+
+
+def say(engine: MlxEngine, words: str) -> KeptStep:
+    """A step whose prompt is what a person said, with the logprobs that the model gives its answer."""
+    ids = engine.tokenizer.encode(words)
+    answer = engine.tokenizer.encode("done, and nothing else was asked for")
+    step = Step(
+        step_id=new_step_id(),
+        session_id="talk",
+        run_id="run",
+        prompt_ids=ids,
+        response_ids=answer,
+        response_logprobs=[-1.0] * len(answer),
+        policy=engine.policy,
+        sampling=Sampling(),
+        finish_reason="stop",
+        created_ms=1,
+    )
+    return KeptStep(step=step, messages=[], reply={"role": "assistant"}, started_ms=1, finished_ms=2)
+
+
+async def test_at_redacted_the_outbox_holds_no_secret_and_logprobs_of_what_is_sent(
+    edge: Edge, engine: MlxEngine
+) -> None:
+    await edge.start()
+    edge.consent.set_level(Level.REDACTED)
+    secret = "jane.roe@company-mail.com"
+    kept = say(engine, f"please write to {secret} about the garden")
+    await asyncio.wrap_future(edge.pool.keep_step(kept))
+    await edge._fill()
+    (item,) = await asyncio.to_thread(edge.outbox.list)
+    (step,) = wire.decode(edge.outbox.get(item.item_id).body, StepBatch).steps
+    assert (item.level, item.redacted_tokens) == (Level.REDACTED, sum(length for _, length in step.redacted))
+    assert step.redacted
+    text = engine.tokenizer.decode(step.token_ids)
+    assert "jane" not in text
+    assert "company-mail" not in text
+    assert "about the garden" in text
+    expected = await engine.score(step.prompt_ids, step.response_ids, version=0)
+    assert step.response_logprobs == pytest.approx(expected, abs=1e-3)
+
+
+async def test_a_model_whose_folder_is_not_there_lets_nothing_out_redacted_and_says_so(
+    tmp_path: Path, engine: MlxEngine
+) -> None:
+    home = EdgeHome(tmp_path / "home")
+    home.make()
+    gone = EdgeConfig(model=ModelConfig(path=str(tmp_path / "gone")))
+    with Pool.open(home.folder, KnownKey.of(b"k" * 32), writer=True) as pool:
+        edge = Edge(home, gone, pool=pool, engine=engine)
+        await edge.start()
+        edge.consent.set_level(Level.REDACTED)
+        await asyncio.wrap_future(pool.keep_step(say(engine, "hello")))
+        await edge._fill()
+        assert edge.outbox.list() == []
+        assert edge.outbox.waits_for_redactor()
+        assert "nothing can be redacted, so at level redacted no step leaves" in edge._redaction
+        await edge.stop()
 
 
 async def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     home = EdgeHome(tmp_path / "home")
     home.make()
-    with socket.socket() as taken, Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+    with socket.socket() as taken, Pool.open(home.folder, KnownKey.of(b"k" * 32), writer=True) as pool:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         config = EdgeConfig(model=ModelConfig(path="/nowhere"), gateway=GatewaySettings(port=taken.getsockname()[1]))
@@ -190,7 +271,7 @@ async def test_a_second_signal_cuts_the_calls_that_the_first_one_waits_for(
     chosen = EdgeConfig(model=ModelConfig(path=str(tiny_model)), gateway=GatewaySettings(port=port, drain_s=300))
     config.save(home.config_file, chosen)
     headers, body = {"Authorization": f"Bearer {home.token()}"}, {"messages": [{"role": "user", "content": "x"}]}
-    with Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+    with Pool.open(home.folder, KnownKey.of(b"k" * 32), writer=True) as pool:
         async with ClientSession(f"http://127.0.0.1:{port}", headers=headers) as http:
             serving = asyncio.create_task(serve(home, chosen, pool=pool))
             await _until(lambda: "serving on" in caplog.text)

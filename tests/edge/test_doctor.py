@@ -22,6 +22,8 @@ from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
 from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.settings import RetentionSettings
+from clawloop_edge.privacy.deletions import Deletions, Server
 from clawloop_shared import config
 from clawloop_shared.ids import new_step_id
 from clawloop_shared.records import Policy, Sampling, Step
@@ -101,7 +103,7 @@ async def test_all_is_well_with_an_edge_that_runs(home: EdgeHome) -> None:
     async with running(home):
         code, found = await asyncio.to_thread(examined, home)
     assert {name: f["state"] for name, f in found.items()} == dict.fromkeys(
-        ("home", "token", "model", "pool", "steps", "service", "openclaw"), "ok"
+        ("home", "token", "model", "pool", "steps", "room", "service", "openclaw"), "ok"
     )
     assert code == 0
 
@@ -148,6 +150,27 @@ def test_steps_are_counted_by_kind_program_and_reason(home: EdgeHome) -> None:
     ]
     printed = CliRunner().invoke(app, ["--home", str(home.folder), "doctor"]).output
     assert "temperature 0" in printed
+
+
+def test_it_says_what_retention_lets_go_and_when_nothing_more_is_kept(home: EdgeHome) -> None:
+    with open_pool(home, writer=True) as pool:
+        pool.keep_step(kept()).result(10)
+    room = examined(home)[1]["room"]
+    assert (room["state"], room["reason"]) == ("ok", "1 sessions (0 MiB) go within the hour: 1 for age")
+    limits = RetentionSettings(days=0, free_floor_bytes=1 << 60)
+    config.save(home.config_file, msgspec.structs.replace(home.load_config(), retention=limits))
+    room = examined(home)[1]["room"]
+    assert (room["state"], "nothing more is kept" in room["reason"]) == ("warn", True)
+
+
+def test_what_is_left_to_do_of_a_forgetting_is_a_warning(home: EdgeHome) -> None:
+    with open_pool(home, writer=True) as pool:
+        server = Server(url="https://gone.invalid:1", root_key=b"r" * 32)
+        deletions = Deletions(pool)
+        pool.submit(lambda database: deletions.add_in(database, server, names=["step-1"])).result(10)
+    forgetting = examined(home)[1]["forgetting"]
+    assert (forgetting["state"], "1 cannot be sent" in forgetting["reason"]) == ("warn", True)
+    assert forgetting["mend"].endswith("privacy deletions")
 
 
 @pytest.mark.parametrize(

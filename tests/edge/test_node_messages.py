@@ -1,5 +1,7 @@
 """The device answers a fixed set of messages, and tells nothing of itself in an error."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from clawloop_edge.node.messages import answer
@@ -13,6 +15,7 @@ from clawloop_shared.messages import (
     AdapterOffer,
     AdapterReply,
     Invitation,
+    ItemReceipt,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -33,17 +36,23 @@ class Handlers:
         self.called: list[str] = []
         self.more = False
 
-    def status(self) -> StatusReply:
-        self.called.append("status")
+    def status(self, request: StatusRequest) -> StatusReply:
+        self.called.append(f"status {request.cohort}")
         return StatusReply("full", LINE, 3, 1, "0.1")
 
     def upload(self, request: UploadRequest) -> UploadReply:
-        self.called.append(f"upload {request.received}")
+        self.called.append(f"upload {len(request.receipts)}")
         return UploadReply([UploadItem("i", "r", "steps", b"body")], self.more, 3)
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         self.called.append("adapter")
         raise ValueError("a secret of the user")
+
+    def may_leave(self, item_ids: Sequence[str]) -> bool:
+        return True
+
+    def stopped(self, item_ids: Sequence[str]) -> None:
+        """Nothing is sent here."""
 
 
 @pytest.fixture
@@ -52,11 +61,13 @@ def handlers() -> Handlers:
 
 
 def test_each_message_goes_to_its_handler(handlers: Handlers) -> None:
-    status = answer(STATUS, wire.encode(StatusRequest()), handlers=handlers)
+    status = answer(STATUS, wire.encode(StatusRequest(cohort=7)), handlers=handlers)
     assert wire.decode(status.payload, StatusReply).adapter_version == 3
-    upload = answer(UPLOAD, wire.encode(UploadRequest(["a"], 100)), handlers=handlers)
+    assert status.items == ()
+    upload = answer(UPLOAD, wire.encode(UploadRequest([ItemReceipt(b"p", b"s")], 100)), handlers=handlers)
     assert wire.decode(upload.payload, UploadReply).items[0].body == b"body"
-    assert handlers.called == ["status", "upload ['a']"]
+    assert upload.items == ("i",)
+    assert handlers.called == ["status 7", "upload 1"]
 
 
 @pytest.mark.parametrize("kind", ["train", "query.shell", "query.upload2", "", "query"])

@@ -3,19 +3,21 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from clawloop_edge.node.transport import Answer, Incoming, NodeRefused, ServerAway
+from clawloop_edge.node.transport import Answer, Incoming, NodeRefused, Permit, ServerAway, Withdrawn
 from clawloop_edge.node.worker import NodeSettings, NodeState, NodeWorker
 from clawloop_shared import wire
 from clawloop_shared.messages import (
     STATUS,
+    UPLOAD,
     AdapterOffer,
     AdapterReply,
     StatusReply,
     StatusRequest,
+    UploadItem,
     UploadReply,
     UploadRequest,
 )
@@ -32,10 +34,13 @@ class Wire:
         self.trouble: Exception | None = None
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self.answers: list[Answer] = []
-        self.connects = self.closes = self.polls = 0
+        self.connects = self.closes = self.polls = self.goodbyes = 0
+        self.slow = False
+        self.sending, self.was_cut = threading.Event(), threading.Event()
 
     def connect(self) -> None:
         self.connects += 1
+        self.was_cut.clear()
         self._fail()
 
     def receive(self) -> Incoming | None:
@@ -43,12 +48,23 @@ class Wire:
         self._fail()
         return None if self.inbox.empty() else self.inbox.get()
 
-    def send(self, incoming: Incoming, answer: Answer) -> None:
+    def send(self, incoming: Incoming, answer: Answer, *, permit: Permit) -> None:
         self._fail()
+        if not permit():
+            raise Withdrawn("not this one")
+        self.sending.set()
+        if self.slow and not self.was_cut.wait(10):
+            raise AssertionError("nobody cut it")
+        if self.was_cut.is_set():
+            raise Withdrawn("cut")
         self.answers.append(answer)
 
-    def close(self) -> None:
+    def cut(self) -> None:
+        self.was_cut.set()
+
+    def close(self, *, goodbye: bool = True) -> None:
         self.closes += 1
+        self.goodbyes += goodbye
 
     def _fail(self) -> None:
         if self.trouble:
@@ -59,16 +75,28 @@ class Handlers:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.allowed = True
+        self.trouble: Exception | None = None
+        self.withdrawn: set[str] = set()
+        self.told_stopped: list[str] = []
 
-    def status(self) -> StatusReply:
+    def status(self, request: StatusRequest) -> StatusReply:
         self.gate.wait(10)
         return StatusReply("off", LINE, 0, 0, "0")
 
     def upload(self, request: UploadRequest) -> UploadReply:
-        return UploadReply([], False, 0)
+        return UploadReply([UploadItem("item", "receipt", "steps", b"body")], False, 0)
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         return AdapterReply(0, False)
+
+    def may_leave(self, item_ids: Sequence[str]) -> bool:
+        if self.trouble:
+            raise self.trouble
+        return self.allowed and not self.withdrawn & set(item_ids)
+
+    def stopped(self, item_ids: Sequence[str]) -> None:
+        self.told_stopped += item_ids
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -84,14 +112,23 @@ def line() -> Wire:
 
 
 @pytest.fixture
-def worker(line: Wire) -> Iterator[NodeWorker]:
-    worker = NodeWorker(line, Handlers(), settings=QUICK)
+def worker(line: Wire, handlers: Handlers) -> Iterator[NodeWorker]:
+    worker = NodeWorker(line, handlers, settings=QUICK)
     yield worker
     worker.stop()
 
 
+@pytest.fixture
+def handlers() -> Handlers:
+    return Handlers()
+
+
 def ask(line: Wire) -> None:
     line.inbox.put(Incoming(STATUS, wire.encode(StatusRequest()), None))
+
+
+def ask_upload(line: Wire) -> None:
+    line.inbox.put(Incoming(UPLOAD, wire.encode(UploadRequest([], 100)), None))
 
 
 def test_messages_are_answered(line: Wire, worker: NodeWorker) -> None:
@@ -179,3 +216,61 @@ def test_a_handler_that_hangs_is_told_of(line: Wire) -> None:
     assert not worker.stop(timeout_s=0.1)
     handlers.gate.set()
     until(lambda: worker.status.state is NodeState.STOPPED)
+
+
+def test_what_may_no_longer_leave_is_cut_in_its_midst_and_told_of(
+    line: Wire, handlers: Handlers, worker: NodeWorker
+) -> None:
+    line.slow = True
+    worker.start()
+    ask_upload(line)
+    assert line.sending.wait(10)
+    began = time.monotonic()
+    handlers.withdrawn = {"item"}
+    until(lambda: handlers.told_stopped)
+    assert time.monotonic() - began < 1
+    assert (handlers.told_stopped, line.answers, line.goodbyes) == (["item"], [], 0)
+    line.slow = False
+    ask(line)
+    until(lambda: line.answers)
+
+
+def test_an_upload_goes_on_while_it_may(line: Wire, handlers: Handlers, worker: NodeWorker) -> None:
+    line.slow = True
+    worker.start()
+    ask_upload(line)
+    assert line.sending.wait(10)
+    assert not line.was_cut.wait(0.5)
+    handlers.allowed = False
+    assert line.was_cut.wait(1)
+
+
+def test_while_nothing_may_leave_the_server_is_not_even_called(
+    line: Wire, handlers: Handlers, worker: NodeWorker
+) -> None:
+    handlers.allowed = False
+    worker.start()
+    until(lambda: line.closes)
+    assert (line.connects, line.goodbyes) == (0, 0)
+    handlers.allowed = True
+    until(lambda: line.connects)
+
+
+def test_stopping_silently_breaks_off_what_is_sent_and_says_no_goodbye(
+    line: Wire, handlers: Handlers, worker: NodeWorker
+) -> None:
+    line.slow = True
+    worker.start()
+    ask_upload(line)
+    assert line.sending.wait(10)
+    assert worker.stop(silent=True)
+    assert (line.answers, line.goodbyes) == ([], 0)
+
+
+def test_what_cannot_be_asked_is_cut(line: Wire, handlers: Handlers, worker: NodeWorker) -> None:
+    line.slow = True
+    worker.start()
+    ask_upload(line)
+    assert line.sending.wait(10)
+    handlers.trouble = OSError("the disk is gone")
+    assert line.was_cut.wait(1)

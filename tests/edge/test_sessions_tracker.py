@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from clawloop_edge.errors import PoolError
 from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.sessions.classify import Kind, Traffic
 from clawloop_edge.sessions.identity import Identity
@@ -100,7 +101,7 @@ class Edge:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
-    with Pool.open(tmp_path / "pool", os.urandom(32), writer=True) as opened:
+    with Pool.open(tmp_path / "pool", KnownKey.of(os.urandom(32)), writer=True) as opened:
         yield opened
 
 

@@ -20,6 +20,7 @@ from clawloop_edge.gateway.app import make_app, make_runner
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.join import Membership
 from clawloop_edge.opening import open_engine
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_shared import signing
 from clawloop_shared.errors import ConfigError
@@ -88,7 +89,7 @@ async def test_before_a_server_of_texts_the_edge_answers_no_server(tmp_path: Pat
     home.make()
     config = EdgeConfig(model=ModelConfig(kind="upstream"), upstream=UpstreamSettings(url=url))
     engine = await open_engine(config)
-    with Pool.open(home.folder, b"k" * 32, writer=True) as pool:
+    with Pool.open(home.folder, KnownKey.of(b"k" * 32), writer=True) as pool:
         edge = Edge(home, config, pool=pool, engine=engine)
         state.keep_membership(pool, _member(engine))
         edge.consent.set_level(Level.FULL)
@@ -106,6 +107,7 @@ async def test_before_a_server_of_texts_the_edge_answers_no_server(tmp_path: Pat
             found = json.loads(await (await http.get(f"http://127.0.0.1:{port}/v1/status")).text())
         assert found["server_state"] == "silent (the upstream server gives no token ids)"
         assert found["engine_alive"]
+        assert found["encryption"] == "file (SQLCipher) and rows"
         assert (edge.node, edge.activator) == (None, None)
         state.forget_membership(pool)
         await edge._watch()

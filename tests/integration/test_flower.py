@@ -10,7 +10,7 @@ import signal
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,20 +32,25 @@ from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, serv
 from clawloop_server.home import Home, create
 from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
+from clawloop_shared import signing
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
     AdapterOffer,
     AdapterReply,
     Invitation,
+    ItemReceived,
     JoinRequest,
     StatusReply,
+    StatusRequest,
     UploadItem,
     UploadReply,
     UploadRequest,
     write_invitation,
 )
 from clawloop_shared.model_line import ModelLine
+from clawloop_shared.receipts import open_item, sign_item
 
+KEY = signing.new_key()
 LINE = ModelLine(base_sha256="a", tokenizer_sha256="b", template_sha256="c")
 LARGE = 7 << 20
 T = TypeVar("T")
@@ -94,9 +99,9 @@ class Hub:
     def node_keys(self) -> dict[str, str]:
         return dict(self.keys)
 
-    def receive(self, device_id: str, items: list[UploadItem]) -> list[str]:
+    def receive(self, device_id: str, items: list[UploadItem]) -> list[ItemReceived]:
         self.kept += [(device_id, item) for item in items]
-        return [item.item_id for item in items]
+        return [ItemReceived(device_id=device_id, item_id=i.item_id, received_ms=1, sha256="") for i in items]
 
     def current_version(self) -> int:
         return self.version
@@ -110,6 +115,9 @@ class Hub:
 
     def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
         pass
+
+    def cohort(self) -> int:
+        return len(self.keys)
 
     # running
 
@@ -136,12 +144,18 @@ class Hub:
     async def _start(self) -> None:
         self.tls = ensure_tls(self._home.keys)
         settings = DispatchSettings(upload_every_s=0.3)
-        dispatcher = Dispatcher(vault=self, releases=self, members=self, settings=settings)
+        dispatcher = Dispatcher(
+            vault=self, releases=self, members=self, sign=lambda received: sign_item(received, KEY), settings=settings
+        )
         self.fleet = Fleet(self._home, self.tls, port=dispatcher, members=self)
         await self.fleet.start()
         desk = JoinDesk(self, register=self._register, line=LINE, release_key=b"r" * 32)
         self.front = Front(
-            self.fleet.address, desk=desk, upstream_tls=client_context(self.tls), is_open=lambda: self.fleet.open
+            self.fleet.address,
+            joining=desk,
+            forgetting=desk,
+            upstream_tls=client_context(self.tls),
+            is_open=lambda: self.fleet.open,
         )
         port = await self.front.start("127.0.0.1", 0, tls=server_context(self.tls))
         self.url = f"https://127.0.0.1:{port}"
@@ -169,12 +183,12 @@ class Device:
         self.transport = FlowerTransport(membership, heartbeat_s=10)
         self.worker = NodeWorker(self.transport, self, settings=NodeSettings(poll_s=0.1, max_retry_s=0.5, refused_s=1))
 
-    def status(self) -> StatusReply:
+    def status(self, request: StatusRequest) -> StatusReply:
         return StatusReply("full", LINE, self.version, len(self.unacknowledged), "0")
 
     def upload(self, request: UploadRequest) -> UploadReply:
-        for item_id in request.received:
-            self.unacknowledged.pop(item_id, None)
+        for receipt in request.receipts:
+            self.unacknowledged.pop(open_item(receipt, signing.public_key(KEY)).item_id, None)
         while not self.outbox.empty():
             item = self.outbox.get()
             self.unacknowledged[item.item_id] = item
@@ -184,6 +198,12 @@ class Device:
         self.adapters.append(offer)
         self.version = int(offer.manifest.body)
         return AdapterReply(self.version, installed=True)
+
+    def may_leave(self, item_ids: Sequence[str]) -> bool:
+        return True
+
+    def stopped(self, item_ids: Sequence[str]) -> None:
+        pass
 
     def put(self, item_id: str, body: bytes = b"body") -> None:
         self.outbox.put(UploadItem(item_id, "receipt", "steps", body))
@@ -252,7 +272,7 @@ def test_an_invitation_is_good_once_and_its_certificate_is_pinned(hub: Hub, tmp_
     with pytest.raises(NodeError, match=r"403.*not known"):
         join(hub.invitation("used"), line=LINE)
     other = ensure_tls(tmp_path).ca.read_text()
-    with pytest.raises(NodeError, match="not the server of this invitation"):
+    with pytest.raises(NodeError, match="not the server of the invitation"):
         join(write_invitation(Invitation(hub.url, other, b"k" * 32, "one")), line=LINE)
 
 

@@ -20,6 +20,7 @@ from clawloop_edge.engine.tool_calls import parse_reply
 from clawloop_edge.gateway.app import make_app, make_runner
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_shared.lora import LINEARS, LoraConfig, expected_tensors
 from clawloop_shared.model_line import read_shape
@@ -95,7 +96,7 @@ async def test_every_step_of_a_mixed_load_is_what_was_sampled_and_said(tmp_path:
     engine = await MlxEngine.open(MODEL)
     adapters = [(Policy(engine.line.line_id, version, f"{version:064x}"), _adapter(version)) for version in (1, 2, 3)]
     loaded = list(adapters)
-    with Pool.open(tmp_path / "pool", os.urandom(32), writer=True) as pool:
+    with Pool.open(tmp_path / "pool", KnownKey.of(os.urandom(32)), writer=True) as pool:
         runner, url = await _serve(engine, pool)
         load = Load(engine, url, adapters)
         await load.run()

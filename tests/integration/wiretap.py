@@ -6,15 +6,16 @@ messages in it. A tap can be told to take an edge's bytes slowly, as a bad line 
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Array, ConfigRecord
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.proto.message_pb2 import PushObjectRequest
 
 from clawloop_server.fleet.tls import TlsFiles
@@ -95,11 +96,23 @@ class Tap:
             yield from _requests(bytes(connection.sent))
 
     def payloads(self) -> Iterator[bytes]:
-        """Whatever edges put into Flower messages: the one value in each message's record."""
-        for request in self.requests():
-            if request.path.endswith("push-object"):
-                pushed = PushObjectRequest.FromString(request.body)
-                yield from _values(pushed.object_content)
+        """Whatever edges put into Flower messages and sent to its end: the one value in each message's record."""
+        pushed = [
+            PushObjectRequest.FromString(request.body)
+            for request in self.requests()
+            if request.path.endswith("push-object")
+        ]
+        objects = {each.object_id: each.object_content for each in pushed}
+        for content in objects.values():
+            if content.startswith(b"ConfigRecord "):
+                value = ConfigRecord.inflate(content).get(RECORD)
+                if isinstance(value, bytes):
+                    yield value
+            elif content.startswith(b"Array "):
+                children = content.partition(b"\0")[0].split(b" ")[1].decode().split(",")
+                if all(child in objects for child in children):
+                    chunks = {child: ArrayChunk.inflate(objects[child]) for child in children}
+                    yield Array.inflate(content, chunks).data
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -109,7 +122,11 @@ class Tap:
             self._loop.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._carry, "127.0.0.1", self._port, ssl=self._towards_edge)
+        listening = socket.create_server(("127.0.0.1", self._port))
+        listening.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, _BLOCK
+        )  # what is sent and not taken stays at the edge
+        server = await asyncio.start_server(self._carry, sock=listening, ssl=self._towards_edge)
         self._ready.set()
         async with server:
             await self._stopped.wait()
@@ -173,17 +190,6 @@ def _requests(data: bytes) -> Iterator[Request]:
         method, path, _ = line.decode().split(" ", 2)
         yield Request(method, path, head, data[:length])
         data = data[length:]
-
-
-def _values(content: bytes) -> Iterator[bytes]:
-    """The bytes of our one value in a flattened Flower object; other objects of a message hold names alone."""
-    kind = content.split(b" ", 1)[0]
-    if kind == b"ConfigRecord":
-        value: Any = ConfigRecord.inflate(content).get(RECORD)
-        if isinstance(value, bytes):
-            yield value
-    elif kind == b"Array":
-        yield Array.inflate(content).data
 
 
 def tls_files(server_home: Path) -> TlsFiles:

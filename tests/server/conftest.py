@@ -63,13 +63,13 @@ def vault(home: Home, keys: ServerKeys, base: Base) -> Iterator[Vault]:
 
 
 @pytest.fixture
-def add_device(vault: Vault, base: Base) -> Callable[[], str]:
-    """Let another device in; its id."""
+def add_device(vault: Vault, base: Base) -> Callable[..., str]:
+    """Let another device in; its id. `key` is the private key that it signs with."""
 
-    def add() -> str:
+    def add(key: bytes = b"") -> str:
         device = Device(
             device_id=new_id(),
-            device_key=signing.public_key(signing.new_key()),
+            device_key=signing.public_key(key or signing.new_key()),
             node_key_pem=f"PEM {new_id()}",
             node_id=None,
             line_id=base.line_id,
@@ -85,7 +85,7 @@ def add_device(vault: Vault, base: Base) -> Callable[[], str]:
 
 
 @pytest.fixture
-def device(add_device: Callable[[], str]) -> str:
+def device(add_device: Callable[..., str]) -> str:
     """A device that was let in."""
     return add_device()
 
@@ -104,7 +104,8 @@ def make_step(base: Base) -> MakeStep:
         session_id: str = "session",
         prompt_ids: list[int] | None = None,
         response_ids: list[int] | None = None,
-        logprobs: list[float] | None = None,
+        logprobs: list[float | None] | None = None,
+        redacted: list[tuple[int, int]] | None = None,
         line: str | None = None,
         step_id: str | None = None,
         trajectory_id: str = "",
@@ -129,6 +130,7 @@ def make_step(base: Base) -> MakeStep:
             group_id=group_id,
             channel=channel,
             untrainable=untrainable,
+            redacted=redacted or [],
         )
 
     return make

@@ -187,4 +187,6 @@ def test_only_joined_devices_of_the_line_may_sync(vault: Vault, add_device: Call
     assert list(members.node_keys()) == [stays]
     assert [device.device_id for device in members.registered_in_vain()] == [goes]
     assert members.devices.get(stays).adapter_version == 3
-    assert HubMembers(vault.database, line_id="another").device_of(1) is None
+    assert members.cohort() == 1
+    other = HubMembers(vault.database, line_id="another")
+    assert (other.device_of(1), other.cohort()) == (None, 0)

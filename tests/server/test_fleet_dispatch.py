@@ -17,7 +17,10 @@ from clawloop_shared.messages import (
     UPLOAD,
     AdapterOffer,
     AdapterReply,
+    ItemReceipt,
+    ItemReceived,
     StatusReply,
+    StatusRequest,
     UploadItem,
     UploadReply,
     UploadRequest,
@@ -41,13 +44,14 @@ class World:
             vault=self,
             releases=self,
             members=self,
+            sign=lambda received: ItemReceipt(received.item_id.encode(), b"signed"),
             settings=DispatchSettings(upload_every_s=10, refused_again_s=1000),
             clock=lambda: self.now_s,
         )
 
-    def receive(self, device_id: str, items: list[UploadItem]) -> list[str]:
+    def receive(self, device_id: str, items: list[UploadItem]) -> list[ItemReceived]:
         self.kept += [item.item_id for item in items]
-        return [item.item_id for item in items]
+        return [ItemReceived(device_id=device_id, item_id=i.item_id, received_ms=1, sha256="") for i in items]
 
     def current_version(self) -> int:
         return self.version
@@ -59,6 +63,9 @@ class World:
 
     def device_of(self, node_id: int) -> str | None:
         return self.members.get(node_id)
+
+    def cohort(self) -> int:
+        return len(self.members)
 
     def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
         self.seen_versions.append(adapter_version)
@@ -84,6 +91,10 @@ def world() -> World:
     return World()
 
 
+def acknowledged(sent: Outgoing) -> list[str]:
+    return [receipt.payload.decode() for receipt in wire.decode(sent.payload, UploadRequest).receipts]
+
+
 async def greeted(world: World, *, version: int = 0) -> None:
     assert await world.asked() == [STATUS]
     await world.says_status(version)
@@ -107,10 +118,10 @@ async def test_items_are_acknowledged_in_the_next_request_and_only_once(world: W
     await world.work()
     await world.says_upload("a", "b", more=True)
     (second,) = await world.work()
-    assert wire.decode(second.payload, UploadRequest).received == ["a", "b"]
+    assert acknowledged(second) == ["a", "b"]
     await world.says_upload("c", more=True)
     (third,) = await world.work()
-    assert wire.decode(third.payload, UploadRequest).received == ["c"]
+    assert acknowledged(third) == ["c"]
     assert world.kept == ["a", "b", "c"]
 
 
@@ -122,7 +133,21 @@ async def test_an_acknowledgement_that_was_lost_is_sent_again(world: World) -> N
     await world.dispatcher.reply(Reply(7, UPLOAD, error="5 gone"))
     world.now_s += 100
     (again,) = await world.work()
-    assert wire.decode(again.payload, UploadRequest).received == ["a"]
+    assert acknowledged(again) == ["a"]
+
+
+async def test_of_an_answer_with_very_many_items_as_many_are_taken_as_can_be_acknowledged(world: World) -> None:
+    await greeted(world)
+    await world.work()
+    await world.says_upload(*map(str, range(3000)), more=True)
+    (again,) = await world.work()
+    assert acknowledged(again) == world.kept == [str(n) for n in range(1024)]
+
+
+async def test_a_device_is_told_how_many_devices_there_are(world: World) -> None:
+    world.members[8] = "another"
+    (question,) = await world.work()
+    assert wire.decode(question.payload, StatusRequest).cohort == 2
 
 
 async def test_without_more_the_device_rests_until_the_next_upload_is_due(world: World) -> None:
@@ -261,7 +286,7 @@ async def test_what_cannot_be_kept_is_not_acknowledged_and_ends_no_bridge(
         await world.says_upload("a")
     world.now_s += 100
     (again,) = await world.work()
-    assert wire.decode(again.payload, UploadRequest).received == []
+    assert acknowledged(again) == []
     await world.says_upload("a")
     assert world.kept == ["a"]
 

@@ -10,16 +10,16 @@ from aiohttp import web
 
 from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
 from clawloop_server.hub import front
+from clawloop_server.hub.desk import DeskAnswer
 from clawloop_server.hub.front import Front
-from clawloop_server.hub.join import JoinAnswer
 from clawloop_shared.messages import MAX_JOIN_BYTES
 
 
 class Desk:
     """Tells how much it was given."""
 
-    async def answer(self, body: bytes) -> JoinAnswer:
-        return JoinAnswer(400, message=f"{len(body)} bytes")
+    async def answer(self, body: bytes) -> DeskAnswer:
+        return DeskAnswer(400, message=f"{len(body)} bytes")
 
 
 class World:
@@ -37,7 +37,7 @@ class World:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._server_tls).start()
         superlink = f"127.0.0.1:{self._runner.addresses[0][1]}"
-        self._front = Front(superlink, desk=Desk(), upstream_tls=self.tls)  # type: ignore[arg-type]
+        self._front = Front(superlink, joining=Desk(), forgetting=Desk(), upstream_tls=self.tls)
         self.port = await self._front.start("127.0.0.1", 0, tls=self._server_tls)
 
     async def stop(self) -> None:

@@ -41,7 +41,18 @@ from clawloop_shared import signing, wire
 from clawloop_shared.ids import new_id
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe
-from clawloop_shared.messages import JOIN_PATH, JoinReply, JoinRequest, UploadItem, read_invitation
+from clawloop_shared.messages import (
+    FORGET_PATH,
+    JOIN_PATH,
+    ForgetRequest,
+    Invitation,
+    JoinReply,
+    JoinRequest,
+    SignedAnswer,
+    UploadItem,
+    read_invitation,
+)
+from clawloop_shared.receipts import open_forgotten, sign_forget
 from clawloop_shared.records import Policy, Sampling, Signal, Step, StepBatch, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Click 9.0.*:DeprecationWarning")  # typer's own import of click
@@ -170,16 +181,33 @@ def test_devices_are_listed_shown_revoked_and_deleted(run: Run, made: Home, open
     device = join(opened, base)
     send(opened, device, base)
     (listed,) = run("devices", "list", "--json")
-    assert listed == run("devices", "show", device, "--json")
+    assert listed | {"forgotten": []} == run("devices", "show", device, "--json")
     assert (listed["device_id"], listed["state"]) == (device, "joined")
     assert device in run("devices", "list")
     assert device in run("devices", "show", device)
     run("devices", "revoke", device, "--yes")
     assert run("devices", "show", device, "--json")["state"] == "revoked"
-    assert run("devices", "delete", device, "--yes", "--json") == {"steps": 1, "signals": 1, "items": 2, "rounds": []}
+    deleted = run("devices", "delete", device, "--yes", "--json")
+    assert deleted == {"steps": 1, "signals": 1, "items": 2, "set_aside": 1, "rounds": []}
     assert run("devices", "show", device, "--json")["state"] == "deleted"
     assert "devices list" in run("devices", "show", "nobody", code=1)
     assert "deleted" in run("devices", "revoke", device, "--yes", code=1)
+
+
+def test_what_a_device_asked_to_forget_is_shown_without_what_it_was(run: Run, made: Home, opened: Vault) -> None:
+    base = find_base(made)
+    device = join(opened, base)
+    send(opened, device, base)
+    named = ForgetRequest(request_id="first", device_id=device, at_ms=1, record_ids=["a secret name"])
+    opened.forget(named, now_ms=1)
+    opened.forget(ForgetRequest(request_id="second", device_id=device, at_ms=1, everything=True), now_ms=2)
+    first, second = run("devices", "show", device, "--json")["forgotten"]
+    assert (first["request_id"], first["everything"], first["deleted"], first["unknown"]) == ("first", False, 1, 1)
+    assert (second["request_id"], second["everything"], second["deleted"]) == ("second", True, 2)
+    shown = run("devices", "show", device)
+    assert "asked to forget" in shown
+    assert "everything" in shown
+    assert "secret" not in shown
 
 
 def test_data_stats_counts_and_says_what_was_set_aside(run: Run, made: Home, opened: Vault) -> None:
@@ -345,21 +373,25 @@ def group_lives(leader: int) -> bool:
     return True
 
 
-def ask_to_join(text: str, base: Base) -> JoinReply:
+def ask_to_join(text: str, base: Base, *, key: bytes) -> JoinReply:
     """Join as a device would: over TLS, trusting the invitation's certificate alone."""
     invitation = read_invitation(text)
     public = ec.generate_private_key(ec.SECP384R1()).public_key()
     pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-    device_key = signing.public_key(signing.new_key())
+    device_key = signing.public_key(key)
     request = JoinRequest(code=invitation.code, device_key=device_key, node_key_pem=pem, line=base.line)
+    return wire.decode(posted(invitation, JOIN_PATH, body=wire.encode(request)), JoinReply)
+
+
+def posted(invitation: Invitation, path: str, *, body: bytes) -> bytes:
     context = ssl.create_default_context(cadata=invitation.ca_pem)
     connection = http.client.HTTPSConnection(urlsplit(invitation.url).netloc, timeout=30, context=context)
-    connection.request("POST", JOIN_PATH, wire.encode(request))
+    connection.request("POST", path, body)
     response = connection.getresponse()
-    body = response.read()
+    answer = response.read()
     connection.close()
-    assert response.status == 200, body
-    return wire.decode(body, JoinReply)
+    assert response.status == 200, answer
+    return answer
 
 
 def test_serve_releases_lets_in_puts_out_and_leaves_nothing_behind(run: Run, made: Home) -> None:
@@ -381,10 +413,16 @@ def test_serve_releases_lets_in_puts_out_and_leaves_nothing_behind(run: Run, mad
         def parts() -> dict[str, Any]:
             return {part["name"]: part for part in run("status", "--json")["parts"]}
 
-        joined = ask_to_join(run("invite"), find_base(made))
+        key, invitation = signing.new_key(), run("invite")
+        joined = ask_to_join(invitation, find_base(made), key=key)
         assert joined.release_key == load_keys(made).release_public
         assert run("devices", "show", joined.device_id, "--json")["node_id"] == joined.node_id
         run("devices", "revoke", joined.device_id, "--yes")
+        request = ForgetRequest(
+            request_id="r", device_id=joined.device_id, at_ms=time.time_ns() // 1_000_000, everything=True
+        )
+        answer = posted(read_invitation(invitation), FORGET_PATH, body=wire.encode(sign_forget(request, key)))
+        assert open_forgotten(wire.decode(answer, SignedAnswer), joined.release_key).request_id == "r"
         until(lambda: run("devices", "show", joined.device_id, "--json")["node_id"] is None)
 
         assert {"superlink", "superexec", "trainer"} == parts().keys()

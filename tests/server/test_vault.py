@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import signal as signals
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zstandard
 
@@ -22,7 +24,7 @@ from clawloop_shared.database import open_database
 from clawloop_shared.envelope import derive_key
 from clawloop_shared.errors import KeyMissing, StorageError
 from clawloop_shared.ids import new_id
-from clawloop_shared.messages import UploadItem
+from clawloop_shared.messages import ItemReceived, UploadItem
 from clawloop_shared.records import Channel, Signal, Step, StepBatch, Target
 
 Make = Callable[..., Any]
@@ -39,7 +41,7 @@ def test_what_was_received_comes_back_as_a_rewarded_trajectory(
     first, second = make_step(run_id="run", created_ms=1), make_step(run_id="run", created_ms=2)
     sent = item([second, first], [make_signal(Target.RUN, "run", 0.5)])
 
-    assert vault.receive(device, [sent]) == [sent.item_id]
+    assert [r.item_id for r in vault.receive(device, [sent])] == [sent.item_id]
 
     (found,) = vault.ready(first.policy.line, 10)
     assert found.steps == [first, second]
@@ -99,7 +101,7 @@ def test_what_is_sent_twice_counts_once_and_a_changed_record_is_set_aside(
     step, judged = make_step(run_id="run"), make_signal(Target.RUN, "run")
     sent = item([step], [judged])
     for _ in range(3):
-        assert vault.receive(device, [sent]) == [sent.item_id]
+        assert [r.item_id for r in vault.receive(device, [sent])] == [sent.item_id]
     again = item([step], [judged])
     changed = item([make_step(step_id=step.step_id, response_ids=[7])])
     reused = item([make_step()], item_id=sent.item_id)
@@ -123,6 +125,8 @@ def test_what_is_sent_twice_counts_once_and_a_changed_record_is_set_aside(
         ({"response_ids": [4, 1000]}, "token outside the vocabulary"),
         ({"line": "0123456789abcdef"}, "other model line"),
         ({"untrainable": "sampled with top-p"}, "untrainable"),
+        ({"logprobs": [None, None], "redacted": [(3, 2)]}, "nothing left to learn"),
+        ({"logprobs": [None, -0.5]}, "bad step"),
     ],
 )
 def test_a_bad_step_is_set_aside_with_its_reason_and_the_rest_of_the_item_is_kept(
@@ -131,10 +135,35 @@ def test_a_bad_step_is_set_aside_with_its_reason_and_the_rest_of_the_item_is_kep
     good = make_step(run_id="run")
     sent = item([make_step(run_id="run", **fields), good], [make_signal(Target.RUN, "run")])
 
-    assert vault.receive(device, [sent]) == [sent.item_id], "acknowledged, so that it is not sent for ever"
+    assert [r.item_id for r in vault.receive(device, [sent])] == [sent.item_id], (
+        "acknowledged, so that it is not sent for ever"
+    )
 
     assert vault.stats().set_aside == {reason: 1}
     assert [t.steps for t in vault.ready(good.policy.line, 9)] == [[good]]
+
+
+def test_a_redacted_step_comes_back_with_its_masks(
+    vault: Vault, device: str, make_step: Make, make_signal: Make
+) -> None:
+    step = make_step(run_id="0f3a", logprobs=[None, -0.5], redacted=[(1, 1), (3, 1)], step_id="a pseudonym")
+    vault.receive(device, [item([step], [make_signal(Target.STEP, "a pseudonym"), make_signal(Target.RUN, "0f3a")])])
+    (found,) = vault.ready(step.policy.line, 9)
+    assert found.steps == [step]
+    assert len(found.signals) == 2
+
+
+def test_an_item_that_comes_again_is_known_and_said_to_be_there_since_when_it_came(
+    vault: Vault, device: str, make_step: Make
+) -> None:
+    sent = item([make_step()])
+    (first,) = vault.receive(device, [sent], now_ms=1000)
+    assert first == ItemReceived(
+        device_id=device, item_id=sent.item_id, received_ms=1000, sha256=hashlib.sha256(sent.body).hexdigest()
+    )
+    assert vault.receive(device, [sent], now_ms=2000) == [first]
+    (changed,) = vault.receive(device, [item([make_step()], item_id=sent.item_id)], now_ms=3000)
+    assert (changed.received_ms, changed.sha256 == first.sha256) == (3000, False)
 
 
 def test_a_bad_signal_and_an_unreadable_item_are_set_aside(vault: Vault, device: str, make_signal: Make) -> None:
@@ -246,7 +275,7 @@ from clawloop_server.release.keys import load_master_key
 from clawloop_server.vault.store import Vault
 from clawloop_shared import wire
 from clawloop_shared.ids import new_id, new_step_id
-from clawloop_shared.messages import UploadItem
+from clawloop_shared.messages import ItemReceived, UploadItem
 from clawloop_shared.records import Policy, Sampling, Signal, Step, StepBatch, Target
 home = open_home(Path(sys.argv[1]))
 vault = Vault.open(home, load_master_key(home))
@@ -278,6 +307,33 @@ def test_kill_9_while_receiving_loses_nothing_that_was_acknowledged(
     assert set(acknowledged) <= kept
     assert vault.stats().signals == vault.stats().steps == len(kept)
     assert vault.database.row("PRAGMA integrity_check") == ("ok",)
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+import msgspec
+from clawloop_server.home import open_home
+from clawloop_server.release.keys import load_master_key
+from clawloop_server.vault.store import Vault
+from clawloop_shared.messages import UploadItem
+home = open_home(Path(sys.argv[1]))
+vault = Vault.open(home, load_master_key(home))
+vault.receive(sys.argv[2], [msgspec.msgpack.decode(sys.stdin.buffer.read(), type=UploadItem)], now_ms=1000)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_an_item_whose_receipt_was_lost_to_a_kill_is_known_when_it_comes_again(
+    vault: Vault, home: Home, device: str, make_step: Make
+) -> None:
+    sent = item([make_step()])
+    command = [sys.executable, "-c", _KILLED, str(home.folder), device]
+    killed = subprocess.run(command, input=msgspec.msgpack.encode(sent), capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    (received,) = vault.receive(device, [sent], now_ms=2000)
+    assert (received.item_id, received.received_ms) == (sent.item_id, 1000)
+    assert (vault.stats().items, vault.stats().steps) == (1, 1)
 
 
 def in_files(home: Home, *texts: bytes) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from clawloop_shared.database import migrate, open_database, sqlcipher, transaction
+from clawloop_shared.database import engine, migrate, open_database, transaction
 from clawloop_shared.errors import KeyMissing, StorageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_a_failed_transaction_leaves_nothing_and_the_connection_goes_on(path: Pa
     database = open_database(path, KEY)
     with pytest.raises(ZeroDivisionError):
         write(database, "INSERT INTO numbers VALUES (3)", then=ZeroDivisionError())
-    with pytest.raises(sqlcipher().IntegrityError), transaction(database):
+    with pytest.raises(engine().IntegrityError), transaction(database):
         database.execute("INSERT INTO numbers VALUES (4), (1)")
     with transaction(database):
         database.execute("INSERT INTO numbers VALUES (5)")

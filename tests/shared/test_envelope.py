@@ -55,3 +55,11 @@ def test_derived_keys_differ_by_purpose_and_salt_and_do_not_give_the_master_away
     assert len(keys) == 4
     assert {len(key) for key in keys} == {32}
     assert derive_key(KEY, "file") in keys
+
+
+@given(plain=st.binary(max_size=3000))
+def test_in_buckets_a_size_tells_no_more_than_how_many_they_are(plain: bytes) -> None:
+    key = bytes(range(32))
+    sealed = seal(key, plain, aad=b"here", bucket_bytes=512)
+    assert (len(sealed) - len(seal(key, b"", aad=b"here", bucket_bytes=512))) % 512 == 0
+    assert unseal(key, sealed, aad=b"here") == plain

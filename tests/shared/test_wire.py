@@ -138,11 +138,44 @@ def make_step(**changes: object) -> Step:
         {"response_ids": [], "response_logprobs": []},
         {"prompt_ids": [-1]},
         {"sampling": Sampling(temperature=0.0)},
+        {"response_logprobs": [None, -0.1]},
+        {"response_logprobs": [-0.5, None], "redacted": []},
+        {"response_logprobs": [None, -0.1], "redacted": [(2, 1)]},
+        {"response_logprobs": [None, None], "redacted": [(1, 2)]},
+        {"redacted": [(2, 1)]},
+        {"response_logprobs": [-0.5, math.nan], "redacted": [(0, 1)]},
+        {"redacted": [(0, 0)]},
+        {"redacted": [(-1, 1)]},
+        {"redacted": [(2, 2)], "response_logprobs": [-0.5, None]},
+        {"redacted": [(1, 1), (0, 1)], "response_logprobs": [None, -0.5]},
+        {"redacted": [(0, 2), (1, 1)], "response_logprobs": [None, -0.5]},
     ],
 )
 def test_a_step_that_could_not_be_learned_from_exactly_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(RecordError, match="chatcmpl-1"):
         check_step(make_step(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"redacted": [(0, 1)]},
+        {"redacted": [(0, 1)], "response_logprobs": [None, -0.1]},
+        {"redacted": [(1, 1)], "response_logprobs": [None, -0.1]},
+        {"redacted": [(0, 1), (2, 1)], "response_logprobs": [-0.5, None]},
+    ],
+)
+def test_a_redacted_step_keeps_its_logprobs_only_where_its_own_tokens_are(changes: dict[str, object]) -> None:
+    step = make_step(**changes)
+    assert check_step(step) is step
+    (back,) = wire.decode(wire.encode(StepBatch([step])), StepBatch).steps
+    assert back == step
+
+
+def test_a_step_tells_its_logprobs_only_if_it_has_every_one() -> None:
+    assert make_step().logprobs == [-0.5, -0.1]
+    with pytest.raises(RecordError, match="1 logprobs are masked"):
+        _ = make_step(response_logprobs=[None, -0.1]).logprobs
 
 
 @pytest.mark.parametrize("changes", [{"value": 1.5}, {"value": math.nan}, {"weight": 0.0}, {"target_id": ""}])

@@ -12,7 +12,9 @@ def main() -> None:
 
         app()
     except ClawloopError as error:
-        sys.stderr.write(f"clawloop-edge: {error}\n")
+        from clawloop_edge.cli.context import shown
+
+        sys.stderr.write(f"clawloop-edge: {shown(error)}\n")  # it may name what an agent or a server named
         sys.exit(1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0].startswith("clawloop"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from clawloop_edge.cli.moments import FORMS, parse_moment
 from clawloop_edge.home import EdgeHome
 from clawloop_shared.errors import ConfigError
 
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
 
 console = Console()
+problems = Console(stderr=True)
+_NAMED = 6
+"""so many ids are named where one was asked for and several begin with it"""
 T = TypeVar("T")
 
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Since = Annotated[str, typer.Option("--since", help=f"Not before this time: {FORMS}.")]
+Until = Annotated[str, typer.Option("--until", help="Not after this time; a day counts whole.")]
+App = Annotated[str, typer.Option("--app", help="Only of this agent, as `sessions list` names it.")]
+SessionId = Annotated[
+    str, typer.Argument(help="As `sessions list` prints it; its beginning is enough.", metavar="SESSION")
+]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many at most.")]
 
 
@@ -58,6 +68,56 @@ def opened_pool(context: typer.Context) -> Iterator[Pool]:
         pool.close()
 
 
+def the_session(context: typer.Context, pool: Pool, start: str) -> str:
+    """The id of the session that begins with `start`, or that its agent calls so.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    from clawloop_edge.pool.names import sessions_named
+    from clawloop_edge.sessions.names import SessionNames
+
+    with pool.read() as database:
+        found = sessions_named(database, start, limit=_NAMED)
+        found = found or sessions_named(database, SessionNames(pool.tag).id_of(start), limit=1)
+    listing = command(home_of(context), "sessions list")
+    return _the_one(found, start, what="session", otherwise=f"`{listing}` shows those that are kept")
+
+
+def the_step(context: typer.Context, pool: Pool, start: str) -> str:
+    """The id of the step that begins with `start`, with or without what its API puts before it.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    from clawloop_edge.pool.names import steps_named
+
+    with pool.read() as database:
+        found = steps_named(database, start, limit=_NAMED)
+    listing = command(home_of(context), "sessions show SESSION")
+    return _the_one(found, start, what="step", otherwise=f"`{listing}` shows a session's steps with their ids")
+
+
+def _the_one(found: Sequence[str], start: str, *, what: str, otherwise: str) -> str:
+    if not found:
+        raise ConfigError(f"no {what} {start} is kept here; {otherwise}")
+    if len(found) > 1:
+        more = ", ..." if len(found) == _NAMED else ""
+        raise ConfigError(f"several {what}s begin with {start}: {', '.join(found)}{more}; give more of it")
+    return found[0]
+
+
+def time_range(since: str, until: str) -> tuple[int, int | None]:
+    """The options `--since` and `--until` as ms since 1970, the second outside of the range.
+
+    Raises:
+        ConfigError: one of them is no time.
+    """
+    now = datetime.now()
+    first = parse_moment(since, now=now) if since else 0
+    return first, parse_moment(until, now=now, end=True) if until else None
+
+
 def print_json(value: Any) -> None:
     """Facts for a program: one JSON value on stdout."""
     sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
@@ -83,20 +143,21 @@ def print_table(
         table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in rows:
         cells = zip(columns, row, strict=True)
-        table.add_row(*(_clipped(cell) if column in clipped else shown(cell) for column, cell in cells))
+        table.add_row(*(on_one_line(cell) if column in clipped else shown(cell) for column, cell in cells))
     console.print(table)
 
 
-def _clipped(value: object) -> Text:
-    text = shown(" ".join(str(value).split()))
+def on_one_line(value: object, *, style: str = "") -> Text:
+    """Like `shown`, on one line that ends where there is no more room."""
+    text = shown(" ".join(str(value).split()), style=style)
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
-def shown(value: object) -> Text:
+def shown(value: object, *, style: str = "") -> Text:
     """What others wrote, as it is: no markup of ours is read in it, and no control character reaches the terminal."""
     text = str(value)
-    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), style=style)
 
 
 def when(time_ms: int) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import shutil
 import stat
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -27,17 +30,19 @@ if TYPE_CHECKING:
     from clawloop_edge.gateway.settings import GatewaySettings
     from clawloop_edge.home import EdgeHome
     from clawloop_edge.pool.records import StepCount
+    from clawloop_edge.pool.store import Pool
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _CONNECT = "see Connect in docs/openclaw.md"
 _LOG = "look into the log of `clawloop-edge serve`"
-_MENDS = {
+MENDS = {
     "temperature 0": "let the agent sample: a temperature above 0",
     "truncating sampler": "take top_p, top_k and min_p out of the agent's configuration",
     "unknown traffic": "OpenClaw asks without tools, or in a way that this edge does not know yet; look with `explain`",
     "the engine stopped": _LOG,
     "no logprob for every token": "the server behind the engine must return token ids and logprobs",
 }
+"""what to do about steps that may not be learned from, by why not"""
 _MAIN = "main"
 _UNKNOWN = "unknown"
 
@@ -108,13 +113,52 @@ def check_model(home: EdgeHome) -> Iterator[Finding]:
 
 
 def check_pool(home: EdgeHome) -> Iterator[Finding]:
-    """The pool opens; and how many of its steps may be learned from, and why others may not."""
+    """The pool opens; how many of its steps may be learned from, and why others may not; what goes, and what went."""
     from clawloop_edge.opening import open_pool
 
     with open_pool(home, writer=False) as pool:
         stats, counts = pool.stats(), pool.step_counts()
+        room, forgetting = _room(home, pool), list(_forgetting(home, pool))
     yield _ok("pool", f"opens: {stats.steps} steps in {stats.sessions} sessions, {stats.file_bytes >> 20} MiB")
     yield _steps(home, counts, kept=stats.steps)
+    yield room
+    yield from forgetting
+
+
+def _room(home: EdgeHome, pool: Pool) -> Finding:
+    """What retention lets go now, and whether there is room for more."""
+    from clawloop_edge.pool.retention import plan
+
+    name, settings, free = "room", home.load_config().retention, shutil.disk_usage(home.folder).free
+    with pool.read() as database:
+        found = plan(database, settings, now_ms=time.time_ns() // 1_000_000, free_bytes=free)
+    size = sum(each.size_bytes for each in found.leaving)
+    facts = {"free_bytes": free, "leaving": len(found.leaving), "leaving_bytes": size}
+    if found.lacking_bytes:
+        reason = f"{free >> 20} MiB of disk are left, {found.lacking_bytes >> 20} too few: nothing more is kept"
+        mend = f"free some space, or lower [retention] free_floor_bytes in {home.config_file}"
+        return _warn(name, reason, mend=mend, facts=facts)
+    if not found.leaving:
+        return _ok(name, f"{free >> 30} GiB of disk are left, and nothing is old enough to go", facts=facts)
+    counts = Counter(each.reason for each in found.leaving)
+    why = ", ".join(f"{count} for {reason}" for reason, count in counts.items())
+    return _ok(name, f"{len(found.leaving)} sessions ({size >> 20} MiB) go within the hour: {why}", facts=facts)
+
+
+def _forgetting(home: EdgeHome, pool: Pool) -> Iterator[Finding]:
+    """What is left to do of what was forgotten."""
+    from clawloop_edge.pool.finishing import unfinished
+    from clawloop_edge.privacy.deletions import Deletions, DeletionState
+
+    name = "forgetting"
+    if left := unfinished(pool):
+        mend = f"end other programs that read the pool; it is tried again by the edge: {command(home, 'serve')}"
+        yield _warn(name, f"not finished: {', '.join(left)}", mend=mend)
+    found = Counter(deletion.state for deletion in Deletions(pool).all())
+    waiting, stranded = found[DeletionState.WAITING], found[DeletionState.STRANDED]
+    if waiting or stranded:
+        reason = f"{waiting} requests to delete wait for a server's word, {stranded} cannot be sent"
+        yield _warn(name, reason, mend=command(home, "privacy deletions"))
 
 
 def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
@@ -128,11 +172,11 @@ def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
     if not counted:
         return _ok(name, "nothing was kept yet", facts=facts)
     if main and all(count.untrainable for count in main):
-        mend = _MENDS.get(main[0].untrainable, "see the reasons below")
+        mend = MENDS.get(main[0].untrainable, "see the reasons below")
         return _warn(name, f"{reason}; no ordinary turn: {main[0].untrainable}", mend=mend, facts=facts)
     unknown = sum(count.steps for count in counts if count.kind == _UNKNOWN)
     if unknown:
-        return _warn(name, f"{reason}; {unknown} unknown", mend=_MENDS["unknown traffic"], facts=facts)
+        return _warn(name, f"{reason}; {unknown} unknown", mend=MENDS["unknown traffic"], facts=facts)
     return _ok(name, reason, facts=facts)
 
 
@@ -260,7 +304,7 @@ def _print_counts(counts: list[dict[str, Any]]) -> None:
     if not counts:
         return
     rows = [
-        (c["steps"], c["kind"], c["app"], c["untrainable"] or "may be learned from", _MENDS.get(c["untrainable"], ""))
+        (c["steps"], c["kind"], c["app"], c["untrainable"] or "may be learned from", MENDS.get(c["untrainable"], ""))
         for c in counts
     ]
     console.print("steps by kind, program and reason:")

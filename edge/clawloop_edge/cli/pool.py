@@ -1,32 +1,76 @@
-"""`pool`: the encrypted database itself."""
+"""`pool`: the encrypted database itself, its key, and copies of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, console, opened_pool, print_json, print_table, shown
+from clawloop_edge.cli.context import (
+    Json,
+    Yes,
+    command,
+    confirm,
+    console,
+    home_of,
+    opened_pool,
+    print_json,
+    print_table,
+    problems,
+    shown,
+    when,
+)
+from clawloop_shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clawloop_edge.pool.verify import Progress
 
 group = typer.Typer(help="The encrypted pool.", no_args_is_help=True)
+PassphraseFile = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="File whose first line is the passphrase of the backup's keys.")
+]
 
 
 @group.command("stats")
 def show_stats(context: typer.Context, as_json: Json = False) -> None:
-    """Counts and sizes."""
-    import msgspec
+    """Counts and sizes, what encrypts it, where its key is, and how far its chain and its anchor are."""
+    from clawloop_edge.pool.crypt import kek_version
 
     with opened_pool(context) as pool:
-        found = pool.stats()
+        stats, points = pool.stats(), pool.anchoring.read()
+        with pool.read() as database:
+            version = kek_version(database)
+    key = {"place": pool.store.name, "version": version}
+    anchor = {"seq": points[-1].seq, "at_ms": points[-1].at_ms} if points else None
     if as_json:
-        print_json(found)
+        print_json({**msgspec.to_builtins(stats), "key": key, "anchor": anchor})
         return
-    print_table(("what", "is"), list(msgspec.to_builtins(found).items()), empty="")
+    rows = [
+        ("steps", f"{stats.steps} in {stats.sessions} sessions, {stats.trainable} trainable"),
+        ("signals", stats.signals),
+        ("content", size(stats.payload_bytes)),
+        ("on the disk", size(stats.file_bytes)),
+        ("encryption", stats.encryption),
+        ("key", f"version {version}, {pool.store.name}"),
+        ("chain", f"{stats.last_seq} changes"),
+        ("anchor", f"change {points[-1].seq}, {when(points[-1].at_ms)}" if points else "none yet"),
+    ]
+    print_table(("what", "is"), rows, empty="")
 
 
 @group.command("verify")
 def verify(context: typer.Context, as_json: Json = False) -> None:
-    """Open every sealed row and check the database; exit 1 if anything is wrong."""
-    with opened_pool(context) as pool:
-        report = pool.verify()
+    """Open every sealed row, check the database and its chain of changes; exit 1 if anything is wrong."""
+    from clawloop_edge.opening import prepare_rooms
+
+    with opened_pool(context) as pool, _progress(as_json=as_json) as progress:
+        prepare_rooms(pool)
+        report = pool.verify(progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -47,6 +91,170 @@ def list_ids(context: typer.Context, as_json: Json = False) -> None:
         return
     for step_id in found:
         console.print(shown(step_id))
+
+
+@group.command("rotate-key")
+def rotate_key(context: typer.Context, as_json: Json = False) -> None:
+    """Change the pool's key, also while the edge serves. Earlier copies of the pool open with nothing any more,
+    except backups that had their keys sealed into them."""
+    from clawloop_edge.pool.rotate import rotate
+
+    with opened_pool(context) as pool:
+        done = rotate(pool)
+    if as_json:
+        print_json(done)
+    else:
+        console.print(f"version {done.version} of the key is in force, and wraps {done.keys} keys")
+
+
+@group.command("backup")
+def back_up(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Where to write it; it must not be there yet.")],
+    with_keys: Annotated[
+        bool, typer.Option("--with-keys", help="Put the keys into it, sealed by a passphrase that is asked for.")
+    ] = False,
+    passphrase_file: PassphraseFile = None,
+    as_json: Json = False,
+) -> None:
+    """Write a verified copy of the pool to one file, also while the edge serves.
+
+    Without its keys it opens only with this home's key as it is now: after the key is rotated, which each forgetting
+    does, nothing opens it. With its keys (--with-keys, or --passphrase-file) it opens with the passphrase, for ever.
+    """
+    from clawloop_edge.opening import prepare_rooms
+    from clawloop_edge.pool import backup
+    from clawloop_edge.pool.passphrase import seal_keys
+
+    passphrase = _passphrase(passphrase_file, new=True) if with_keys or passphrase_file else ""
+    seal = partial(seal_keys, passphrase=passphrase) if passphrase else None
+    with opened_pool(context) as pool, _progress(as_json=as_json) as progress:
+        prepare_rooms(pool)
+        done = backup.back_up(pool, file.expanduser().absolute(), seal=seal, progress=progress).manifest
+    if as_json:
+        print_json({**msgspec.to_builtins(done), "file": str(file), "with_keys": bool(passphrase)})
+        return
+    console.print(f"{done.steps} steps of {done.sessions} sessions, {size(done.size_bytes)}:", shown(file))
+    if passphrase:
+        console.print("opens with its passphrase")
+        return
+    console.print(f"opens with key {done.key}, version {done.kek}, alone:", shown(pool.store.name))
+    console.print("once that key is rotated, as each forgetting does, nothing opens it; --with-keys puts keys into it")
+
+
+@group.command("restore")
+def restore(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A file of `pool backup`.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of the pool that is there, and all that was kept in it.")
+    ] = False,
+    passphrase_file: PassphraseFile = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Put a backup into this home, whole and verified or not at all; the edge must not run.
+
+    What was forgotten since the backup is forgotten again. The privacy level is `off` afterwards, and nothing that
+    waited in the backup's outbox leaves.
+    """
+    from clawloop_edge.opening import key_store, prepare_rooms
+    from clawloop_edge.pool import restore as restoring
+    from clawloop_edge.privacy.returning import come_back
+
+    home = home_of(context).require()
+    if replace:
+        confirm(f"Put {file} in the place of the pool in {home.folder}?", yes=yes)
+    rooms = restoring.Rooms(adopt=prepare_rooms, mend=come_back)
+    with _progress(as_json=as_json) as progress:
+        done = restoring.restore(
+            home.folder,
+            file.expanduser().absolute(),
+            store=key_store(home, home.load_config().pool),
+            passphrase=partial(_passphrase, passphrase_file, new=False),
+            replace=replace,
+            rooms=rooms,
+            progress=progress,
+        )
+    if done.unread:
+        problems.print(
+            f"the pool before could not be read ({done.unread}): what was forgotten in it is back", style="red"
+        )
+    if as_json:
+        print_json(done)
+        return
+    console.print(f"{done.steps} steps of {done.sessions} sessions are here")
+    if done.forgotten_again:
+        console.print(f"{done.forgotten_again} sessions that were forgotten since the backup are forgotten again")
+    console.print("the privacy level is [bold]off[/bold]; choose it anew with")
+    typer.echo(command(home, "privacy set LEVEL"))
+
+
+@group.command("accept")
+def accept(context: typer.Context, yes: Yes = False, as_json: Json = False) -> None:
+    """Take a pool that is older than its anchor says for the pool from now on, because you put it there yourself."""
+    from clawloop_edge.errors import AnchorError
+    from clawloop_edge.opening import key_store, open_pool
+    from clawloop_edge.pool.store import Pool
+
+    home = home_of(context).require()
+    store = key_store(home, home.load_config().pool)
+    problem = ""
+    try:
+        open_pool(home, writer=False, store=store).close()
+    except AnchorError as error:
+        problem = str(error)
+        problems.print(shown(problem))
+        confirm("Go on with the pool as it is? What it had after that is lost to it.", yes=yes)
+    with Pool.open(home.folder, store, accept=bool(problem)) as pool:
+        stats = pool.stats()
+    if as_json:
+        print_json({"accepted": bool(problem), "steps": stats.steps, "last_seq": stats.last_seq})
+    elif problem:
+        console.print(f"accepted: {stats.steps} steps, {stats.last_seq} changes")
+    else:
+        console.print("the pool is where its anchor says, or further; there is nothing to accept")
+
+
+def size(size_bytes: int) -> str:
+    """A size as a person reads it."""
+    from rich.filesize import decimal
+
+    return decimal(size_bytes)
+
+
+@contextmanager
+def _progress(*, as_json: bool) -> Iterator[Progress]:
+    """Shows on a terminal's stderr what is being done, and how much of it is done."""
+    from rich import progress
+
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn())
+    with progress.Progress(
+        *columns, console=problems, transient=True, disable=as_json or not problems.is_terminal
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _passphrase(file: Path | None, *, new: bool) -> str:
+    """Of the backup's keys. Raises ConfigError: the file cannot be read, or nobody is there to ask."""
+    from clawloop_edge.opening import ask_passphrase
+
+    if file is None:
+        return ask_passphrase(new=new, what="the backup's keys")
+    try:
+        lines = file.expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the passphrase file {file}: {error}") from error
+    if not lines or not lines[0]:
+        raise ConfigError(f"the first line of {file} is empty; it is to be the passphrase")
+    return lines[0]
 
 
 def register(app: typer.Typer) -> None:

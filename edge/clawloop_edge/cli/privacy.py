@@ -1,15 +1,16 @@
-"""`privacy`, `outbox`, `audit`: what may leave, what will leave, what has left."""
+"""`privacy`: what may leave this device, for how long, to whom, and what may not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clawloop_edge.cli import audit, outbox
 from clawloop_edge.cli.context import (
     Json,
+    Since,
     Yes,
     command,
     confirm,
@@ -18,76 +19,151 @@ from clawloop_edge.cli.context import (
     opened_pool,
     print_json,
     print_table,
+    shown,
+    the_session,
+    time_range,
     when,
 )
+from clawloop_edge.cli.forget import list_deletions
+from clawloop_edge.cli.ledger import show_budget
+from clawloop_edge.cli.times import duration_ms
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
+    from clawloop_edge.pool.store import Pool
+    from clawloop_edge.privacy.consent import ConsentLog, ConsentState
+    from clawloop_edge.privacy.limits import Limit, Subject
+
+group = typer.Typer(help="Choose what may leave this device.", no_args_is_help=True)
+
+OfApp = Annotated[str, typer.Option("--app", help="Only for this agent, as `sessions list` names it.")]
+OfSession = Annotated[str, typer.Option("--session", help="Only for this session; its beginning is enough.")]
+Past = Annotated[bool, typer.Option("--include-past", help="Also what was kept until now; its count is shown first.")]
+For = Annotated[str, typer.Option("--for", help="How long, like 30m, 2h or 1d.")]
+
+_ADAPTER_WEIGHTS = 100_000
+"""of a small adapter (rank 1 on a few layers): if noise hides even that, it hides any"""
+
+
+@group.command("show")
+def show_level(context: typer.Context, as_json: Json = False) -> None:
+    """The level in force and what it means, limits, pauses, and why anything stays at home."""
+    from clawloop_edge.privacy.consent import ConsentLog
     from clawloop_edge.privacy.outbox import Outbox
-
-privacy = typer.Typer(help="Choose what may leave this device.", no_args_is_help=True)
-outbox = typer.Typer(help="See what will leave, byte for byte, and stop it.", no_args_is_help=True)
-audit = typer.Typer(help="See what has left.", no_args_is_help=True)
-
-ItemId = Annotated[str, typer.Argument(help="As `outbox list` prints it.")]
-
-
-def meaning(level: Level) -> str:
-    """What a level lets out, in the words that a consent is given to; and which levels are not built."""
     from clawloop_edge.privacy.policy import TEXTS
 
-    return TEXTS.get(level, "not built yet")
-
-
-@contextmanager
-def opened_outbox(context: typer.Context) -> Iterator[Outbox]:
-    """The outbox of this home, with the hold time of its configuration."""
-    from clawloop_edge.privacy.consent import ConsentLog
-    from clawloop_edge.privacy.outbox import Outbox
-
-    settings = home_of(context).require().load_config().privacy
     with opened_pool(context) as pool:
-        yield Outbox(pool, ConsentLog(pool), hold_s=settings.hold_s)
-
-
-@privacy.command("show")
-def show_level(context: typer.Context, as_json: Json = False) -> None:
-    """The level in force, and what each level means."""
-    from clawloop_edge.privacy.consent import ConsentLog
-
-    with opened_pool(context) as pool:
-        state = ConsentLog(pool).state()
-    level = state.level
+        consent = ConsentLog(pool)
+        state, limits = consent.state(), consent.limits()
+        items = Outbox(pool, consent)
+        waiting, left_out = items.totals().waiting, items.left_out()
     if as_json:
-        print_json({"level": level, "means": meaning(level), "chosen": state.chosen, "reason": state.reason})
+        print_json({**facts(state, limits), "outbox_waiting": waiting, "left_out": left_out})
         return
-    if state.chosen is not level:
-        again = command(home_of(context), f"privacy set {state.chosen}")
-        typer.echo(f"{state.chosen} was chosen, but {state.reason}; to allow it again: {again}")
-    rows = [("→" if each is level else "", each, meaning(each)) for each in Level]
-    print_table(("", "level", "what leaves"), rows, empty="")
+    for line in _headlines(context, state):
+        console.print(line)
+    marked = [("→" if each is state.level else "", each, TEXTS[each]) for each in Level]
+    print_table(("", "level", "what leaves"), marked, empty="", whole={"level"})
+    if limits:
+        rows = [(limit.subject, limit.name, limit.level, when(limit.set_ms)) for limit in limits]
+        print_table(("at most for", "name", "level", "since"), rows, empty="")
+    for reason, count in left_out.items():
+        console.print(shown(f"stayed at home: {count} records: {reason}"))
+    if waiting:
+        console.print(f"{waiting} items wait in the outbox: {command(home_of(context), 'outbox list')}")
 
 
-@privacy.command("set")
-def set_level(context: typer.Context, level: Level, yes: Yes = False, as_json: Json = False) -> None:
-    """Change the level. A lower one holds at once and empties the queue; a higher one holds for what comes after."""
+@group.command("set")
+def set_level(
+    context: typer.Context,
+    level: Level,
+    app: OfApp = "",
+    session: OfSession = "",
+    include_past: Past = False,
+    since: Since = "",
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Change the level of this device, or set a lower one for an app or a session.
+
+    A lower level holds at once and destroys what waits above it. A higher one holds for what comes after; with
+    --include-past also for what was kept before, or --since some time.
+    """
+    if app or session:
+        if include_past or since:
+            raise typer.BadParameter("a limit of an app or a session lets nothing more out; leave --include-past away")
+        _set_limit(context, level, app=app, session=session, as_json=as_json)
+        return
+    if since and not include_past:
+        raise typer.BadParameter("--since says how much of the past; give --include-past with it")
     from clawloop_edge.privacy.consent import ConsentLog
-    from clawloop_edge.privacy.policy import policy_text
+    from clawloop_edge.privacy.policy import TEXTS
 
-    if level is not Level.OFF:
-        typer.echo(f"level {level}: {policy_text(level)}", err=as_json)
-        confirm("Let that leave from now on?", yes=yes)
     with opened_pool(context) as pool:
-        receipt = ConsentLog(pool).set_level(level)
+        consent = ConsentLog(pool)
+        if level is not Level.OFF:
+            typer.echo(f"level {level}: {TEXTS[level]}", err=as_json)
+            _advise(pool, level, as_json=as_json)
+        past_after = _past(pool, consent, level, since=since, quiet=as_json) if include_past else None
+        if level is not Level.OFF:
+            confirm("Let that leave, until you say otherwise or a year has passed?", yes=yes)
+        receipt = consent.set_level(level, past_after=past_after)
+        state = consent.state()
     if as_json:
         print_json(receipt)
-    else:
-        console.print(f"level [bold]{level}[/bold]: {meaning(level)} (receipt {receipt.receipt_id})")
+        return
+    console.print(f"level [bold]{level}[/bold] (receipt {receipt.receipt_id})")
+    if state.paused_until_ms:
+        console.print(f"{state.reason}; nothing leaves until then")
 
 
-@privacy.command("receipts")
+@group.command("clear")
+def clear_limit(context: typer.Context, app: OfApp = "", session: OfSession = "") -> None:
+    """Take the limit off an app or a session: this device's level holds for what comes after."""
+    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.policy import GOES_ON
+
+    with opened_pool(context) as pool:
+        subject, name = _subject(context, pool, app=app, session=session)
+        consent = ConsentLog(pool)
+        consent.lift_limit(subject, name)
+        level = consent.level()
+    console.print(
+        shown(f"{subject} {name} has no limit of its own any more; this device's level is {level}. {GOES_ON}")
+    )
+
+
+@group.command("pause")
+def pause(context: typer.Context, duration: For, as_json: Json = False) -> None:
+    """Let nothing leave for a time. What is said meanwhile never leaves, nor what follows it in the same session."""
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    until_ms = time.time_ns() // 1_000_000 + duration_ms(duration)
+    with opened_pool(context) as pool:
+        ConsentLog(pool).pause(until_ms)
+    if as_json:
+        print_json({"paused_until_ms": until_ms})
+        return
+    console.print(f"nothing leaves until {when(until_ms)}; what waits in the outbox waits on")
+    console.print("what is said until then never leaves, nor what follows it in the same session")
+    console.print(f"to end it sooner: {command(home_of(context), 'privacy resume')}")
+
+
+@group.command("resume")
+def resume(context: typer.Context) -> None:
+    """End a pause."""
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    with opened_pool(context) as pool:
+        consent = ConsentLog(pool)
+        consent.resume()
+        level = consent.level()
+    console.print(f"the level is [bold]{level}[/bold] again")
+
+
+@group.command("receipts")
 def list_receipts(context: typer.Context, as_json: Json = False) -> None:
-    """Every level that was ever given, signed and chained."""
+    """Every level that was ever given, signed and chained; checked as they are read."""
     from clawloop_edge.privacy.consent import ConsentLog
 
     with opened_pool(context) as pool:
@@ -95,73 +171,100 @@ def list_receipts(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [(r.receipt_id, r.level, when(r.given_ms), when(r.expires_ms)) for r in found]
-    print_table(("receipt", "level", "given", "expires"), rows, empty="no level was ever given: it is off")
+    rows = [(r.receipt_id, r.level, when(r.given_ms), when(r.expires_ms), r.recipient.url) for r in found]
+    columns = ("receipt", "level", "given", "expires", "to")
+    print_table(columns, rows, empty="no level was ever given: it is off", whole={"receipt", "level"})
 
 
-@outbox.command("list")
-def list_items(context: typer.Context, as_json: Json = False) -> None:
-    """Items that wait, are held, or were sent."""
-    with opened_outbox(context) as items:
-        found = items.list()
-    if as_json:
-        print_json(found)
-        return
-    rows = [(i.item_id, i.state, i.steps, i.signals, i.size_bytes, when(i.release_ms)) for i in found]
-    print_table(("item", "state", "steps", "signals", "bytes", "may leave at"), rows, empty="the outbox is empty")
+def facts(state: ConsentState, limits: list[Limit]) -> dict[str, Any]:
+    """What holds, as JSON values."""
+    from clawloop_edge.privacy.policy import TEXTS
+
+    receipt = state.receipt
+    return {
+        "level": state.level,
+        "means": TEXTS[state.level],
+        "chosen": state.chosen,
+        "reason": state.reason,
+        "paused_until_ms": state.paused_until_ms,
+        "given_ms": receipt.given_ms if receipt else 0,
+        "expires_ms": receipt.expires_ms if receipt else 0,
+        "recipient": receipt.recipient.url if receipt else "",
+        "purposes": receipt.purposes if receipt else [],
+        "data": receipt.data if receipt else [],
+        "limits": [{"subject": x.subject, "name": x.name, "level": x.level, "set_ms": x.set_ms} for x in limits],
+    }
 
 
-@outbox.command("show")
-def show_item(context: typer.Context, item_id: ItemId) -> None:
-    """Exactly what an item holds, as JSON."""
-    from clawloop_shared import wire
-    from clawloop_shared.records import StepBatch
-
-    with opened_outbox(context) as items:
-        item = items.get(item_id)
-    print_json(wire.decode(item.body, StepBatch))
-
-
-@outbox.command("approve")
-def approve_item(context: typer.Context, item_id: ItemId) -> None:
-    """Let an item leave now instead of after its hold."""
-    with opened_outbox(context) as items:
-        items.approve(item_id)
-
-
-@outbox.command("drop")
-def drop_item(context: typer.Context, item_id: ItemId) -> None:
-    """Take an item out: it never leaves."""
-    with opened_outbox(context) as items:
-        items.drop(item_id)
+def _headlines(context: typer.Context, state: ConsentState) -> list[str]:
+    receipt = state.receipt
+    if receipt is None or (state.chosen is Level.OFF and not state.reason):
+        return ["level [bold]off[/bold]: nothing leaves"]
+    lines = [
+        f"level [bold]{state.level}[/bold], given {when(receipt.given_ms)}, asked again {when(receipt.expires_ms)}"
+    ]
+    if state.paused_until_ms:
+        resumed = command(home_of(context), "privacy resume")
+        return [*lines, f"{state.chosen} was chosen, but {state.reason}; to end that: {resumed}"]
+    if state.level is not state.chosen:
+        again = command(home_of(context), f"privacy set {state.chosen}")
+        return [*lines, f"{state.chosen} was chosen, but {state.reason}; to allow it again: {again}"]
+    lines.append(f"what for: {', '.join(receipt.purposes)}; to: {receipt.recipient.url or 'no server was joined yet'}")
+    return lines
 
 
-@audit.command("show")
-def show_audit(context: typer.Context, as_json: Json = False) -> None:
-    """What happened to whatever left or was to leave; no content."""
-    from clawloop_edge.privacy.audit import AuditLog
-
-    with opened_pool(context) as pool:
-        found = AuditLog(pool).entries()
-    if as_json:
-        print_json(found)
-        return
-    rows = [(e.seq, when(e.at_ms), e.kind, e.size_bytes, e.item_id) for e in found]
-    print_table(("seq", "at", "what", "bytes", "item"), rows, empty="nothing ever left")
-
-
-@audit.command("verify")
-def verify_audit(context: typer.Context) -> None:
-    """Check the chain of the audit log and of the receipts."""
-    from clawloop_edge.privacy.audit import AuditLog
+def _set_limit(context: typer.Context, level: Level, *, app: str, session: str, as_json: bool) -> None:
     from clawloop_edge.privacy.consent import ConsentLog
 
     with opened_pool(context) as pool:
-        count, receipts = AuditLog(pool).verify(), ConsentLog(pool).receipts()
-    console.print(f"{count} entries and {len(receipts)} receipts, unbroken")
+        subject, name = _subject(context, pool, app=app, session=session)
+        limit = ConsentLog(pool).set_limit(subject, name, level=level)
+        known = {count.app for count in pool.step_counts()} if app else {app}
+    if as_json:
+        print_json({"subject": subject, "name": name, "level": limit.level, "set_ms": limit.set_ms})
+        return
+    console.print(shown(f"{subject} {name}: at most {level} from now on; what waited above that is destroyed"))
+    if app not in known:
+        named = ", ".join(sorted(filter(None, known))) or "none"
+        console.print(shown(f"(nothing of {app} was kept yet; known are: {named})"))
+
+
+def _subject(context: typer.Context, pool: Pool, *, app: str, session: str) -> tuple[Subject, str]:
+    """What a limit is for. Raises ConfigError: no such session. Raises BadParameter: not one of the two is named."""
+    from clawloop_edge.privacy.limits import Subject
+
+    if bool(app) == bool(session):
+        raise typer.BadParameter("name one of --app and --session")
+    return (Subject.APP, app) if app else (Subject.SESSION, the_session(context, pool, session))
+
+
+def _past(pool: Pool, consent: ConsentLog, level: Level, *, since: str, quiet: bool) -> int:
+    """The change after which the past may leave, told with its count and dates."""
+    from clawloop_edge.privacy.preview import change_before, preview
+
+    start_ms = time_range(since, "")[0]
+    with pool.reading() as reading:
+        after_seq = change_before(reading, start_ms) if start_ms else 0
+        supposed = consent.state_in(reading.database).ladder.lowered(level).followed_by(level, after_seq=after_seq)
+        found = preview(reading, consent.within(reading.database, supposed=supposed), after_seq=after_seq)
+    for line in outbox.counted(found):
+        typer.echo(f"the past: {line}", err=quiet)
+    return after_seq
+
+
+def _advise(pool: Pool, level: Level, *, as_json: bool) -> None:
+    """Say what the ledger knows of whether noised deltas could be of use."""
+    if level is not Level.PRIVATE_DELTAS:
+        return
+    from clawloop_edge.privacy.ledger import Ledger
+
+    unknown = "whether they would be of use is not known yet: no server has said how many devices learn with it"
+    typer.echo(Ledger(pool).advice(_ADAPTER_WEIGHTS) or unknown, err=as_json)
 
 
 def register(app: typer.Typer) -> None:
-    app.add_typer(privacy, name="privacy")
-    app.add_typer(outbox, name="outbox")
-    app.add_typer(audit, name="audit")
+    group.command("deletions")(list_deletions)
+    group.command("budget")(show_budget)
+    app.add_typer(group, name="privacy")
+    outbox.register(app)
+    audit.register(app)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clawloop_edge.cli import adapters, doctor, pool, privacy, server, service, sessions
+from clawloop_edge.cli import adapters, doctor, explain, exporting, pool, privacy, redact, server, service, sessions
 from clawloop_edge.home import ENVIRONMENT, EdgeHome
 
 app = typer.Typer(
@@ -30,5 +30,5 @@ def root(context: typer.Context, home: Home = None) -> None:
     context.obj = EdgeHome.at(home)
 
 
-for module in (service, doctor, sessions, privacy, server, adapters, pool):
+for module in (service, doctor, sessions, explain, privacy, redact, server, adapters, pool, exporting):
     module.register(app)

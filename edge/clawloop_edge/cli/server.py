@@ -51,7 +51,8 @@ def leave(context: typer.Context, yes: Yes = False) -> None:
         member = state.membership(pool)
         if member is None:
             raise ConfigError("this device has joined no server")
-        confirm(f"Leave {member.url}? What was sent stays there until its operator deletes it.", yes=yes)
+        forget = command(home_of(context), "sessions forget")
+        confirm(f"Leave {member.url}? What was sent stays there; `{forget}` asks for it back, also later.", yes=yes)
         consent = ConsentLog(pool)
         consent.set_level(Level.OFF)
         consent.set_recipient(Recipient())

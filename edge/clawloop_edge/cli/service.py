@@ -11,8 +11,19 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, Yes, answered, command, confirm, console, home_of, print_json, print_table
-from clawloop_edge.config import ModelConfig
+from clawloop_edge.cli.context import (
+    Json,
+    Yes,
+    answered,
+    command,
+    confirm,
+    console,
+    home_of,
+    print_json,
+    print_table,
+    problems,
+)
+from clawloop_edge.config import ModelConfig, PoolConfig
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.home import EdgeHome
@@ -24,6 +35,10 @@ Model = Annotated[str, typer.Option("--model", help="Model folder, or a hub id l
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port on loopback for your agent (8100).")]
 KeyFile = Annotated[
     bool, typer.Option("--key-file", help="Keep the pool's key in a 0600 file of the home, not in the Keychain.")
+]
+Passphrase = Annotated[
+    bool,
+    typer.Option("--passphrase", help="Seal the pool's key by a passphrase (asked, or CLAWLOOP_EDGE_PASSPHRASE)."),
 ]
 Upstream = Annotated[
     str, typer.Option("--upstream", help="Base URL of a server that has the model, like http://127.0.0.1:8000/v1.")
@@ -38,6 +53,7 @@ def setup(
     model: Model = "",
     port: Port = None,
     key_file: KeyFile = False,
+    passphrase: Passphrase = False,
     script: Script = "",
     upstream: Upstream = "",
     upstream_model: UpstreamModel = "",
@@ -49,7 +65,9 @@ def setup(
     Run again, it sets the model, and what else is given; all other settings stay.
     """
     from clawloop_edge.opening import key_store, model_folder, open_pool
-    from clawloop_edge.pool.keys import open_key
+    from clawloop_edge.pool.crypt import encryption
+    from clawloop_edge.pool.keys import open_keys
+    from clawloop_shared.database import encrypts
     from clawloop_shared.model_line import read_line
 
     if upstream and script:
@@ -75,14 +93,25 @@ def setup(
         model=ModelConfig(path=str(folder or ""), kind=kind, script=script),
         upstream=server,
         gateway=msgspec.structs.replace(old.gateway, port=port or old.gateway.port),
-        pool=msgspec.structs.replace(old.pool, key="file") if key_file else old.pool,
+        pool=_key_place(old.pool, key_file=key_file, passphrase=passphrase),
     )
-    open_key(key_store(home, chosen.pool), home.folder)  # first: where there is none, nothing is set up by half
+    store = key_store(home, chosen.pool)
+    open_keys(store, home.folder)  # first: where there is none, nothing is set up by half
     config.save(home.config_file, chosen)
     home.token()
-    open_pool(home, writer=False).close()
+    open_pool(home, writer=False, store=store).close()
     console.print(f"edge at [bold]{home.folder}[/bold], model line {shown}, privacy level [bold]off[/bold]")
+    if not encrypts():
+        problems.print(f"the pool's encryption: {encryption()}; pip install sqlcipher3 before it is filled")
     typer.echo(f"next: {command(home, 'serve')}")
+
+
+def _key_place(old: PoolConfig, *, key_file: bool, passphrase: bool) -> PoolConfig:
+    """Where the key shall be. Raises BadParameter: two places were named."""
+    if key_file and passphrase:
+        raise typer.BadParameter("--key-file and --passphrase exclude each other")
+    chosen = "file" if key_file else "passphrase" if passphrase else old.key
+    return msgspec.structs.replace(old, key=chosen)
 
 
 def _asked(server: UpstreamSettings) -> UpstreamSettings:

@@ -1,176 +1,244 @@
-"""`sessions` and `explain`: looking at what was kept."""
+"""`sessions`: looking at what was kept, and finding something in it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 import typer
+from rich.console import RenderableType
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
 
 from clawloop_edge.cli.context import (
+    App,
     Json,
     Limit,
+    SessionId,
+    Since,
+    Until,
     command,
     console,
     home_of,
+    on_one_line,
     opened_pool,
     print_json,
-    print_table,
+    problems,
     shown,
-    when,
+    the_session,
+    time_range,
 )
-from clawloop_shared.errors import ConfigError
+from clawloop_edge.cli.forget import forget_sessions
+from clawloop_edge.cli.moments import told
 
 if TYPE_CHECKING:
-    from clawloop_edge.pool.records import KeptStep
-    from clawloop_shared.records import Signal, Step
+    from clawloop_edge.pool.hits import Hit
+    from clawloop_edge.pool.records import SessionSummary
+    from clawloop_edge.pool.search import SearchIndex
+    from clawloop_edge.pool.store import Pool
 
 group = typer.Typer(help="Look at what was kept.", no_args_is_help=True)
+_NOTHING = "nothing was kept yet; call the edge"
+_HEADS = ("last", "session", "agent", "steps", "trainable")
+_GAPS, _AGENT_CHARS, _TITLE_CHARS = 2 * len(_HEADS), 16, 20
+_PAGE = 200
+_TAKEN_IN = 1000
+_MANY = 2000
+"""steps; with more to be taken in first, their progress is shown"""
+
+Words = Annotated[list[str], typer.Argument(help="Words to look for.", metavar="WORDS...")]
 
 
 @group.command("list")
-def list_sessions(context: typer.Context, limit: Limit = 50, as_json: Json = False) -> None:
-    """The latest sessions, newest first."""
+def list_sessions(
+    context: typer.Context,
+    app: App = "",
+    since: Since = "",
+    until: Until = "",
+    before: Annotated[str, typer.Option("--before", help="Those last used before this session.")] = "",
+    limit: Limit = 50,
+    as_json: Json = False,
+) -> None:
+    """The latest sessions, last used first."""
+    since_ms, until_ms = time_range(since, until)
     with opened_pool(context) as pool:
-        found = pool.sessions(limit=limit)
+        before_ms = _last_used(context, pool, before)
+        matching = (s for s in _sessions(pool, before_ms) if not app or s.app == app)
+        found: list[SessionSummary] = []
+        for session in matching:
+            if session.last_ms < since_ms or len(found) > limit:
+                break
+            if until_ms is None or session.first_ms < until_ms:
+                found.append(session)
+    page, more = found[:limit], len(found) > limit
     if as_json:
-        print_json(found)
+        print_json(page)
         return
-    rows = [(s.session_id, s.title, s.app, s.steps, s.trainable, when(s.last_ms)) for s in found]
-    print_table(
-        ("session", "title", "app", "steps", "trainable", "last"),
-        rows,
-        empty="nothing was kept yet; call the edge",
-        whole={"session"},
-        clipped={"title"},
-    )
+    if not page:
+        narrowed = app or since or until or before
+        console.print("no session is like that; leave an option out" if narrowed else _NOTHING)
+        return
+    console.print(_listing(page, now=datetime.now()))
+    if more:
+        again = " ".join(
+            [
+                "sessions list",
+                *_given(app=app, since=since, until=until),
+                f"--before {shlex.quote(page[-1].session_id)}",
+            ]
+        )
+        typer.echo(shown(f"more: {command(home_of(context), again)}"))
+
+
+def _listing(page: list[SessionSummary], *, now: datetime) -> RenderableType:
+    """Two lines a session: what it was about, and its id."""
+    lasts = [told(one.last_ms, now=now) for one in page]
+    agents = [one.app[:_AGENT_CHARS] for one in page]
+    taken = max(map(len, lasts)) + max(map(len, [*agents, _HEADS[2]])) + len(_HEADS[3]) + len(_HEADS[4]) + _GAPS
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in _HEADS:
+        justify: Literal["right", "left"] = "right" if head in _HEADS[3:] else "left"
+        table.add_column(head, no_wrap=head != _HEADS[1], overflow="fold", justify=justify)
+    table.columns[1].width = max(_TITLE_CHARS, console.width - taken)
+    for one, last, agent in zip(page, lasts, agents, strict=True):
+        title = on_one_line(one.title or "(no title)", style="bold")
+        table.add_row(last, title, shown(agent), str(one.steps), str(one.trainable))
+        table.add_row("", shown(one.session_id, style="dim"))
+    return table
+
+
+def _last_used(context: typer.Context, pool: Pool, start: str) -> int | None:
+    if not start:
+        return None
+    session_id = the_session(context, pool, start)
+    with pool.reading() as reading:
+        session = reading.session(session_id)
+    return session.last_ms if session else None
+
+
+def _sessions(pool: Pool, before_ms: int | None) -> Iterator[SessionSummary]:
+    """Sessions from the latest back, page by page. Of those last used in one millisecond all are given."""
+    size, seen = _PAGE, set[str]()
+    while True:
+        page = pool.sessions(limit=size, before_ms=before_ms)
+        fresh = [session for session in page if session.session_id not in seen]
+        yield from fresh
+        seen.update(session.session_id for session in fresh)
+        if len(page) < size:
+            return
+        size = size if fresh else 2 * size
+        before_ms = page[-1].last_ms + 1
 
 
 @group.command("show")
 def show_session(
     context: typer.Context,
-    session_id: Annotated[str, typer.Argument(help="As `list` prints it.")],
+    session_id: SessionId,
+    full: Annotated[bool, typer.Option("--full", help="Everything: instructions, thoughts, whole results.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One session: every step with what was said, in order."""
+    """One session as a transcript: who said what, which tools were called, and what became of each step."""
+    from clawloop_edge.cli.explain import facts
+    from clawloop_edge.cli.transcript import print_session
+
     with opened_pool(context) as pool:
-        steps = pool.session_steps(session_id)
-    if not steps:
-        listing = command(home_of(context), "sessions list")
-        raise ConfigError(f"no session {session_id}; `{listing}` shows those that are kept")
-    if as_json:
-        print_json([facts(kept, tokens=False) for kept in steps])
-        return
-    for kept in steps:
-        step = kept.step
-        console.rule(f"{step.step_id} · {kept.kind} · adapter {step.policy.version} · {when(step.created_ms)}")
-        console.print(shown(_asked(kept)), style="dim")
-        console.print(shown(kept.text))
-        console.print(shown(f"trainable: {_trainable(step)}"), style="dim")
+        name = the_session(context, pool, session_id)
+        if as_json:
+            with pool.reading() as reading:
+                found = [facts(kept, tokens=False) for kept in reading.session_steps(name)]
+            print_json(found)
+        else:
+            print_session(pool, name, full=full, now=datetime.now())
 
 
-def _trainable(step: Step) -> str:
-    """Whether a step may be learned from, in the words that its caller got."""
-    return "yes" if step.trainable else f"no ({step.untrainable})"
-
-
-def _asked(kept: KeptStep) -> str:
-    """The last thing that a step was told, without what OpenClaw puts around it."""
-    from clawloop_edge.sessions.tree import text_of, user_texts
-
-    for message in reversed(kept.messages):
-        role, content = message.get("role"), message.get("content")
-        text = "\n".join(user_texts(content)) if role == "user" else text_of(content) if role == "tool" else ""
-        if text:
-            return f"{role}: {text}"
-    return ""
-
-
-def explain(
+@group.command("search")
+def search_sessions(
     context: typer.Context,
-    step_ids: Annotated[list[str], typer.Argument(help="Completion ids that the agent got.", metavar="STEP...")],
-    rescore: Annotated[
-        bool, typer.Option(help="Load the model and compare the kept logprobs with teacher-forced ones.")
-    ] = False,
+    words: Words,
+    app: App = "",
+    since: Since = "",
+    until: Until = "",
+    best: Annotated[bool, typer.Option("--best", help="The best of the latest hits first.")] = False,
+    before: Annotated[
+        int | None, typer.Option("--before", min=1, help="Hits before this place; printed if there are more.")
+    ] = None,
+    limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
-    """A step: its tokens and logprobs, its policy, its signals, why it may (not) be learned from, where it went.
+    """Find words in what people, tools and the model said, latest first. All of them must be in one text.
 
-    `--json` prints one object, or a list of them if several steps were named.
+    In one pair of quotes: 'docker* -compose "no such file"' finds what begins with docker, leaves out texts with
+    compose, and takes no such file as it stands.
     """
-    from clawloop_edge.privacy.outbox import Outbox
+    from clawloop_edge.pool.search import SearchIndex
 
-    explained: list[tuple[dict[str, Any], KeptStep]] = []
+    since_ms, until_ms = time_range(since, until)
+    query = " ".join(words)
     with opened_pool(context) as pool:
-        for step_id in step_ids:
-            kept = pool.get_step(step_id)
-            if kept is None:
-                raise ConfigError(f"no step {step_id} is kept here")
-            found = facts(kept, tokens=True)
-            found["signals"] = [msgspec.to_builtins(s) for s in _signals(pool, kept)]
-            found["sent"] = Outbox.items_with(pool, step_id)
-            explained.append((found, kept))
-    if rescore:
-        from clawloop_edge.rescore import rescore_steps
-
-        worst = rescore_steps(context.obj.require(), [kept for _, kept in explained])
-        for (found, _), difference in zip(explained, worst, strict=True):
-            found["max_abs_difference"] = difference
+        index = SearchIndex(pool)
+        _catch_up(index)
+        found = index.search(
+            query,
+            limit=limit + 1,
+            before=before,
+            app=app,
+            since_ms=since_ms,
+            until_ms=until_ms,
+            best=best,
+        )
+    page = found[:limit]
     if as_json:
-        print_json([found for found, _ in explained] if len(step_ids) > 1 else explained[0][0])
+        print_json(page)
         return
-    for found, kept in explained:
-        _print_explained(found, kept)
+    now = datetime.now()
+    for hit in page:
+        _print_hit(hit, now)
+    if not page:
+        console.print(shown(f"nothing found for {query}; fewer words find more, and so does a beginning like word*"))
+    if len(found) > limit and not best:
+        again = ["sessions search", *_given(app=app, since=since, until=until), f"--before {page[-1].place}"]
+        typer.echo(shown(f"more: {command(home_of(context), ' '.join([*again, shlex.join(words)]))}"))
 
 
-def _signals(pool: Any, kept: KeptStep) -> list[Signal]:
-    found: list[Signal] = pool.signals([kept.step])
-    return found
+def _catch_up(index: SearchIndex) -> None:
+    """Take in what was kept since the last search."""
+    if not index.kept:
+        typer.echo("no search index without SQLCipher: every step is read, which takes long", err=True)
+        return
+    total = index.catch_up(_TAKEN_IN)
+    if total > _MANY:
+        with Progress(console=problems, transient=True) as progress:
+            task = progress.add_task("taking in what was kept", total=total)
+            while left := index.catch_up(_TAKEN_IN):
+                progress.update(task, completed=total - left)
+    while index.catch_up(_TAKEN_IN):
+        pass
 
 
-def _print_explained(found: dict[str, Any], kept: KeptStep) -> None:
-    hidden = {"response_ids", "response_logprobs", "signals", "prompt_ids", "untrainable"}
-    told = {**found, "trainable": _trainable(kept.step)}
-    print_table(("what", "is"), [(k.replace("_", " "), v) for k, v in told.items() if k not in hidden], empty="")
-    tokens = zip(kept.step.response_ids, kept.step.response_logprobs, strict=True)
-    print_table(("token id", "logprob"), [(i, f"{p:.4f}") for i, p in tokens], empty="")
-    rows = [(s["source"], s["value"], s.get("weight", 1.0), s["target"]) for s in found["signals"]]
-    waits = ": it is learned from once it was judged" if kept.step.trainable else ""
-    print_table(("signal", "value", "weight", "on"), rows, empty=f"no feedback yet{waits}")
+def _print_hit(hit: Hit, now: datetime) -> None:
+    head = shown(hit.title or hit.session_id, style="bold")
+    head.append_text(shown(f"  {' · '.join(filter(None, (told(hit.at_ms, now=now), hit.app, hit.who)))}", style="dim"))
+    console.print(head)
+    console.print(_marked(hit))
+    console.print(shown(f"{hit.step_id} in {hit.session_id}", style="dim"))
+    console.print()
 
 
-def facts(kept: KeptStep, *, tokens: bool) -> dict[str, Any]:
-    """What there is to tell of a step, as JSON values."""
-    step = kept.step
-    found: dict[str, Any] = {
-        "step_id": step.step_id,
-        "session_id": step.session_id,
-        "run_id": step.run_id,
-        "parent_id": step.parent_id,
-        "kind": kept.kind,
-        "app": kept.app,
-        "channel": step.channel,
-        "adapter_version": step.policy.version,
-        "model_line": step.policy.line,
-        "temperature": step.sampling.temperature,
-        "finish_reason": step.finish_reason,
-        "trainable": step.trainable,
-        "untrainable": step.untrainable,
-        "prompt_tokens": len(step.prompt_ids),
-        "response_tokens": len(step.response_ids),
-        "text": kept.text,
-        "reply": kept.reply,
-        "created_ms": step.created_ms,
-        "first_token_ms": kept.first_token_ms,
-        "finished_ms": kept.finished_ms,
-    }
-    if tokens:
-        found["prompt_ids"] = step.prompt_ids
-        found["response_ids"] = step.response_ids
-        found["response_logprobs"] = step.response_logprobs
-    return found
+def _marked(hit: Hit) -> Text:
+    line = shown(hit.snippet)
+    for start, end in hit.marks:
+        line.stylize("bold yellow", start, end)
+    return line
+
+
+def _given(**options: str) -> list[str]:
+    """Options as they are typed again."""
+    return [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
 
 
 def register(app: typer.Typer) -> None:
+    group.command("forget")(forget_sessions)
     app.add_typer(group, name="sessions")
-    app.command()(explain)

@@ -67,6 +67,10 @@ class MlxEngine:
         """What a call that asks for no version gets now."""
         return self._versions.current
 
+    def policy_of(self, version: int) -> Policy:
+        """The policy of a loaded version. Raises UnknownVersion."""
+        return self._versions.policy(version)
+
     async def generate(self, request: GenerateRequest) -> Generation:
         """Start a call; it may have to wait for a place, and ends with EngineBusy if that takes too long.
 
@@ -129,6 +133,10 @@ class MlxEngine:
             lambda: self._score(prompt_ids, response_ids, version=version, temperature=temperature),
             kv_bytes=tokens * self._plan.token,
         )
+
+    async def forget_prompts(self) -> None:
+        """Let go of the attention caches that no call in flight uses. Raises EngineGone."""
+        await self._ask(self._scheduler.forget_prompts)
 
     def health(self) -> EngineHealth:
         """The truth about the engine's thread, and about memory as it was after the last step."""

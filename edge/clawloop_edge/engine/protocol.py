@@ -233,6 +233,10 @@ class Engine(Protocol):
         """What a call that asks for no version gets now."""
         ...
 
+    def policy_of(self, version: int) -> Policy:
+        """The policy of a loaded version: which weights have that number. Raises UnknownVersion."""
+        ...
+
     async def generate(self, request: GenerateRequest) -> Generation:
         """Start a call. Raises PromptTooLong, EngineBusy, EngineGone or UnknownVersion."""
         ...
@@ -253,6 +257,10 @@ class Engine(Protocol):
         self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
     ) -> list[float]:
         """Teacher-forced logprobs of the response under a loaded version. Raises UnknownVersion or PromptTooLong."""
+        ...
+
+    async def forget_prompts(self) -> None:
+        """Let go of what is kept of prompts that were answered, to save computing them again. Raises EngineGone."""
         ...
 
     def health(self) -> EngineHealth:

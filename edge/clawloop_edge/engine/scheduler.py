@@ -70,6 +70,11 @@ class Scheduler:
         self._close_idle_lanes()
         self._measure()
 
+    def forget_prompts(self) -> None:
+        """Let go of all kept attention caches."""
+        self._cache.clear()
+        self._measure()
+
     def forget(self, dropped: Iterable[Policy]) -> None:
         """Free what belongs to versions that are no longer loaded."""
         for policy in dropped:

@@ -38,6 +38,12 @@ class ScriptedEngine:
         """Always version 0 of the line `scripted`."""
         return Policy(SCRIPTED_LINE)
 
+    def policy_of(self, version: int) -> Policy:
+        """Only version 0 is there. Raises UnknownVersion for another."""
+        if version != 0:
+            raise UnknownVersion(f"adapter version {version} is not loaded; the scripted engine has only 0")
+        return self.policy
+
     async def generate(self, request: GenerateRequest) -> Generation:
         """Start to give out the next reply. Raises EngineError when the script is used up."""
         if not self._alive:
@@ -64,15 +70,16 @@ class ScriptedEngine:
 
     async def use(self, version: int) -> Policy:
         """Only version 0 is there. Raises UnknownVersion for another."""
-        if version != 0:
-            raise UnknownVersion(f"adapter version {version} is not loaded")
-        return self.policy
+        return self.policy_of(version)
 
     async def score(
         self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
     ) -> list[float]:
         """Raises EngineError: a script has no probabilities."""
         raise EngineError("a scripted engine cannot score; use the mlx engine")
+
+    async def forget_prompts(self) -> None:
+        """Does nothing: a script keeps nothing of prompts."""
 
     def health(self) -> EngineHealth:
         """Whether it was closed, and how many replies are being given out."""

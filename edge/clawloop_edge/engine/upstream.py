@@ -104,6 +104,10 @@ class UpstreamEngine:
         """What a call that asks for no version gets now."""
         return self._versions.current
 
+    def policy_of(self, version: int) -> Policy:
+        """The policy of a loaded version. Raises UnknownVersion."""
+        return self._versions.policy(version)
+
     async def generate(self, request: GenerateRequest) -> Generation:
         """Start a call; what the server has against it is raised where the answer is awaited.
 
@@ -183,6 +187,9 @@ class UpstreamEngine:
             raise EngineError(f"the upstream server gave {len(found)} prompt logprobs for {len(ids)} tokens")
         entries = zip(found[len(prompt_ids) :], response_ids, strict=True)
         return [_logprob(entry[str(i)].logprob) if entry and str(i) in entry else math.nan for entry, i in entries]
+
+    async def forget_prompts(self) -> None:
+        """Does nothing: what is kept of prompts is in the server's memory, which is its own."""
 
     def health(self) -> EngineHealth:
         """Whether the server can be reached, as far as calls have shown."""

@@ -19,6 +19,7 @@ from clawloop_edge.gateway.claw_r1 import ClawR1Pool, claw_r1_routes, guards_its
 from clawloop_edge.gateway.completions import CompletionsApi
 from clawloop_edge.gateway.connections import TIMEOUT_S, GatewayRunner
 from clawloop_edge.gateway.drain import Drain
+from clawloop_edge.gateway.dropping import Dropper, ForgettingPool
 from clawloop_edge.gateway.errors import Shape, failure_of
 from clawloop_edge.gateway.feedback import FeedbackHandler
 from clawloop_edge.gateway.health import HealthHandler
@@ -32,9 +33,11 @@ from clawloop_edge.gateway.responses_writer import ResponsesApi
 from clawloop_edge.gateway.serving import Service, now_ms
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.gateway.source import Source, TextSource, TokenSource
+from clawloop_edge.gateway.trajectory_store import TrajectoryStore
 from clawloop_edge.sessions.kept import KeptSteps, StepSource
 from clawloop_edge.sessions.memory import StepMemory
-from clawloop_edge.sessions.tracker import Tracker
+from clawloop_edge.sessions.names import SessionNames
+from clawloop_edge.sessions.tracker import Decode, Tracker
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ready"})
 _MESSAGES = MessagesApi()
@@ -47,7 +50,7 @@ APIS: dict[str, Api] = {
 """the APIs that answer calls, by path"""
 
 
-class PoolSide(ClawR1Pool, StepSource, Protocol):
+class PoolSide(ClawR1Pool, StepSource, ForgettingPool, Protocol):
     """The part of the pool that the gateway needs; `clawloop_edge.pool.store.Pool` is the real one."""
 
     def find_steps_by(
@@ -87,6 +90,8 @@ DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
 """`await app[DRAIN]()` before the runner is cleaned up"""
 STATS: web.AppKey[StatsReader] = web.AppKey("stats", StatsReader)
 """`app[STATS]()` counts since the start"""
+DROPPER: web.AppKey[Dropper] = web.AppKey("dropper", Dropper)
+"""`await app[DROPPER]()` after something was forgotten"""
 
 
 def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySettings, token: str) -> web.Application:
@@ -100,19 +105,20 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
         source, decode = TextSource(engine), _no_text
     else:
         source, decode = TokenSource(engine), engine.tokenizer.decode
-    kept = KeptSteps(pool)
-    tracker = Tracker(memory, find_kept=kept.by_reply, find_last=kept.last_main, find_run=kept.of_run, decode=decode)
+    tracker = _tracker(memory, KeptSteps(pool), decode=decode)
     recorder, drain = Recorder(pool, tracker), Drain(settings.drain_s)
-    metrics = Metrics()
+    metrics, store, names = Metrics(), TrajectoryStore(pool), SessionNames(pool.tag)
+    retries = Retries(pool, clock_ms=now_ms, tokenizer=None if isinstance(engine, TextEngine) else engine.tokenizer)
     service = Service(
         source,
         tracker,
         recorder=recorder,
         settings=settings,
         metrics=metrics,
-        retries=Retries(pool, clock_ms=now_ms, tokenizer=None if isinstance(engine, TextEngine) else engine.tokenizer),
+        retries=retries,
+        names=names,
     )
-    feedback, health = FeedbackHandler(pool), HealthHandler(engine, drain)
+    feedback, health = FeedbackHandler(pool, names), HealthHandler(engine, drain)
 
     async def close(app: web.Application) -> None:
         if isinstance(source, TokenSource):
@@ -126,7 +132,9 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
 
     for path, api in APIS.items():
         post(path, _answering(service, api))
-    routes = claw_r1_routes(service, pool, engine=engine, guard=guard, settings=settings, apis=APIS)
+    routes = claw_r1_routes(
+        service, pool, store=store, engine=engine, guard=guard, settings=settings, apis=APIS, names=names
+    )
     post("/v1/messages/count_tokens", _counting_tokens(service))
     post("/v1/feedback", feedback.handle)
     app.router.add_get("/v1/models", health.models)
@@ -141,6 +149,7 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
     add_document(app, DOCS)
     app[TIMEOUT_S] = settings.body_timeout_s
     app[DRAIN], app[STATS] = drain, StatsReader(recorder, source, drain=drain, memory=memory)
+    app[DROPPER] = Dropper(pool, memory=memory, trajectories=store, retries=retries, engine=engine)
     metrics.watch(StateCollector(engine, app[STATS]))
     app.on_cleanup.append(close)
     return app
@@ -149,6 +158,17 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
 def make_runner(app: web.Application) -> web.AppRunner:
     """The runner to serve the gateway with."""
     return GatewayRunner(app)
+
+
+def _tracker(memory: StepMemory, kept: KeptSteps, *, decode: Decode) -> Tracker:
+    return Tracker(
+        memory,
+        find_kept=kept.by_reply,
+        find_last=kept.last_main,
+        find_run=kept.of_run,
+        forgot=kept.forgot,
+        decode=decode,
+    )
 
 
 def _no_text(ids: Sequence[int]) -> str:

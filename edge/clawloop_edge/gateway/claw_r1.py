@@ -16,6 +16,7 @@ from clawloop_edge.gateway.trajectories import PREFIX, TrajectoryAccess, Traject
 from clawloop_edge.gateway.trajectory_chat import TrajectoryChatApi
 from clawloop_edge.gateway.trajectory_store import RoomPool, TrajectoryStore
 from clawloop_edge.gateway.whitebox import StepPool, WhiteboxHandler
+from clawloop_edge.sessions.names import SessionNames
 
 _CHAT = "/v1/chat/completions"
 _TRAJECTORY = "trajectory"
@@ -35,18 +36,26 @@ def claw_r1_routes(
     service: Service,
     pool: ClawR1Pool,
     *,
+    store: TrajectoryStore,
     engine: Engine | TextEngine,
     guard: Guard,
     settings: GatewaySettings,
     apis: Mapping[str, Api],
+    names: SessionNames,
 ) -> dict[str, Handler]:
     """Handlers of POST requests by path; first come those that win. `apis` are served on trajectory URLs too."""
-    store = TrajectoryStore(pool)
-    access = TrajectoryAccess(store, guard)
+    access = TrajectoryAccess(store, guard, names)
     black = TrajectoryHandler(service, pool, store=store, access=access)
     tokenizer = None if isinstance(engine, TextEngine) else engine.tokenizer
     white = WhiteboxHandler(
-        service, pool, settings=settings, store=store, access=access, draws=Draws(pool), tokenizer=tokenizer
+        service,
+        pool,
+        settings=settings,
+        store=store,
+        access=access,
+        draws=Draws(pool),
+        tokenizer=tokenizer,
+        names=names,
     )
     served = {**apis, _CHAT: TrajectoryChatApi(_call_mark(tokenizer))}
     below = {

@@ -1,6 +1,7 @@
 """What `/generate` sampled, until it comes back in a step: the proof that a submitted step was sampled here.
 
-A draw is found by its prompt, and used once. One that never comes back is forgotten after a day. Knows no HTTP.
+A draw is found by its prompt, and used once. One that never comes back is forgotten after a day, or with whatever else
+is forgotten: no session names it. Knows no HTTP.
 """
 
 import asyncio
@@ -9,10 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from clawloop_edge.gateway.schema import DRAW_SCOPE, prepare_draws
 from clawloop_edge.gateway.trajectory_store import RoomPool
-from clawloop_edge.pool.chain import pack_ints
-from clawloop_edge.pool.crypt import POOL_SCOPE
-from clawloop_edge.pool.verify import SealedColumn
+from clawloop_edge.pool.packing import pack_ints
 from clawloop_shared.records import Policy, Sampling
 
 if TYPE_CHECKING:
@@ -22,18 +22,6 @@ T = TypeVar("T")
 _KEPT_MS = 86_400_000
 _EXPIRED_AT_ONCE = 64
 _MOST_OF_A_PROMPT = 256
-_TABLES = (
-    "CREATE TABLE draws (draw_id TEXT PRIMARY KEY, tag BLOB NOT NULL, created_ms INTEGER NOT NULL,"
-    " body BLOB NOT NULL) STRICT",
-    "CREATE INDEX draws_tag ON draws (tag, created_ms)",
-    "CREATE INDEX draws_created ON draws (created_ms)",
-)
-
-
-def draw_tables(database: "Database") -> None:
-    """What was sampled and not yet submitted."""
-    for statement in _TABLES:
-        database.execute(statement)
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +42,7 @@ class Draws:
 
     def __init__(self, pool: RoomPool) -> None:
         self._pool = pool
-        pool.adopt("draws", (draw_tables,), sealed=(SealedColumn("draws", "body", "draw_id"),))
+        prepare_draws(pool)
 
     async def keep(self, prompt_ids: Sequence[int], draw: Draw) -> None:
         """Keep a draw; returns once it is on disk."""
@@ -64,7 +52,7 @@ class Draws:
             old = "SELECT draw_id FROM draws WHERE created_ms < ? LIMIT ?"
             expired = f"DELETE FROM draws WHERE draw_id IN ({old})"  # noqa: S608
             database.conn.execute(expired, (draw.created_ms - _KEPT_MS, _EXPIRED_AT_ONCE))
-            scope = self._pool.keyring.ensure(database, POOL_SCOPE)
+            scope = self._pool.keyring.ensure(database, DRAW_SCOPE)
             body = scope.seal("draws", draw.draw_id, column="body", plain=msgspec.msgpack.encode(draw))
             insert = "INSERT INTO draws (draw_id, tag, created_ms, body) VALUES (?, ?, ?, ?)"
             database.conn.execute(insert, (draw.draw_id, tag, draw.created_ms, body))
@@ -80,7 +68,9 @@ class Draws:
         def operation(database: "Database") -> list[Draw]:
             query = "SELECT draw_id, body FROM draws WHERE tag = ? ORDER BY created_ms DESC LIMIT ?"
             rows = database.conn.execute(query, (tag, _MOST_OF_A_PROMPT)).fetchall()
-            scope = self._pool.keyring.find(database, POOL_SCOPE)
+            if not rows:
+                return []
+            scope = self._pool.keyring.find(database, DRAW_SCOPE)
             plain = (scope.unseal("draws", draw_id, column="body", sealed=body) for draw_id, body in rows)
             return [msgspec.msgpack.decode(data, type=Draw) for data in plain]
 

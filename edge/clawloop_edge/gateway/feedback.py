@@ -15,6 +15,7 @@ from msgspec import Meta
 from clawloop_edge.errors import RequestError, UnknownTarget
 from clawloop_edge.gateway.body import convert_body, decode_json
 from clawloop_edge.gateway.connections import body_of
+from clawloop_edge.sessions.names import SessionNames
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Signal, Target, check_signal
 
@@ -49,17 +50,19 @@ class FeedbackBody(msgspec.Struct):
 class FeedbackHandler:
     """Takes judgements."""
 
-    def __init__(self, pool: KeepsSignals) -> None:
-        self._pool = pool
+    def __init__(self, pool: KeepsSignals, names: SessionNames) -> None:
+        self._pool, self._names = pool, names
 
     async def handle(self, request: web.Request) -> web.Response:
         """Keep one judgement; 200 means that it, and the step it judges, are on disk."""
-        signal = parse_feedback(await body_of(request), now_ms=time.time_ns() // 1_000_000)
+        said = parse_feedback(await body_of(request), now_ms=time.time_ns() // 1_000_000)
+        named = said.target in (Target.SESSION, Target.TRAJECTORY)
+        signal = msgspec.structs.replace(said, target_id=self._names.id_of(said.target_id)) if named else said
         try:
             await asyncio.shield(asyncio.wrap_future(self._pool.keep_signal(signal)))
         except UnknownTarget as error:
             raise RequestError(str(error), status=404, param=_param(signal), code="unknown_target") from error
-        body = {"signal_id": signal.signal_id, "target": signal.target, "target_id": signal.target_id}
+        body = {"signal_id": signal.signal_id, "target": said.target, "target_id": said.target_id}
         return web.json_response({**body, "value": signal.value, "stored": True})
 
 

@@ -137,14 +137,18 @@ class Retries:
     def __len__(self) -> int:
         return len(self._attempts)
 
+    def drop(self) -> None:
+        """Let go of answers that are only still here because nobody asked since."""
+        for over in [attempt for attempt in self._attempts.values() if attempt.over]:
+            self._forget(over)
+
     async def begin(self, key: RetryKey, call: Call) -> Answered | Attempt:
         """What the same request was answered before; else a claim, and the caller has to answer.
 
         Raises:
             RequestError: the key was sent with another body (400).
         """
-        for over in [attempt for attempt in self._attempts.values() if attempt.over]:
-            self._forget(over)
+        self.drop()
         while key.again and (first := self._attempts.get(key.name)) is not None and not first.over:
             _check_same(first.key.body == key.body)
             answered = await asyncio.shield(first.result)
@@ -233,7 +237,7 @@ def _reply(kept: KeptStep, call: Call, tokenizer: ChatTokenizer | None) -> Reply
         pieces.append(message["content"])
     for made in message.get("tool_calls") or []:
         pieces.append(ToolCall(made["id"], made["function"]["name"], made["function"]["arguments"]))
-    reply.ids, reply.logprobs = kept.step.response_ids, kept.step.response_logprobs
+    reply.ids, reply.logprobs = kept.step.response_ids, kept.step.logprobs
     if call.logprobs and tokenizer:
         sampled = zip(reply.ids, reply.logprobs, strict=True)
         reply.entries = [logprob_entry(tokenizer, Token(token_id, logprob)) for token_id, logprob in sampled]

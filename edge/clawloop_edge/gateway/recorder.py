@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from clawloop_edge.errors import PoolFull
 from clawloop_edge.gateway.call import Call
 from clawloop_edge.gateway.idempotency import FINISHED
 from clawloop_edge.gateway.reply import CUT, Reply
@@ -61,8 +62,8 @@ class LiveCall(msgspec.Struct, kw_only=True):
 def reason_before(live: LiveCall) -> str:
     """Why nothing may be learned from a call, as far as is known before its first token; empty if it may."""
     sampling, kind = live.call.sampling, live.placed.kind
-    if live.placed.incognito:
-        return "incognito"
+    if live.placed.unkept:
+        return live.placed.unkept
     if live.answer.reason:
         return live.answer.reason
     if live.identity.seat is not None and live.identity.seat.closed:
@@ -83,7 +84,7 @@ def reason_before(live: LiveCall) -> str:
 def reason_after(live: LiveCall) -> str:
     """Why nothing may be learned from a call that is over; empty if it may."""
     ended = live.reply.ended
-    if not live.placed.incognito and ended not in FINISHED:
+    if not live.placed.unkept and ended not in FINISHED:
         return ended
     return reason_before(live) or (CUT if live.reply.cut else "")
 
@@ -100,9 +101,9 @@ class Recorder:
     def keep(self, live: LiveCall) -> "Future[None] | None":
         """Keep one call and let later calls continue it; the future is resolved when it is on disk.
 
-        Nothing is kept of incognito calls and of empty ones.
+        Nothing is kept of incognito calls, of those that continue what was forgotten, and of empty ones.
         """
-        if live.placed.incognito or live.reply.empty:
+        if live.placed.unkept or live.reply.empty:
             return None
         try:
             return self._keep(live)
@@ -142,6 +143,8 @@ class Recorder:
 
     def _failure(self, error: BaseException | None) -> None:
         self.failed += 1
+        if isinstance(error, PoolFull):  # it was said once what is full; nothing is lost by a fault
+            return
         if self._clock() - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = self._clock()
             _LOG.error("steps that could not be kept so far: %d; the latest: %s", self.failed, type(error).__name__)

@@ -25,6 +25,7 @@ from clawloop_edge.gateway.source import Sink, Source, choice_of
 from clawloop_edge.gateway.streaming import EventStream, watched
 from clawloop_edge.sessions.classify import Kind, classify
 from clawloop_edge.sessions.identity import SESSION_HEADER, Identity, identify
+from clawloop_edge.sessions.names import SessionNames
 from clawloop_edge.sessions.tracker import Placement, Tracker
 from clawloop_shared.ids import new_step_id
 
@@ -55,8 +56,10 @@ class Service:
         settings: GatewaySettings,
         metrics: Metrics,
         retries: Retries,
+        names: SessionNames,
     ) -> None:
         self._source, self._tracker, self._metrics = source, tracker, metrics
+        self._names = names
         self._recorder, self._settings, self._retries = recorder, settings, retries
 
     async def answer(self, request: web.Request, api: Api, *, renamed: Renamed | None = None) -> web.StreamResponse:
@@ -149,6 +152,7 @@ class Service:
         agent = request.headers.get("User-Agent", "")
         traffic = classify(call.messages, tools=bool(call.tools), user_agent=agent)
         identity = identify(request.headers, prompt_cache_key=call.prompt_cache_key, runtime=traffic.runtime)
+        identity = msgspec.structs.replace(identity, session_id=self._names.id_of(identity.session_id))
         if renamed is not None:
             identity, traffic = renamed(identity, call), msgspec.structs.replace(traffic, kind=Kind.MAIN)
         placed = await self._tracker.place(call.messages, identity=identity, traffic=traffic, peek=peek)

@@ -25,6 +25,7 @@ from clawloop_edge.gateway.serving import Service, now_ms
 from clawloop_edge.gateway.trajectory_store import Entry, TrajectoryStore
 from clawloop_edge.pool.codec import to_json
 from clawloop_edge.sessions.identity import Identity
+from clawloop_edge.sessions.names import SessionNames
 from clawloop_shared.records import Channel, Signal, Target
 
 SOURCE = "claw-r1"
@@ -69,21 +70,22 @@ class _Named(msgspec.Struct):
 class TrajectoryAccess:
     """Lets a request to a trajectory, or not."""
 
-    def __init__(self, store: TrajectoryStore, guard: Guard) -> None:
-        self._store, self._guard = store, guard
+    def __init__(self, store: TrajectoryStore, guard: Guard, names: SessionNames) -> None:
+        self._store, self._guard, self._names = store, guard, names
 
-    async def enter(self, headers: Mapping[str, str], trajectory_id: str, *, make: bool = False) -> Entry:
-        """The trajectory with this id; with `make`, a caller that has the token may make one.
+    async def enter(self, headers: Mapping[str, str], name: str, *, make: bool = False) -> Entry:
+        """The trajectory with this id or name; with `make`, a caller that has the token may make one.
 
         Raises:
             RequestError: there is none (404), or none that this caller may know of.
         """
+        trajectory_id = self._names.id_of(name)
         entry = await self._store.find(trajectory_id)
         if entry is not None and entry.row.minted:
             return entry
         if self._guard.has_token(headers):
             if entry is None and make:
-                check_name(trajectory_id, "trajectory")
+                check_name(name, "trajectory")
                 entry = await self._store.create(trajectory_id, minted=False, now_ms=now_ms())
             if entry is not None:
                 return entry

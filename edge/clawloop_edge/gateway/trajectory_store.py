@@ -1,22 +1,23 @@
 """What is known of trajectories that callers name in URLs: group, channel, metadata, and the number of the next step.
 
 Lives in the pool, through its writer, so that a restart forgets nothing; those of late are in memory too. A row that no
-call ever used goes after a week; one with steps stays as long as they may still be judged. Knows no HTTP.
+call ever used goes after a week; one with steps goes with its session, that has the same name. Knows no HTTP.
 """
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
+from clawloop_edge.gateway.schema import Adopts, prepare_trajectories
 from clawloop_edge.pool.codec import to_json
 from clawloop_edge.pool.crypt import Keyring, session_scope
-from clawloop_edge.pool.verify import SealedColumn
+from clawloop_edge.pool.tombstones import Tombstones
 from clawloop_edge.sessions.identity import Seat
 from clawloop_shared.records import Channel
 
@@ -27,18 +28,6 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _CACHED = 4096
 _UNUSED_MS = 7 * 86_400_000
-_TABLES = (
-    """CREATE TABLE trajectories (
-        tag BLOB PRIMARY KEY, trajectory_id TEXT NOT NULL, minted INTEGER NOT NULL, created_ms INTEGER NOT NULL,
-        next_index INTEGER NOT NULL, last_ms INTEGER NOT NULL, completed INTEGER NOT NULL, facts BLOB, metadata BLOB
-    ) STRICT""",
-    "CREATE INDEX trajectories_unused ON trajectories (created_ms) WHERE next_index = 0",
-)
-_SCOPE = "'session/' || trajectory_id"
-_SEALED = (
-    SealedColumn("trajectories", "facts", "trajectory_id", _SCOPE),
-    SealedColumn("trajectories", "metadata", "trajectory_id", _SCOPE),
-)
 _SELECT = (
     "SELECT trajectory_id, minted, created_ms, next_index, last_ms, completed, facts FROM trajectories WHERE tag = ?"
 )
@@ -49,22 +38,14 @@ _UPSERT = (
 )
 
 
-def trajectory_tables(database: "Database") -> None:
-    """Trajectories that callers name in URLs."""
-    for statement in _TABLES:
-        database.execute(statement)
-
-
-class RoomPool(Protocol):
+class RoomPool(Adopts, Protocol):
     """The part of the pool that a room with tables of its own needs."""
 
     keyring: Keyring
+    tombstones: Tombstones
 
     def submit(self, operation: Callable[["Database"], T]) -> "Future[T]": ...
     def tag(self, name: str, value: bytes) -> bytes: ...
-    def adopt(
-        self, name: str, migrations: Sequence[Callable[["Database"], None]], *, sealed: Sequence[SealedColumn] = ()
-    ) -> None: ...
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -127,7 +108,7 @@ class TrajectoryStore:
     def __init__(self, pool: RoomPool) -> None:
         self._pool = pool
         self._entries: OrderedDict[str, Entry] = OrderedDict()
-        pool.adopt("trajectories", (trajectory_tables,), sealed=_SEALED)
+        prepare_trajectories(pool)
 
     async def find(self, trajectory_id: str) -> Entry | None:
         """A trajectory; None if there is no such one."""
@@ -178,6 +159,16 @@ class TrajectoryStore:
         future = self._pool.submit(lambda database: self._write(database, row, metadata=sealed))
         future.add_done_callback(_complain)
         return future
+
+    def drop(self, trajectory_ids: Collection[str]) -> None:
+        """Let go of trajectories that were forgotten. Who holds one goes on with it; nothing of it is kept."""
+        for trajectory_id in trajectory_ids:
+            self._entries.pop(trajectory_id, None)
+
+    @property
+    def names(self) -> list[str]:
+        """The trajectories that memory holds."""
+        return list(self._entries)
 
     async def count_steps(self, trajectory_id: str) -> int:
         """How many of its steps are kept, those included that are on their way to the disk."""
@@ -232,6 +223,8 @@ class TrajectoryStore:
 
     def _write(self, database: "Database", row: Row, *, metadata: bytes | None = None) -> None:
         name, tag, run = row.trajectory_id, self._tag(row.trajectory_id), database.conn.execute
+        if self._pool.tombstones.forgot(database, session=name):
+            return
         facts = None
         if row.facts != Facts():  # a trajectory that was only begun needs no key of its own
             facts = self._seal(database, name, column="facts", plain=msgspec.msgpack.encode(row.facts))

@@ -41,6 +41,7 @@ from clawloop_edge.gateway.trajectories import (
 from clawloop_edge.gateway.trajectory_store import Entry, TrajectoryStore
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.sessions.identity import identify
+from clawloop_edge.sessions.names import SessionNames
 from clawloop_shared.errors import ClawloopError, RecordError
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import MAX_STEP_TOKENS, Channel, Policy, Sampling, Signal, Step, Target, check_step
@@ -136,10 +137,11 @@ class WhiteboxHandler:
         access: TrajectoryAccess,
         draws: Draws,
         tokenizer: ChatTokenizer | None,
+        names: SessionNames,
     ) -> None:
         self._service, self._pool, self._settings = service, pool, settings
         self._store, self._access, self._draws = store, access, draws
-        self._tokenizer = tokenizer
+        self._tokenizer, self._names = tokenizer, names
         self._proving = asyncio.Lock()
 
     async def generate(self, request: web.Request) -> web.Response:
@@ -184,6 +186,7 @@ class WhiteboxHandler:
         ]
         for where, payload in payloads:
             self._check(payload, where)
+            payload.trajectory_uid = self._names.id_of(payload.trajectory_uid)
         payloads.sort(key=lambda named: (named[1].trajectory_uid, named[1].step_index))
         await asyncio.shield(self._take(request.headers, payloads, channel))  # a client that goes away leaves no half
         return web.json_response({"accepted": len(payloads)})

@@ -21,7 +21,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clawloop_edge.node.join import Membership
-from clawloop_edge.node.transport import Answer, Incoming, NodeError, NodeRefused, ServerAway
+from clawloop_edge.node.sockets import Sockets
+from clawloop_edge.node.transport import (
+    Answer,
+    Incoming,
+    NodeError,
+    NodeRefused,
+    Permit,
+    ServerAway,
+    Withdrawn,
+)
 from clawloop_shared.errors import KeyMissing
 from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD, SMALL_PAYLOAD_BYTES
 
@@ -38,6 +47,7 @@ _RETRY_S = (0.1, 2.0)
 _TRANSIENT = frozenset({500, 502, 503, 504})
 _MAX_OBJECTS = 64
 _OBJECT_WAIT_S = 30.0
+_CUT = "an answer was broken off: it may no longer leave"
 _ERROR_CODE = 2
 """flwr's CLIENT_APP_RAISED_EXCEPTION"""
 
@@ -93,6 +103,7 @@ class FlowerTransport:
         self._membership, self._heartbeat_s = membership, heartbeat_s
         self._node_id, self._remember = node_id or membership.node_id, remember
         self._closing = threading.Event()
+        self._sockets = Sockets()
         self._client: Any = None
         self._heart: threading.Thread | None = None
         self._flwr: Any = None
@@ -128,7 +139,7 @@ class FlowerTransport:
         message.metadata.__dict__["_message_id"] = head.metadata.message_id
         return Incoming(head.metadata.message_type, _payload(message), message)
 
-    def send(self, incoming: Incoming, answer: Answer) -> None:
+    def send(self, incoming: Incoming, answer: Answer, *, permit: Permit) -> None:
         """Answer. An answer that the server no longer waits for (its run ended) is dropped: it will ask again."""
         flwr, original = self._flwr, incoming.handle
         run_id = original.metadata.run_id
@@ -147,12 +158,18 @@ class FlowerTransport:
                 clientapp_runtime_list=[0.0],
             )
             try:
+                _ask(permit)
                 pushed = self._call("PushMessages", request)
-                self._push(run_id, pushed, objects)
+                self._push(run_id, pushed, objects, permit=permit)
             except NodeRefused as refused:
                 _log.info("an answer came too late and was dropped: %s", refused)
 
-    def close(self) -> None:
+    def cut(self) -> None:
+        """Reset the connections: what the system has not sent of them yet is thrown away."""
+        self._closing.set()
+        self._sockets.cut()
+
+    def close(self, *, goodbye: bool = True) -> None:
         """Deactivate the node, so that it may come back at once."""
         self._closing.set()
         client, self._client = self._client, None
@@ -160,7 +177,7 @@ class FlowerTransport:
         if client is None:
             return
         try:
-            if self._node is not None:
+            if self._node is not None and goodbye:
                 self._goodbye(client, self._node.node_id)
         finally:
             self._node = None
@@ -174,9 +191,10 @@ class FlowerTransport:
         flwr, membership = self._flwr, self._membership
         key = _load_key(membership.node_key_pem)
         context = ssl.create_default_context(cadata=membership.ca_pem)
+        self._sockets = sockets = Sockets()
         client = flwr.FleetHttpClient(
             f"https://{urlsplit(membership.url).netloc}",
-            interceptors=[flwr.NodeAuthHttpInterceptor(key, key.public_key()), _Version(flwr)],
+            interceptors=[flwr.NodeAuthHttpInterceptor(key, key.public_key()), _Version(flwr), sockets],
             verify=context,
             timeout=_TIMEOUT_S,
         )
@@ -213,11 +231,15 @@ class FlowerTransport:
         client, httpx = self._client, self._flwr.httpx
         if client is None:
             raise ServerAway("the connection was closed")
+        if self._sockets.were_cut:
+            raise Withdrawn(_CUT)
         try:
             return getattr(client, name)(request)
         except httpx.HTTPStatusError as error:
             raise _judged(name, error.response.status_code) from error
         except httpx.TransportError as error:
+            if self._sockets.were_cut:
+                raise Withdrawn(_CUT) from error
             raise ServerAway(f"{self._membership.url}: {type(error).__name__} {error}") from error
         except (ValueError, RuntimeError) as error:
             raise ServerAway(f"{self._membership.url} gave an answer that is no Flower message: {error}") from error
@@ -263,11 +285,12 @@ class FlowerTransport:
                 raise ServerAway("a part of a message did not arrive at the server; it will be sent again")
             wait_s = min(wait_s * 2, 1.0)
 
-    def _push(self, run_id: int, pushed: Any, objects: dict[str, Any]) -> None:
+    def _push(self, run_id: int, pushed: Any, objects: dict[str, Any], *, permit: Permit) -> None:
         wanted = set(pushed.objects_to_push)
         for object_id, held in objects.items():
             if object_id not in wanted:
                 continue
+            _ask(permit)
             request = self._flwr.PushObjectRequest(
                 node=self._node,
                 run_id=run_id,
@@ -288,6 +311,11 @@ class _Version:
     def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
         context.request.headers.update(self._headers)
         return call_next(context)
+
+
+def _ask(permit: Permit) -> None:
+    if not permit():
+        raise Withdrawn(_CUT)
 
 
 def _judged(name: str, status: int) -> NodeError:

@@ -3,18 +3,15 @@
 Knows no pool: the caller keeps the `Membership` (it holds private keys).
 """
 
-import http.client
-import ssl
 import time
-from urllib.parse import urlsplit
 
 import msgspec
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from clawloop_edge.node.transport import NodeError, ServerAway
+from clawloop_edge.node.hub_api import post
+from clawloop_edge.node.transport import ServerAway
 from clawloop_shared import signing, wire
-from clawloop_shared.errors import WireError
 from clawloop_shared.messages import (
     JOIN_PATH,
     MAX_JOIN_BYTES,
@@ -84,46 +81,20 @@ def join(
 def _ask(invitation: Invitation, request: JoinRequest, *, timeout_s: float) -> JoinReply:
     for attempt in range(_TRIES):
         try:
-            return _post(invitation, wire.encode(request), timeout_s=timeout_s)
+            data = post(
+                invitation.url,
+                JOIN_PATH,
+                ca_pem=invitation.ca_pem,
+                body=wire.encode(request),
+                max_bytes=MAX_JOIN_BYTES,
+                timeout_s=timeout_s,
+            )
+            return wire.decode(data, JoinReply, max_bytes=MAX_JOIN_BYTES)
         except ServerAway:
             if attempt == _TRIES - 1:
                 raise
             time.sleep(_PAUSE_S)
     raise AssertionError("unreachable")
-
-
-def _post(invitation: Invitation, body: bytes, *, timeout_s: float) -> JoinReply:
-    url = urlsplit(invitation.url)
-    if url.scheme != "https" or not url.hostname:
-        raise WireError(f"the invitation names {invitation.url!r}; a server's address begins with https://")
-    try:
-        context, port = ssl.create_default_context(cadata=invitation.ca_pem), url.port or 443
-    except (ssl.SSLError, ValueError) as error:
-        raise WireError(f"the invitation's certificate or port is damaged ({error}); ask for a new one") from error
-    connection = http.client.HTTPSConnection(url.hostname, port, timeout=timeout_s, context=context)
-    try:
-        connection.request("POST", JOIN_PATH, body, {"Content-Type": "application/octet-stream"})
-        response = connection.getresponse()
-        status, data = response.status, response.read(MAX_JOIN_BYTES + 1)
-    except ssl.SSLCertVerificationError as error:
-        raise NodeError(f"{invitation.url} is not the server of this invitation: {error.verify_message}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ServerAway(f"cannot reach {invitation.url}: {error}; is the server running?") from error
-    finally:
-        connection.close()
-    if status == http.HTTPStatus.OK:
-        return wire.decode(data, JoinReply, max_bytes=MAX_JOIN_BYTES)
-    if status == http.HTTPStatus.SERVICE_UNAVAILABLE:
-        raise ServerAway(f"{invitation.url} is not ready: {_reason(data)}")
-    raise NodeError(f"{invitation.url} refused ({status}): {_reason(data)}")
-
-
-def _reason(data: bytes) -> str:
-    try:
-        found = msgspec.json.decode(data, type=dict[str, dict[str, str]])
-        return found["error"]["message"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
-        return "no reason given"
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> str:

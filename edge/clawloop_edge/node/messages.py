@@ -5,6 +5,7 @@ Knows no transport and no socket. Formats: docs/formats/messages.md.
 
 import logging
 import traceback
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -33,7 +34,7 @@ _REQUESTS: dict[str, type[msgspec.Struct]] = {STATUS: StatusRequest, UPLOAD: Upl
 class NodeHandlers(Protocol):
     """What the edge does with each message. Called in the node's own thread, one at a time."""
 
-    def status(self) -> StatusReply:
+    def status(self, request: StatusRequest) -> StatusReply:
         """How this device is."""
         ...
 
@@ -43,6 +44,14 @@ class NodeHandlers(Protocol):
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         """Install an adapter, or say why not."""
+        ...
+
+    def may_leave(self, item_ids: Sequence[str]) -> bool:
+        """Whether these items may go out now; none: whether anything may. Called from any thread, and often."""
+        ...
+
+    def stopped(self, item_ids: Sequence[str]) -> None:
+        """The sending of these items was broken off."""
         ...
 
 
@@ -68,14 +77,15 @@ def answer(kind: str, payload: bytes, *, handlers: NodeHandlers) -> Answer:
 def _handle(request: msgspec.Struct, handlers: NodeHandlers) -> Answer:
     if isinstance(request, UploadRequest):
         upload = handlers.upload(request)
-        return _packed(upload, eager=upload.more)
+        return _packed(upload, eager=upload.more, items=tuple(item.item_id for item in upload.items))
     if isinstance(request, AdapterOffer):
         return _packed(handlers.adapter(request), eager=True)
-    return _packed(handlers.status(), eager=True)
+    assert isinstance(request, StatusRequest)
+    return _packed(handlers.status(request), eager=True)
 
 
-def _packed(reply: msgspec.Struct, *, eager: bool) -> Answer:
+def _packed(reply: msgspec.Struct, *, eager: bool, items: tuple[str, ...] = ()) -> Answer:
     payload = wire.encode(reply)
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise WireError(f"a reply of {len(payload)} bytes is over the limit {MAX_PAYLOAD_BYTES}")
-    return Answer(payload=payload, eager=eager)
+    return Answer(payload=payload, eager=eager, items=items)

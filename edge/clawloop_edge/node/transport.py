@@ -3,6 +3,7 @@
 A transport moves bytes and knows no handler; `flower` is the one we have. What may go wrong is named here.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -22,6 +23,10 @@ class NodeRefused(NodeError):
     """The server does not know this device's key (any more). Only joining again helps."""
 
 
+class Withdrawn(NodeError):
+    """What was being sent may no longer leave, so it was broken off."""
+
+
 class Incoming(msgspec.Struct, frozen=True):
     """One message of the server. `handle` is the transport's own, needed to answer."""
 
@@ -31,15 +36,23 @@ class Incoming(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What goes back: bytes, or the short reason why there are none. `eager`: another message is likely soon."""
+    """What goes back: bytes, or the short reason why there are none. `eager`: another message is likely soon.
+
+    `items` are the outbox items in it.
+    """
 
     payload: bytes = b""
     error: str = ""
     eager: bool = False
+    items: tuple[str, ...] = ()
+
+
+Permit = Callable[[], bool]
+"""asked whether what is being sent may still leave"""
 
 
 class Transport(Protocol):
-    """One connection to the server. Used by one thread, but `close` may come from another."""
+    """One connection to the server. Used by one thread, but `close` and `cut` may come from another."""
 
     def connect(self) -> None:
         """Become reachable. Raises ServerAway or NodeRefused."""
@@ -49,10 +62,20 @@ class Transport(Protocol):
         """The next message, or None if there is none now. Raises ServerAway or NodeRefused."""
         ...
 
-    def send(self, incoming: Incoming, answer: Answer) -> None:
-        """Answer a message. Raises ServerAway or NodeRefused."""
+    def send(self, incoming: Incoming, answer: Answer, *, permit: Permit) -> None:
+        """Answer a message; `permit` is asked before each part of it.
+
+        Raises:
+            Withdrawn: `permit` said no, or `cut` was called.
+            ServerAway, NodeRefused: it cannot be sent.
+        """
         ...
 
-    def close(self) -> None:
-        """Say goodbye as far as that is possible, and free what was held. May be called twice."""
+    def cut(self) -> None:
+        """Break off whatever is being sent, at once: not one more byte of it leaves. Nothing can be sent until the next
+        `connect`."""
+        ...
+
+    def close(self, *, goodbye: bool = True) -> None:
+        """Free what was held; before that say goodbye, as far as that is possible. May be called twice."""
         ...

@@ -9,16 +9,28 @@ import threading
 import time
 import traceback
 from enum import StrEnum
+from functools import partial
 
 import msgspec
 
 from clawloop_edge.node import messages
+from clawloop_edge.node.guard import Guard
 from clawloop_edge.node.messages import NodeHandlers
-from clawloop_edge.node.transport import NodeError, NodeRefused, ServerAway, Transport
+from clawloop_edge.node.transport import (
+    Answer,
+    Incoming,
+    NodeError,
+    NodeRefused,
+    ServerAway,
+    Transport,
+    Withdrawn,
+)
 
 _log = logging.getLogger(__name__)
 
 _JITTER = 0.2
+_SILENT_S = 0.5
+"""how often it is asked again whether anything may leave, while nothing may"""
 
 
 class NodeState(StrEnum):
@@ -64,7 +76,7 @@ class NodeWorker:
     def __init__(self, transport: Transport, handlers: NodeHandlers, *, settings: NodeSettings | None = None) -> None:
         self._transport, self._handlers = transport, handlers
         self._settings = settings or NodeSettings()
-        self._stopping, self._poked = threading.Event(), threading.Event()
+        self._stopping, self._poked, self._silent = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._status = NodeStatus(NodeState.STOPPED)
 
@@ -78,16 +90,23 @@ class NodeWorker:
         if self._thread is not None:
             return
         self._stopping.clear()
+        self._silent.clear()
         self._set(NodeState.CONNECTING)
         self._thread = threading.Thread(target=self._run, name="clawloop-node", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> bool:
-        """Say goodbye to the server and end the thread; False if a handler still runs after `timeout_s`."""
+    def stop(self, timeout_s: float = 10.0, *, silent: bool = False) -> bool:
+        """Say goodbye to the server and end the thread; False if a handler still runs after `timeout_s`.
+
+        `silent`: break off what is being sent, and say nothing more at all.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return True
         self._stopping.set()
+        if silent:
+            self._silent.set()
+            self._transport.cut()
         self._poked.set()
         thread.join(timeout_s)
         return not thread.is_alive()
@@ -99,11 +118,19 @@ class NodeWorker:
     def _run(self) -> None:
         failures = 0
         while not self._stopping.is_set():
+            goodbye = True
             try:
+                if not self._handlers.may_leave(()):
+                    goodbye = False
+                    self._sleep(_SILENT_S)
+                    continue
                 self._transport.connect()
                 self._set(NodeState.ONLINE)
                 failures = 0
                 self._serve()
+            except Withdrawn as error:
+                goodbye = False
+                _log.info("%s", error)
             except NodeError as error:
                 failures += 1
                 self._failed(error, failures)
@@ -113,7 +140,7 @@ class NodeWorker:
                 kind = f"{type(error).__name__} at {where.filename}:{where.lineno}"
                 self._failed(ServerAway(f"sync failed with {kind}"), failures)
             finally:
-                self._transport.close()
+                self._transport.close(goodbye=goodbye and not self._silent.is_set())
         self._set(NodeState.STOPPED)
 
     def _serve(self) -> None:
@@ -125,11 +152,20 @@ class NodeWorker:
                 wait_s = min(wait_s * 2, self._settings.poll_s)
                 continue
             answer = messages.answer(incoming.kind, incoming.payload, handlers=self._handlers)
-            self._transport.send(incoming, answer)
+            self._send(incoming, answer)
             wait_s = min(self._settings.quick_s, self._settings.poll_s) if answer.eager else self._settings.poll_s
             self._status = msgspec.structs.replace(
                 self._status, messages=self._status.messages + 1, last_message_ms=time.time_ns() // 1_000_000
             )
+
+    def _send(self, incoming: Incoming, answer: Answer) -> None:
+        permit = partial(self._handlers.may_leave, answer.items)
+        try:
+            with Guard(permit, self._transport.cut):
+                self._transport.send(incoming, answer, permit=permit)
+        except Withdrawn:
+            self._handlers.stopped(answer.items)
+            raise
 
     def _failed(self, error: NodeError, failures: int) -> None:
         refused = isinstance(error, NodeRefused)

@@ -1,44 +1,51 @@
-"""How one kept step lies in its two sealed columns: `tokens` (what is learned from) and `talk` (what was said).
+"""How one kept step lies in its two sealed columns: `tokens` (its numbers) and `talk` (its facts, and what was said).
 
 Messages are kept as JSON texts that give back every value a JSON parser can make: numbers of any size, the order of
-keys, lone surrogates. Long messages and the tools lie in `parts`, once a session, and are
-named by a blind index of their text. Pure: seals nothing and knows no database.
+keys, lone surrogates. Long texts lie in parts, and are named by them. What a step's base has is not stored again.
+Pure: seals nothing and knows no database.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from clawloop_edge.pool.chain import pack_floats, pack_ints, unpack_floats, unpack_ints
+from clawloop_edge.pool.chain import Copy, Tail
+from clawloop_edge.pool.packing import pack_floats, unpack_floats, unpack_ints
 from clawloop_edge.pool.records import KeptStep
 from clawloop_shared.records import Step
 
-PART_BYTES = 1024
-"""messages of at least this size are stored once a session; under it, naming them would save little"""
-
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """The column `tokens`: the step without its lists, and the lists packed; `tail` is what the base's lack."""
+    """The column `tokens`: the prompt's ids that its base lacks, the response's ids and logprobs.
 
-    step: Step
+    `step` is None; in steps of the first layout it is what `Talk.step` is. `opening` are the parts that hold the first
+    ids of a prompt without a base.
+    """
+
+    step: Step | None
     tail: bytes
     response: bytes
     logprobs: bytes
+    copies: list[Copy] = []
+    opening: list[str] = []
 
 
 class Talk(msgspec.Struct, frozen=True, array_like=True):
-    """The column `talk`. A message is the id of the part that holds it and no text, or no id and its JSON text."""
+    """The column `talk`. A message is the id of the part that holds it and no text, or no id and its JSON text.
+
+    `step` is the step without its lists, its id and its session, which the row has.
+    """
 
     messages: list[tuple[str, bytes]]
     reply: bytes
     tools: str
     rest: bytes
-
-
-Part = Callable[[bytes], str]
-"""stores a text once and gives its id"""
+    copies: list[Copy] = []
+    step: Step | None = None
+    prompt_tokens: int = 0
+    response_tokens: int = 0
 
 
 def to_json(value: object) -> bytes:
@@ -58,16 +65,13 @@ def from_json(text: bytes) -> Any:
     return json.loads(text.decode("utf-8", "surrogatepass"))
 
 
-def encode_tokens(step: Step, shared: int) -> bytes:
-    """The column `tokens` of a step whose first `shared` prompt ids are its base's."""
-    bare = msgspec.structs.replace(step, prompt_ids=[], response_ids=[], response_logprobs=[])
-    packed = Tokens(
-        bare,
-        pack_ints(step.prompt_ids[shared:]),
-        pack_ints(step.response_ids),
-        pack_floats(step.response_logprobs),
-    )
-    return msgspec.msgpack.encode(packed)
+def encode_tokens(step: Step, *, tail: bytes, response: bytes, copies: list[Copy], opening: list[str]) -> bytes:
+    """The column `tokens`: `tail` and `response` are ids as `ids_to_seal` gives them."""
+    try:
+        logprobs = pack_floats(step.response_logprobs)  # type: ignore[arg-type]  # a kept step has every one
+    except TypeError:
+        logprobs = pack_floats(step.logprobs)
+    return msgspec.msgpack.encode(Tokens(None, tail, response, logprobs, copies, opening))
 
 
 def decode_tokens(data: bytes) -> Tokens:
@@ -75,23 +79,28 @@ def decode_tokens(data: bytes) -> Tokens:
     return msgspec.msgpack.decode(data, type=Tokens)
 
 
-def own_ids(tokens: Tokens) -> list[int]:
-    """What this step adds to its base's ids: the tail of its prompt, and its response."""
-    return unpack_ints(tokens.tail) + unpack_ints(tokens.response)
-
-
-def join_step(tokens: Tokens, start: list[int]) -> Step:
-    """The step again, from its column and the first ids of its prompt."""
+def join_step(tokens: Tokens, talk: Talk, *, ids: list[int], step_id: str, session_id: str) -> Step:
+    """The step again, from its columns and the ids of its prompt and its response."""
+    response = unpack_ints(tokens.response)
     return msgspec.structs.replace(
-        tokens.step,
-        prompt_ids=start + unpack_ints(tokens.tail),
-        response_ids=unpack_ints(tokens.response),
+        facts_of(tokens, talk),
+        step_id=step_id,
+        session_id=session_id,
+        prompt_ids=ids[: len(ids) - len(response)],
+        response_ids=response,
         response_logprobs=unpack_floats(tokens.logprobs),
     )
 
 
-def encode_talk(kept: KeptStep, messages: Sequence[bytes], *, reply: bytes, part: Part) -> bytes:
-    """The column `talk`; `messages` are the texts of those that its base lacks."""
+def facts_of(tokens: Tokens, talk: Talk) -> Step:
+    """The step without its lists."""
+    facts = talk.step or tokens.step
+    assert facts is not None  # it is in the one column or, in steps of the first layout, in the other
+    return facts
+
+
+def encode_talk(kept: KeptStep, tail: Tail[bytes], *, reply: bytes, tools: str, part: Callable[[bytes], str]) -> bytes:
+    """The column `talk` of a step whose messages end in `tail`. `part` gives the part of a text; empty: it has none."""
     rest = {
         "text": kept.text,
         "kind": kept.kind,
@@ -100,11 +109,19 @@ def encode_talk(kept: KeptStep, messages: Sequence[bytes], *, reply: bytes, part
         "first_token_ms": kept.first_token_ms,
         "finished_ms": kept.finished_ms,
     }
+    step = kept.step
+    bare = msgspec.structs.replace(
+        step, step_id="", session_id="", prompt_ids=[], response_ids=[], response_logprobs=[]
+    )
     packed = Talk(
-        [(part(text), b"") if len(text) >= PART_BYTES else ("", text) for text in messages],
+        [(name, b"") if (name := part(text)) else ("", text) for text in tail.own],
         reply,
-        part(to_json(kept.tools)) if kept.tools else "",
+        tools,
         to_json(rest),
+        tail.copies,
+        bare,
+        len(step.prompt_ids),
+        len(step.response_ids),
     )
     return msgspec.msgpack.encode(packed)
 

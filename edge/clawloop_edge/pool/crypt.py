@@ -1,22 +1,26 @@
 """The pool's keys below the key-encryption key (KEK), and what they seal. Format: docs/formats/pool.md.
 
-    KEK ── HKDF ──► file key (SQLCipher)
-     └── wraps ──► one data key a scope: a session, an outbox item, or "pool" for what belongs to no session;
-                   and the index key, for blind look-ups
+    KEK ── wraps ──► one data key a scope: a session, an outbox item, or "pool" for what belongs to no session;
+                     and the index key, for blind look-ups
 
 A scope is shredded by deleting its row of `keys`. Wrapped keys are read from the database at each use (unwrapping
-takes 3 µs), so that a key destroyed by another process is not used again here.
+takes 3 µs), so that a key destroyed by another process is not used again here. The KEK has a version, `pool.kek` says
+which is in force; a keyring that meets a version which it does not know loads the keys again: another process rotated.
 """
 
 import hashlib
 import hmac
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from clawloop_edge.errors import PoolError
-from clawloop_shared.envelope import derive_key, new_data_key, seal, unseal, unwrap_key, wrap_key
+from clawloop_shared.database import encrypts
+from clawloop_shared.envelope import Dictionary, new_data_key, seal, unseal, unwrap_key, wrap_key
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -24,12 +28,19 @@ if TYPE_CHECKING:
 POOL_SCOPE = "pool"
 """scope of what belongs to no session"""
 INDEX_SCOPE = "index"
-KEK_VERSION = 1
+"""scope of the key of blind look-ups"""
+_KEKS_REMEMBERED = 2
+"""versions of the KEK that a keyring knows at a time: that in force, and that of a snapshot from before a rotation"""
+
+_BUCKET_BYTES = 512
+"""where nothing encrypts the file as a whole, so that sizes show, sealed payloads are filled up to multiples of this"""
 
 
-def file_key(kek: bytes) -> bytes:
-    """SQLCipher's raw key (32 bytes) for the file."""
-    return derive_key(kek, "clawloop pool file v1")
+def encryption() -> str:
+    """What encrypts a pool here, in words."""
+    if encrypts():
+        return "file (SQLCipher) and rows"
+    return "rows (metadata visible): without the module sqlcipher3 the file itself is not encrypted"
 
 
 def session_scope(session_id: str) -> str:
@@ -49,32 +60,48 @@ class Scope:
     pool_id: str
     name: str
     key: bytes
+    bucket_bytes: int = 0
 
-    def seal(self, table: str, record: str, *, column: str, plain: bytes) -> bytes:
+    @cached_property
+    def _cipher(self) -> AESGCM:
+        return AESGCM(self.key)
+
+    def seal(
+        self, table: str, record: str, *, column: str, plain: bytes, dictionary: Dictionary | None = None
+    ) -> bytes:
         """`plain`, readable only as this column of this record of this table of this scope."""
-        return seal(self.key, plain, aad=_bind("pool.v1", self.pool_id, table, self.name, record, column))
+        aad = _bind("pool.v1", self.pool_id, table, self.name, record, column)
+        return seal(self._cipher, plain, aad=aad, bucket_bytes=self.bucket_bytes, dictionary=dictionary)
 
-    def unseal(self, table: str, record: str, *, column: str, sealed: bytes) -> bytes:
+    def unseal(
+        self, table: str, record: str, *, column: str, sealed: bytes, dictionary: Dictionary | None = None
+    ) -> bytes:
         """What `seal` was given.
 
         Raises:
             StorageError: it was changed, or it was moved here from another place.
         """
-        return unseal(self.key, sealed, aad=_bind("pool.v1", self.pool_id, table, self.name, record, column))
+        aad = _bind("pool.v1", self.pool_id, table, self.name, record, column)
+        return unseal(self._cipher, sealed, aad=aad, dictionary=dictionary)
 
 
 class Keyring:
     """Finds, makes and destroys the data keys of one pool."""
 
-    def __init__(self, pool_id: str, kek: bytes) -> None:
-        self.pool_id, self._kek = pool_id, kek
+    def __init__(
+        self, pool_id: str, keks: Mapping[int, bytes], *, reload: Callable[[], Mapping[int, bytes]] | None = None
+    ) -> None:
+        """`keks` are the KEKs by version; `reload` gives them as they are now."""
+        self.pool_id, self._keks = pool_id, dict(keks)
+        self._reload = reload or (lambda: keks)
+        self._bucket_bytes = 0 if encrypts() else _BUCKET_BYTES
 
     def find(self, database: "Database", name: str) -> Scope:
         """The scope `name`.
 
         Raises:
-            PoolError: it has no key: it never was, or was forgotten.
-            StorageError: its key does not unwrap with this KEK.
+            PoolError: it has no key: it never was, or was forgotten. Or its KEK is not there.
+            StorageError: its key does not unwrap with its KEK.
         """
         found = self._look_up(database, name)
         if found is None:
@@ -86,23 +113,55 @@ class Keyring:
         found = self._look_up(database, name)
         if found is not None:
             return found
-        key = new_data_key()
-        wrapped = wrap_key(self._kek, key, aad=self._aad(name, KEK_VERSION))
-        database.conn.execute("INSERT INTO keys (scope, kek, wrapped) VALUES (?, ?, ?)", (name, KEK_VERSION, wrapped))
-        return Scope(self.pool_id, name, key)
+        key, version = new_data_key(), kek_version(database)
+        insert = "INSERT INTO keys (scope, kek, wrapped) VALUES (?, ?, ?)"
+        database.conn.execute(insert, (name, version, self.wrap(name, key, version=version)))
+        return self._scope(name, key)
+
+    def _scope(self, name: str, key: bytes) -> Scope:
+        return Scope(self.pool_id, name, key, self._bucket_bytes)
 
     def _look_up(self, database: "Database", name: str) -> Scope | None:
         row = database.conn.execute("SELECT kek, wrapped FROM keys WHERE scope = ?", (name,)).fetchone()
-        if row is None:
-            return None
-        return Scope(self.pool_id, name, unwrap_key(self._kek, row[1], aad=self._aad(name, row[0])))
+        return None if row is None else self._scope(name, self.unwrap(name, row[1], version=row[0]))
 
     def destroy(self, database: "Database", name: str) -> None:
         """Make all that was sealed in scope `name` unreadable. Needs a write transaction."""
         database.conn.execute("DELETE FROM keys WHERE scope = ?", (name,))
 
+    def wrap(self, name: str, key: bytes, *, version: int) -> bytes:
+        """The data key of scope `name` under the KEK of a version."""
+        return wrap_key(self._kek(version), key, aad=self._aad(name, version))
+
+    def unwrap(self, name: str, wrapped: bytes, *, version: int) -> bytes:
+        """What `wrap` was given."""
+        return unwrap_key(self._kek(version), wrapped, aad=self._aad(name, version))
+
+    def _kek(self, version: int) -> bytes:
+        found = self._keks.get(version)
+        if found is None:
+            known = self._keks | dict(self._reload())
+            self._keks = {number: known[number] for number in sorted(known)[-_KEKS_REMEMBERED:]}
+            found = self._keks.get(version)
+        if found is None:
+            held = ", ".join(map(str, sorted(self._keks)))
+            raise PoolError(
+                f"this pool needs version {version} of its key, and there is version {held}; "
+                + ("the key is an older copy: bring back the newer" if version > max(self._keks) else _OLDER_POOL)
+            )
+        return found
+
     def _aad(self, name: str, kek_version: int) -> bytes:
         return _bind("dek.v1", self.pool_id, name, kek_version)
+
+
+_OLDER_POOL = "the pool is a copy from before the key was rotated, which nothing opens any more: bring back the newer"
+
+
+def kek_version(database: "Database") -> int:
+    """The version of the KEK that is in force: every data key is wrapped by it."""
+    version: int = database.conn.execute("SELECT kek FROM pool").fetchone()[0]
+    return version
 
 
 def blind(index_key: bytes, purpose: str, *, value: bytes) -> bytes:

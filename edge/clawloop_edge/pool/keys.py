@@ -1,139 +1,210 @@
-"""Where the pool's key-encryption key lives: the Keychain, or a file that only its owner can read.
+"""The pool's keys and where they are kept: the Keychain, a file that only its owner can read, or behind a passphrase.
 
-A key is made once, before the pool exists, and never again: a pool without its key is an error, not a reason for a new
-key. The Keychain keeps the key from who gets the disk or a backup; it does not keep it from programs of the same user.
+Keys are made once, before the pool exists, and never again: a pool without its keys is an error, not a reason for new
+ones. Format: docs/formats/pool.md.
 """
 
 import os
-import secrets
-import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
 
 from clawloop_edge.errors import PoolError
 from clawloop_edge.pool.lock import FileLock
-from clawloop_shared.envelope import KEY_BYTES
-from clawloop_shared.errors import KeyMissing
-from clawloop_shared.files import private_folder, sync_folder
+from clawloop_edge.pool.places import FilePlace, KeychainPlace, Place
+from clawloop_shared.envelope import KEY_BYTES, derive_key
+from clawloop_shared.errors import KeyMissing, StorageError
+from clawloop_shared.files import private_folder
 
 DATABASE_NAME = "pool.db"
-_USE_A_FILE = "keep the key in a file: give --key-file to setup"
-_NO_KEYCHAIN = f"unlock it (a session over ssh or cron has it locked), or {_USE_A_FILE}"
+KEY_LOCK_NAME = "key.lock"
+"""held while keys are made or changed"""
+_HEX_DIGITS = 2 * KEY_BYTES
+_Hex = Annotated[str, Meta(pattern=f"^[0-9a-f]{{{_HEX_DIGITS}}}$")]
+
+
+@dataclass(frozen=True)
+class KeyBundle:
+    """All that opens a pool. `keks` are its key-encryption keys by version: one, or two while the key is rotated.
+
+    All keys are 32 bytes. `file_key` is SQLCipher's and stays what it is when the key is rotated.
+    """
+
+    file_key: bytes = field(repr=False)
+    keks: Mapping[int, bytes] = field(repr=False)
+
+    @classmethod
+    def new(cls) -> "KeyBundle":
+        """Fresh keys."""
+        return cls(os.urandom(KEY_BYTES), {1: os.urandom(KEY_BYTES)})
+
+    @classmethod
+    def of(cls, kek: bytes) -> "KeyBundle":
+        """The keys of a pool that was made with one key (32 bytes) for everything."""
+        return cls(derive_key(kek, "clawloop pool file v1"), {1: kek})
+
+    def encode(self) -> bytes:
+        """One line of JSON."""
+        keks = {version: key.hex() for version, key in self.keks.items()}
+        return msgspec.json.encode(_Written(file=self.file_key.hex(), keks=keks)) + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes, *, where: str) -> "KeyBundle":
+        """What `encode` gave, or the one line of hex that a single key is.
+
+        Raises:
+            PoolError: it is neither; the text names `where` it came from, and nothing of it.
+        """
+        line = data.strip()
+        if b"clawloop-sealed-keys" in line:
+            raise PoolError(f'a passphrase seals the {where}; set `key = "passphrase"` in [pool]')
+        try:
+            if len(line) == _HEX_DIGITS:
+                return cls.of(bytes.fromhex(line.decode("ascii")))
+            found = msgspec.json.decode(line, type=_Written)
+        except (ValueError, msgspec.DecodeError):
+            raise PoolError(f"the {where} is damaged: it holds no keys of a pool; restore it from a copy") from None
+        return cls(bytes.fromhex(found.file), {version: bytes.fromhex(key) for version, key in found.keks.items()})
+
+
+class _Written(msgspec.Struct, frozen=True, tag_field="is", tag="clawloop-pool-keys.v1", forbid_unknown_fields=True):
+    file: _Hex
+    keks: Annotated[dict[Annotated[int, Meta(ge=1)], _Hex], Meta(min_length=1, max_length=8)]
 
 
 class KeyStore(Protocol):
-    """A place for one 256-bit key."""
+    """A place for the keys of one pool, and beside it one for its anchor (`anchor.py`); None: no anchor is kept."""
 
-    def load(self) -> bytes:
-        """The key (32 bytes).
+    @property
+    def anchor(self) -> Place | None: ...
+
+    @property
+    def name(self) -> str:
+        """Where the keys are, to a person."""
+        ...
+
+    def load(self) -> KeyBundle:
+        """The keys.
 
         Raises:
-            KeyMissing: there is none.
-            PoolError: there may be one, but it cannot be had or must not be trusted.
+            KeyMissing: there are none.
+            PoolError: there may be some, but they cannot be had or must not be trusted.
         """
         ...
 
-    def create(self) -> bytes:
-        """Make and keep a fresh key (32 bytes).
+    def create(self) -> KeyBundle:
+        """Make and keep fresh keys.
 
         Raises:
-            PoolError: there is one already, or the place cannot be written.
+            PoolError: there are some already, or the place cannot be written.
+        """
+        ...
+
+    def replace(self, bundle: KeyBundle) -> None:
+        """Keep these keys in the place of those that are there: after a crash it is the ones or the others.
+
+        Raises:
+            PoolError, StorageError: the place cannot be written.
         """
         ...
 
 
-class FileKeyStore:
-    """A key file of one line of hex: 0600, owned by the user, no link, in a folder that nobody else can write."""
+class PlainKeyStore:
+    """Keys as they are, in a place that keeps them from others."""
+
+    def __init__(self, place: Place, anchor: Place) -> None:
+        self._place, self.anchor = place, anchor
+
+    @property
+    def name(self) -> str:
+        return self._place.name
+
+    def load(self) -> KeyBundle:
+        data = self._place.read()
+        if data is None:
+            raise KeyMissing(f"there is no {self.name}; restore it from where you keep it")
+        return KeyBundle.decode(data, where=self.name)
+
+    def create(self) -> KeyBundle:
+        bundle = KeyBundle.new()
+        self._place.create(bundle.encode())
+        return bundle
+
+    def replace(self, bundle: KeyBundle) -> None:
+        self._place.replace(bundle.encode())
+
+
+class FileKeyStore(PlainKeyStore):
+    """Keys in a file (`FilePlace`), the anchor in another beside it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def load(self) -> bytes:
-        try:
-            handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise KeyMissing(f"no key file {self.path}; restore it from where you keep it") from error
-        except OSError as error:
-            raise PoolError(f"key file {self.path}: {error.strerror}; it must be a plain file of yours") from error
-        with os.fdopen(handle, "rb") as file:
-            self._check(os.fstat(file.fileno()))
-            return _parse(file.read(256), str(self.path))
-
-    def _check(self, found: os.stat_result) -> None:
-        if not stat.S_ISREG(found.st_mode):
-            raise PoolError(f"key file {self.path} is no plain file")
-        if found.st_uid != os.geteuid():
-            raise PoolError(f"key file {self.path} belongs to user {found.st_uid}, not to you")
-        if found.st_mode & 0o077:
-            mode = stat.S_IMODE(found.st_mode)
-            raise PoolError(f"key file {self.path} has mode {mode:04o}, so others can read it; chmod 600 {self.path}")
-        folder = self.path.parent.stat()
-        if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
-            raise PoolError(f"others can write {self.path.parent}, where the key file is; chmod 700 {self.path.parent}")
-
-    def create(self) -> bytes:
-        key = secrets.token_bytes(KEY_BYTES)
-        draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(key.hex().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, self.path)  # unlike a rename, a link never replaces a key that is there
-            sync_folder(self.path.parent)
-        except FileExistsError as error:
-            raise PoolError(f"key file {self.path} exists already; it is not replaced") from error
-        except OSError as error:
-            raise PoolError(f"cannot write key file {self.path}: {error.strerror}") from error
-        finally:
-            draft.unlink(missing_ok=True)
-        return key
+        super().__init__(FilePlace(path, "key file"), anchor_file(path))
 
 
-class KeychainKeyStore:
-    """A key in the login Keychain (or what `keyring` finds in its place)."""
+class KeychainKeyStore(PlainKeyStore):
+    """Keys and anchor in two items of the login Keychain (`KeychainPlace`)."""
 
     def __init__(self, service: str, account: str) -> None:
-        self.service, self.account = service, account
-
-    def load(self) -> bytes:
-        import keyring
-        from keyring.errors import KeyringError
-
-        try:
-            text = keyring.get_password(self.service, self.account)
-        except KeyringError as error:
-            raise PoolError(f"the keychain cannot be read ({type(error).__name__}); {_NO_KEYCHAIN}") from error
-        if text is None:
-            raise KeyMissing(f"no key {self.service}/{self.account} in the keychain; {_NO_KEYCHAIN}")
-        return _parse(text.encode(), f"{self.service}/{self.account} in the keychain")
-
-    def create(self) -> bytes:
-        import keyring
-        from keyring.errors import KeyringError
-
-        key = secrets.token_bytes(KEY_BYTES)
-        try:
-            if keyring.get_password(self.service, self.account) is not None:
-                raise PoolError(f"the keychain has a key {self.service}/{self.account} already; it is not replaced")
-            keyring.set_password(self.service, self.account, key.hex())
-        except KeyringError as error:
-            raise PoolError(f"the keychain cannot be written ({type(error).__name__}); {_NO_KEYCHAIN}") from error
-        if self.load() != key:
-            raise PoolError(f"the keychain gave back another key than was put in; {_USE_A_FILE}")
-        return key
+        keys = KeychainPlace(service, account, what="pool key")
+        super().__init__(keys, KeychainPlace(service, f"{account} (anchor)", what="anchor"))
 
 
-def open_key(store: KeyStore, folder: Path) -> bytes:
-    """The key of the pool in `folder`; made on the very first use, when there is neither key nor pool.
+class KnownKey:
+    """Keys that are at hand: those of a backup that is looked into, or of a test. Keeps no anchor."""
+
+    anchor = None
+    name = "memory"
+
+    def __init__(self, bundle: KeyBundle) -> None:
+        self._bundle = bundle
+
+    @classmethod
+    def of(cls, kek: bytes) -> "KnownKey":
+        """`KeyBundle.of(kek)`, at hand."""
+        return cls(KeyBundle.of(kek))
+
+    def load(self) -> KeyBundle:
+        return self._bundle
+
+    def create(self) -> KeyBundle:
+        raise PoolError("these keys are at hand already; none are made")
+
+    def replace(self, bundle: KeyBundle) -> None:
+        self._bundle = bundle
+
+
+def anchor_file(key_file: Path) -> FilePlace:
+    """The place of the anchor beside a key file."""
+    return FilePlace(key_file.with_name(f"{key_file.name}.anchor"), "anchor file")
+
+
+def key_lock(folder: Path) -> FileLock:
+    """Wait for, and take, the right to make or change the keys of the pool in `folder`."""
+    return FileLock.acquire(folder / KEY_LOCK_NAME, wait=True)
+
+
+def open_keys(store: KeyStore, folder: Path) -> KeyBundle:
+    """The keys of the pool in `folder`; made on the very first use, when there are neither keys nor a pool.
 
     Raises:
-        KeyMissing: a pool is there, and its key is not. Nothing is made or overwritten.
-        PoolError: the key cannot be had, or its file can be read by others.
+        KeyMissing: a pool is there, and its keys are not. Nothing is made or overwritten.
+        PoolError: the keys cannot be had, or their file can be read by others.
+        StorageError: the folder cannot be made.
     """
-    private_folder(folder)
-    with FileLock.acquire(folder / "key.lock", wait=True):
+    try:
+        private_folder(folder)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {error.strerror}; choose another --home") from error
+    try:
+        return store.load()
+    except KeyMissing:
+        pass  # looked for again below, where nobody else makes it
+    with key_lock(folder):
         database = folder / DATABASE_NAME
         try:
             return store.load()
@@ -143,13 +214,3 @@ def open_key(store: KeyStore, folder: Path) -> bytes:
                     f"{database} is there, but its key is not ({error}); a new key could not open it, so none is made"
                 ) from error
         return store.create()
-
-
-def _parse(text: bytes, where: str) -> bytes:
-    try:
-        key = bytes.fromhex(text.decode("ascii").strip())
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise PoolError(f"the key {where} is damaged: it must be {2 * KEY_BYTES} hex digits; restore it from a copy")
-    return key

@@ -48,9 +48,40 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     signal: Signal | None = None
 
 
-class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts and sizes. `payload_bytes` is what is sealed, `file_bytes` what lies on disk (log included)."""
+class StepLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a list of steps. `untrainable` says why nothing may be learned from it; empty: it may be.
 
+    The numbers of tokens are 0 in steps that were kept before they were counted.
+    """
+
+    seq: int
+    step_id: str
+    session_id: str
+    kind: str
+    app: str
+    untrainable: str
+    at_ms: int
+    policy_version: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step adds to the transcript of its session: the messages that came since its base, and what was said."""
+
+    step: StepLine
+    messages: list[Json]
+    reply: Json
+    text: str
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts and sizes. `payload_bytes` is what is sealed, `file_bytes` what lies on disk (log included).
+
+    `encryption` says what encrypts it, in words.
+    """
+
+    encryption: str
     sessions: int
     steps: int
     trainable: int

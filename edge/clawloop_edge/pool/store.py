@@ -12,21 +12,25 @@ from queue import Empty, Full, LifoQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from clawloop_edge.errors import PoolError
-from clawloop_edge.pool import schema
-from clawloop_edge.pool.crypt import INDEX_SCOPE, POOL_SCOPE, Keyring, file_key
+from clawloop_edge.errors import PoolError, PoolFull
+from clawloop_edge.pool import finishing, leftovers, schema
+from clawloop_edge.pool.anchor import Anchor
+from clawloop_edge.pool.crypt import INDEX_SCOPE, POOL_SCOPE, Keyring, encryption
+from clawloop_edge.pool.forgetting import Forgetting, GoesWith
+from clawloop_edge.pool.heads import Chained, chain_changes, chain_key_of
 from clawloop_edge.pool.keeper import Keeper
-from clawloop_edge.pool.keys import DATABASE_NAME
+from clawloop_edge.pool.keys import DATABASE_NAME, KeyBundle, KeyStore, key_lock, open_keys
 from clawloop_edge.pool.lock import FileLock
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import Change, KeptStep, PoolReport, PoolStats, SessionSummary, StepCount
+from clawloop_edge.pool.retention import Gate
+from clawloop_edge.pool.rotate import settle
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.tally import count_all, read_counts
-from clawloop_edge.pool.verify import SealedColumn, count_pool, verify_pool
+from clawloop_edge.pool.verify import Progress, SealedColumn, count_pool, in_silence, verify_pool
 from clawloop_edge.pool.writer import Writer
-from clawloop_shared.database import migrate, open_database, sqlcipher, transaction
-from clawloop_shared.errors import StorageError
-from clawloop_shared.files import private_folder
+from clawloop_shared.database import BUSY_TIMEOUT_MS, engine, migrate, open_database, told, transaction, turn
+from clawloop_shared.errors import KeyMissing, StorageError
 from clawloop_shared.records import Signal, Step, check_signal
 
 if TYPE_CHECKING:
@@ -36,47 +40,94 @@ T = TypeVar("T")
 LOCK_NAME = "pool.lock"
 _IDLE_READERS = 4
 _LOG_LIMIT_BYTES = 64 << 20
+_CUT_WAIT_MS = 500
 
 
 class Pool:
     """An open pool. Use it from any thread; close it, or use it as a context."""
 
-    def __init__(self, folder: Path, kek: bytes, *, database: "Database", lock: FileLock | None) -> None:
-        self.folder = folder
-        self._file_key, self._lock = file_key(kek), lock
-        pool_id, index_key = _prepare(database, kek)
-        self.keyring = Keyring(pool_id, kek)
+    def __init__(
+        self, folder: Path, keys: KeyBundle, *, store: KeyStore, database: "Database", lock: FileLock | None
+    ) -> None:
+        self.folder, self.store = folder, store
+        self.anchoring = Anchor(store.anchor, keys.file_key)
+        self._file_key, self._lock = keys.file_key, lock
+        self.keyring, index_key = _prepare(database, keys, store=store)
         self._keeper = Keeper(self.keyring, index_key)
+        self.tombstones, drop = self._keeper.tombstones, self._keeper.forget_recent
+        self.forgetting = Forgetting(self.keyring, index_key, tombstones=self.tombstones, dropped=drop)
+        self.chain_key = chain_key_of(index_key)
+        self.gate = Gate()
         self._sealed: list[SealedColumn] = []
+        self._chained: list[Chained] = []
         self._readers: LifoQueue[Database] = LifoQueue(_IDLE_READERS)
-        self._writer = Writer(database, undone=self._keeper.forget_recent)
+        self._writer = Writer(database, settle=self._keeper.settle, undone=self._keeper.forget_recent)
         self._database = database
 
     @classmethod
-    def open(cls, folder: Path, key: bytes, *, writer: bool = False) -> "Pool":
-        """Open the pool in `folder`, or make it. `key` is the 32-byte key-encryption key (`keys.open_key`).
+    def open(cls, folder: Path, store: KeyStore, *, writer: bool = False, accept: bool = False) -> "Pool":
+        """Open the pool in `folder`, or make it, with the keys that `store` has.
+
+        `accept`: whatever the anchor says, this is the pool from now on; only for its owner's express word.
 
         Raises:
-            KeyMissing: the pool was made with another key.
-            PoolError: `writer` is asked for, and another edge has this pool.
+            KeyMissing: there is a pool, and its key is not there, or the pool was made with another key.
+            PoolError: `writer` is asked for, and another edge has this pool; or the key must not be trusted; or the
+                pool is an older copy than its anchor says.
             StorageError: the database cannot be read or written.
         """
-        private_folder(folder)
+        open_keys(store, folder)  # first: who is asked for a passphrase may take their time
         lock = FileLock.acquire(folder / LOCK_NAME) if writer else None
         try:
-            database = open_database(folder / DATABASE_NAME, file_key(key))
-            try:
-                return cls(folder, key, database=database, lock=lock)
-            except BaseException:
-                database.close()
-                raise
+            with key_lock(folder):  # nobody changes keys or puts a backup here meanwhile
+                pool = cls._open(folder, store, lock=lock, accept=accept)
         except BaseException:
             if lock:
                 lock.release()
             raise
+        finishing.resume(pool)
+        return pool
+
+    @classmethod
+    def _open(cls, folder: Path, store: KeyStore, *, lock: FileLock | None, accept: bool) -> "Pool":
+        keys = store.load()
+        database = open_database(folder / DATABASE_NAME, keys.file_key, rows_sealed=True)
+        try:
+            with told(folder / DATABASE_NAME):
+                if not accept:
+                    Anchor(store.anchor, keys.file_key).check(database)
+                pool = cls(folder, keys, store=store, database=database, lock=lock)
+        except BaseException:
+            database.close()
+            raise
+        try:
+            settle(pool, keys)
+            if lock or accept:
+                pool.anchoring.follow(pool)
+            leftovers.clear(folder, drafts=lock is not None)
+        except BaseException:
+            pool._close()
+            raise
+        return pool
+
+    def anchor(self) -> None:
+        """Note outside of the database how far it is, so that an older file in its place is refused. Waits.
+
+        Raises:
+            PoolError, StorageError: it cannot be noted there.
+        """
+        with key_lock(self.folder):
+            self.anchoring.follow(self)
 
     def close(self) -> None:
         """Write what waits, then close all connections and let go of the lock."""
+        try:
+            if self._lock:
+                self.anchor()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._writer.close()
         while True:
             try:
@@ -98,9 +149,15 @@ class Pool:
     def keep_step(self, kept: KeptStep, *, index: dict[str, bytes] | None = None) -> Future[None]:
         """Keep a step; its id makes it idempotent. `index` gives values that `find_step_by` shall find it by.
 
-        The future fails with PoolError if too much waits to be written (`writer.MAX_QUEUED_BYTES`): the step is then
-        not kept. `kept` must not be changed afterwards.
+        The future fails with PoolError if too much waits to be written (`writer.MAX_QUEUED_BYTES`), and with PoolFull
+        if there is no room (`gate`): the step is then not kept. `kept` must not be changed afterwards.
         """
+        try:
+            self.gate.check(kept.step.session_id)
+        except PoolFull as full:
+            refused: Future[None] = Future()
+            refused.set_exception(full)
+            return refused
         tags = dict(index or {})
         return self._writer.submit(
             lambda database: self._keeper.keep_step(database, kept, index=tags),
@@ -121,17 +178,36 @@ class Pool:
         """Keep a small value under a name, in place of the one before."""
         return self._writer.submit(lambda db: write_state(db, self.keyring, name=name, value=value))
 
+    def drop_recent(self) -> Future[None]:
+        """Let go of the steps that memory holds to build on, because another process may have forgotten some."""
+        return self._writer.submit(lambda database: self._keeper.forget_recent())
+
     def submit(self, operation: Callable[["Database"], T]) -> Future[T]:
         """Run `operation` in the writer's thread, all or nothing. It must not wait for another write."""
         return self._writer.submit(operation)
 
     def adopt(
-        self, name: str, migrations: Sequence[Callable[["Database"], None]], *, sealed: Sequence[SealedColumn] = ()
+        self,
+        name: str,
+        migrations: Sequence[Callable[["Database"], None]],
+        *,
+        sealed: Sequence[SealedColumn] = (),
+        chained: Sequence[Chained] = (),
+        goes_with: GoesWith | None = None,
     ) -> None:
-        """Have another room's tables in this pool; `sealed` names the columns that `verify` shall open. Waits."""
+        """Have another room's tables in this pool. Waits.
+
+        `sealed` names the columns that `verify` shall open, `chained` the records of the room's own kinds of changes,
+        `goes_with` what must go with a session that is forgotten.
+        """
         with self._reader() as database:
+            database.conn.execute("PRAGMA query_only = OFF")
             migrate(database, name, migrations=migrations)
+            database.conn.execute("PRAGMA query_only = ON")
         self._sealed += [column for column in sealed if column not in self._sealed]
+        self._chained += [place for place in chained if place not in self._chained]
+        if goes_with is not None:
+            self.forgetting.goes_with(name, goes_with)
 
     # Reading: from any thread, on a snapshot, beside the writer.
 
@@ -144,14 +220,12 @@ class Pool:
         """
         try:
             with self._reader() as database:
-                database.conn.execute("PRAGMA query_only = ON")
                 database.conn.execute("BEGIN")
                 try:
                     yield database
                 finally:
                     database.conn.execute("ROLLBACK")
-                    database.conn.execute("PRAGMA query_only = OFF")
-        except sqlcipher().DatabaseError as error:
+        except engine().DatabaseError as error:
             raise StorageError(f"the pool cannot be read: {error}; run `clawloop-edge pool verify`") from error
 
     @contextmanager
@@ -173,11 +247,11 @@ class Pool:
     def find_steps_by(self, name: str, value: bytes, *, session_id: str | None = None, limit: int = 16) -> list[str]:
         """Ids of steps kept with `index={name: value}`, latest first."""
         query = (
-            "SELECT s.step_id FROM lookups AS l JOIN steps AS s USING (step_id)"
+            "SELECT s.step_id FROM lookups AS l JOIN steps AS s USING (seq)"
             " WHERE l.tag = ? AND (? IS NULL OR s.session_id = ?) ORDER BY s.seq DESC LIMIT ?"
         )
         with self.read() as database:
-            parameters = (self._keeper.tag(name, value), session_id, session_id, limit)
+            parameters = (self._keeper.lookup_tag(name, value), session_id, session_id, limit)
             return [row[0] for row in database.conn.execute(query, parameters)]
 
     def tag(self, name: str, value: bytes) -> bytes:
@@ -226,26 +300,48 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Counts and sizes."""
-        files = [self.folder / f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal")]
         with self.read() as database:
             counts = count_pool(database)
         return PoolStats(
+            encryption=encryption(),
             **counts,
-            file_bytes=sum(path.stat().st_size for path in files if path.exists()),
+            file_bytes=self.size_bytes(),
             queued=self._writer.queued,
             queued_bytes=self._writer.queued_bytes,
-            refused=self._writer.refused,
+            refused=self._writer.refused + self.gate.refused,
         )
+
+    def size_bytes(self) -> int:
+        """How much lies on the disk, the log included."""
+        files = [self.folder / f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal")]
+        return sum(path.stat().st_size for path in files if path.exists())
 
     def step_counts(self) -> list[StepCount]:
         """Steps by kind, app and why nothing may be learned from them; costs the same however many there are."""
         with self.read() as database:
             return read_counts(database, self.keyring)
 
-    def verify(self) -> PoolReport:
+    def verify(self, *, progress: Progress = in_silence) -> PoolReport:
         """Check the file's integrity, open every sealed byte, rebuild every step and count. Reads all: takes long."""
         with self.read() as database:
-            return verify_pool(database, self.keyring, extra=self._sealed)
+            return self.check(database, progress=progress)
+
+    def check(self, database: "Database", *, progress: Progress = in_silence) -> PoolReport:
+        """`verify` for a copy of this pool."""
+        return verify_pool(database, self.keyring, extra=self._sealed, chained=self._chained, progress=progress)
+
+    def cut_log(self) -> bool:
+        """Copy the write-ahead log into the database and cut it to nothing; False if a reader stands in the way."""
+        with self._reader() as database, turn(database):
+            run = database.conn.execute
+            run(f"PRAGMA busy_timeout = {_CUT_WAIT_MS}")  # writers wait meanwhile
+            try:
+                busy = run("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            except engine().OperationalError:
+                return False
+            finally:
+                run(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        return not busy
 
     @contextmanager
     def _reader(self) -> Iterator["Database"]:
@@ -254,7 +350,9 @@ class Pool:
         try:
             database = self._readers.get_nowait()
         except Empty:
-            database = open_database(self.folder / DATABASE_NAME, self._file_key)
+            database = open_database(self.folder / DATABASE_NAME, self._file_key, rows_sealed=True)
+            # Once a connection: each time it is set, the connection compiles all its statements again.
+            database.conn.execute("PRAGMA query_only = ON")
         try:
             yield database
         except BaseException:
@@ -266,24 +364,31 @@ class Pool:
             database.close()
 
 
-def _prepare(database: "Database", kek: bytes) -> tuple[str, bytes]:
-    """The pool's id and its index key; tables and keys are made if they are not there."""
+def _prepare(database: "Database", keys: KeyBundle, *, store: KeyStore) -> tuple[Keyring, bytes]:
+    """The pool's keyring and its index key; tables and keys are made if they are not there."""
     migrate(database, schema.NAME, migrations=schema.MIGRATIONS)
     database.conn.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT_BYTES}")
     pool_id: str = database.conn.execute("SELECT pool_id FROM pool").fetchone()[0]
-    keyring = Keyring(pool_id, kek)
+    keyring = Keyring(pool_id, keys.keks, reload=lambda: store.load().keks)
     scopes = "SELECT count(*) FROM keys WHERE scope IN (?, ?)"
     if database.conn.execute(scopes, (POOL_SCOPE, INDEX_SCOPE)).fetchone()[0] < 2:
         with transaction(database):
+            database.conn.execute("UPDATE pool SET kek = ?", (max(keys.keks),))
             keyring.ensure(database, POOL_SCOPE)
             keyring.ensure(database, INDEX_SCOPE)
-    index_key = keyring.find(database, INDEX_SCOPE).key
+    try:
+        index_key = keyring.find(database, INDEX_SCOPE).key
+    except StorageError as error:  # where the file is not encrypted as a whole, it is here that a wrong key shows
+        raise KeyMissing(f"pool {pool_id} does not open with this key; restore the key it was made with") from error
 
     def count_kept_steps(database: "Database") -> None:
         count_all(database, keyring, index_key=index_key)
 
-    migrate(database, schema.NAME, migrations=(*schema.MIGRATIONS, count_kept_steps))
-    return pool_id, index_key
+    def chain_kept_changes(database: "Database") -> None:
+        chain_changes(database, chain_key_of(index_key))
+
+    migrate(database, schema.NAME, migrations=(*schema.MIGRATIONS, count_kept_steps, chain_kept_changes))
+    return keyring, index_key
 
 
 def _rough_size(kept: KeptStep) -> int:

@@ -35,6 +35,8 @@ def summarise(kept: KeptStep, old: Summary | None) -> Summary:
     if old is None:
         return Summary(app=kept.app, title=_title(kept), first_ms=kept.started_ms)
     named = kept.kind == _NAMED or not old.title
+    if not named and old.app and old.first_ms <= kept.started_ms:
+        return old
     return Summary(
         app=old.app or kept.app,
         title=(_title(kept) if named else "") or old.title,

@@ -1,7 +1,10 @@
 """One thread that writes: operations that come while it is busy share the next transaction (group commit).
 
 A caller never waits for the disk: `submit` returns a future that is resolved after COMMIT. An operation that fails
-undoes itself (a savepoint) and fails its own future alone. Knows nothing of what the operations do.
+undoes itself and fails its own future alone. Knows nothing of what the operations do.
+
+Patient operations (steps) may put off what they write until `settle`, and run without a savepoint each, which would
+copy every page that one changes; so if one fails, the transaction is undone and each is run again in its own savepoint.
 """
 
 import logging
@@ -10,11 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clawloop_edge.errors import PoolError
-from clawloop_shared.database import sqlcipher, transaction
+from clawloop_shared.database import is_fault, transaction
 from clawloop_shared.errors import StorageError
 
 if TYPE_CHECKING:
@@ -32,21 +34,49 @@ BUSY_TRIES = 6
 """times `BUSY_TIMEOUT_MS`: how long another process may hold the database before what waits is given up"""
 
 
-@dataclass(eq=False)
+class _Awaited(Future[T]):
+    """Of a patient operation: once a thread waits for it, the operation waits for no others any more."""
+
+    def __init__(self, hurry: Callable[[], None]) -> None:
+        super().__init__()
+        self._hurry = hurry
+
+    def result(self, timeout: float | None = None) -> T:
+        if not self.done():
+            self._hurry()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        if not self.done():
+            self._hurry()
+        return super().exception(timeout)
+
+
 class _Job:
-    operation: Callable[["Database"], Any]
-    size_bytes: int
-    due: float
-    future: "Future[Any]" = field(default_factory=Future)
-    result: Any = None
+    __slots__ = ("due", "future", "operation", "patient", "result", "size_bytes")
+
+    def __init__(self, operation: Callable[["Database"], Any], *, size_bytes: int, patient: bool) -> None:
+        self.operation, self.size_bytes, self.patient = operation, size_bytes, patient
+        self.due = time.monotonic() + GATHER_S if patient else 0.0
+        self.future: Future[Any] = Future()
+        self.result: Any = None
+
+
+class _TryApart(Exception):
+    """A patient operation has failed, and with it the transaction that it shared."""
 
 
 class Writer:
     """Runs operations on its own connection, in the order in which they came."""
 
-    def __init__(self, database: "Database", *, undone: Callable[[], None]) -> None:
-        """`undone` is called in the thread after an operation or a transaction was rolled back."""
-        self._database, self._undone = database, undone
+    def __init__(
+        self, database: "Database", *, settle: Callable[["Database"], None], undone: Callable[[], None]
+    ) -> None:
+        """`settle` writes what patient operations have put off: before any other operation, and before COMMIT.
+
+        `undone` is called after an operation or a transaction was rolled back. Both are called in the thread.
+        """
+        self._database, self._settle, self._undone = database, settle, undone
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
         self.closed = False
@@ -65,25 +95,34 @@ class Writer:
     ) -> "Future[T]":
         """Have `operation` run in the writer's thread, and return at once.
 
-        A patient one lets others share its transaction that come within `GATHER_S`; those that are not end its wait.
+        A patient one lets others share its transaction that come within `GATHER_S`, until one comes that is not, or a
+        thread asks for the result of one.
+        An operation may be run again, after its first run was undone.
 
         The future fails with PoolError if the pool is closed or more than `MAX_QUEUED_BYTES` wait, and with
         StorageError if the disk would not take it. An operation must not wait for another operation.
         """
-        job = _Job(operation, size_bytes, due=time.monotonic() + GATHER_S if patient else 0.0)
+        job = _Job(operation, size_bytes=size_bytes, patient=patient)
+        if patient:
+            job.future = _Awaited(lambda: self._hurry(job))
         job.future.set_running_or_notify_cancel()  # a client that goes away must not take its step with it
         with self._wake:
             problem = self._problem(size_bytes)
             if problem is None:
                 self._jobs.append(job)
                 self.queued_bytes += size_bytes
-                if not patient or len(self._jobs) == 1:  # else the thread knows until when it may wait
+                if not patient or len(self._jobs) in (1, GROUP_OPERATIONS):  # else the thread knows how long to wait
                     self._wake.notify()
             else:
                 self.refused += 1
         if problem is not None:
             job.future.set_exception(problem)
         return job.future
+
+    def _hurry(self, job: _Job) -> None:
+        with self._wake:
+            job.due = 0.0
+            self._wake.notify()
 
     def _problem(self, size_bytes: int) -> PoolError | None:
         if self.closed:
@@ -105,12 +144,12 @@ class Writer:
             try:
                 self._write(group)
             except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to those who wait for this group
-                self._settle(group, error)
+                self._resolve(group, error)
             else:
-                self._settle(group, None)
+                self._resolve(group, None)
 
     def _next_group(self) -> list[_Job]:
-        """The jobs of the next transaction, oldest first; they stay queued until settled. Empty: closed and done."""
+        """The jobs of the next transaction, oldest first; they stay queued until resolved. Empty: closed and done."""
         with self._wake:
             while not self.closed and (wait_s := self._wait_s()) != 0:
                 self._wake.wait(wait_s)
@@ -127,14 +166,15 @@ class Writer:
         """How long what is queued may still wait for others; None: nothing is."""
         if not self._jobs:
             return None
+        if len(self._jobs) >= GROUP_OPERATIONS:
+            return 0.0
         return max(0.0, min(job.due for job in self._jobs) - time.monotonic())
 
     def _write(self, group: list[_Job]) -> None:
         for attempt in range(1, BUSY_TRIES + 1):
             try:
-                with transaction(self._database):
-                    for job in group:
-                        self._run(job)
+                if not self._write_together(group):
+                    self._write_apart(group)
                 return
             except StorageError as error:
                 self._undone()
@@ -142,21 +182,49 @@ class Writer:
                     raise
                 log.warning("another process holds the pool; %d writes wait (try %d)", len(group), attempt)
 
+    def _write_together(self, group: list[_Job]) -> bool:
+        """False: a patient operation has failed, and nothing is written."""
+        try:
+            with transaction(self._database):
+                for job in group:
+                    if job.patient:
+                        job.result = self._run_freely(job.operation)
+                    else:
+                        self._run_freely(self._settle)
+                        self._run(job)
+                self._run_freely(self._settle)
+        except _TryApart:
+            self._undone()
+            return False
+        return True
+
+    def _run_freely(self, work: Callable[["Database"], T]) -> T:
+        try:
+            return work(self._database)
+        except Exception as error:
+            raise _TryApart from error
+
+    def _write_apart(self, group: list[_Job]) -> None:
+        with transaction(self._database):
+            for job in group:
+                self._run(job)
+
     def _run(self, job: _Job) -> None:
         if job.future.done():  # it failed in an earlier try of this group
             return
         try:
             with self._database.atomic():
                 job.result = job.operation(self._database)
+                self._settle(self._database)
         except Exception as error:  # handed on to whoever waits for this operation, and to nobody else
             self._undone()
-            if isinstance(error, sqlcipher().OperationalError):
+            if is_fault(error):
                 error = StorageError(f"the pool could not be written: {error}; check free disk space and rights")
             if not self._database.conn.in_transaction:  # the engine has ended the transaction of the whole group
                 raise error from None
             job.future.set_exception(error)
 
-    def _settle(self, group: list[_Job], error: BaseException | None) -> None:
+    def _resolve(self, group: list[_Job], error: BaseException | None) -> None:
         with self._wake:
             for job in group:
                 self._jobs.popleft()

@@ -1,6 +1,8 @@
-"""What has left and what has come, without content: a chain of hashes, so that no entry can be taken out unseen."""
+"""What has left and what has come, without content: a chain of hashes, so that no entry can be taken out unseen. What
+the server signed for is kept with it. Format: docs/formats/outbox.md.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,16 +12,33 @@ from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import wall_clock_ms
-from clawloop_edge.privacy.schema import prepare
+from clawloop_edge.privacy.schema import chain, prepare
+from clawloop_shared.errors import InvalidError
 from clawloop_shared.files import sha256
+from clawloop_shared.messages import ItemReceipt, SignedAnswer
+from clawloop_shared.receipts import open_forgotten, open_item
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
+SENT, STOPPED, RECEIVED = "sent", "stopped", "received"
+"""kinds of entries: bytes go out; their sending was broken off; the server has them on its disk"""
+FORGET, FORGOTTEN = "forget", "forgotten"
+"""so many bytes were forgotten here; the server has deleted what the request `item_id` named"""
 _HEAD = "audit.head"
+_PAGE = 500
 
 
-class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+class Proof(msgspec.Struct, frozen=True):
+    """The server's signed word that it has an item (`messages.ItemReceipt`) or forgot (`messages.SignedAnswer`), and
+    the key that it signed with."""
+
+    payload: bytes
+    signature: bytes
+    key: bytes
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One thing that left or came. `sha256` is that of the bytes; `previous_sha256` that of the entry before."""
 
     seq: int
@@ -30,11 +49,20 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     receipt_id: str
     item_id: str
     previous_sha256: str
+    level: str = ""
+    proof: Proof | None = None
 
     @property
     def entry_sha256(self) -> str:
         """What the next entry names as its predecessor."""
         return sha256(msgspec.json.encode(self, order="sorted"))
+
+
+class AuditReport(msgspec.Struct, frozen=True):
+    """What `verify` found whole: entries, and how many of them the server signed for."""
+
+    entries: int
+    signed_by_server: int
 
 
 class AuditLog:
@@ -47,7 +75,7 @@ class AuditLog:
     def append(self, kind: str, size_bytes: int, *, sha256: str, receipt_id: str = "", item_id: str = "") -> AuditEntry:
         """Write down that `size_bytes` bytes left or came. Waits for the disk.
 
-        The outbox writes its own entries (`sent`, `received`) in the transactions that change its items.
+        The outbox writes its own entries (`sent`, `received`, `stopped`) in the transactions that change its items.
         """
         return self._pool.submit(
             lambda database: self.append_in(
@@ -56,7 +84,16 @@ class AuditLog:
         ).result()
 
     def append_in(
-        self, database: "Database", kind: str, *, size_bytes: int, sha256: str, receipt_id: str, item_id: str
+        self,
+        database: "Database",
+        kind: str,
+        *,
+        size_bytes: int,
+        sha256: str,
+        receipt_id: str,
+        item_id: str,
+        level: str = "",
+        proof: Proof | None = None,
     ) -> AuditEntry:
         """The same inside a write transaction."""
         seq, previous = self._head(database)
@@ -69,44 +106,79 @@ class AuditLog:
             receipt_id=receipt_id,
             item_id=item_id,
             previous_sha256=previous,
+            level=level,
+            proof=proof,
         )
         scope = self._pool.keyring.find(database, POOL_SCOPE)
         body = scope.seal("audit", str(entry.seq), column="body", plain=msgspec.msgpack.encode(entry))
         database.conn.execute("INSERT INTO audit (seq, body) VALUES (?, ?)", (entry.seq, body))
+        chain(database, self._pool, kind="audit", record_id=str(entry.seq), body=body)
         head = msgspec.msgpack.encode((entry.seq, entry.entry_sha256))
         write_state(database, self._pool.keyring, name=_HEAD, value=head)
         return entry
 
-    def entries(self) -> list[AuditEntry]:
-        """All entries, oldest first."""
+    def page(self, *, after_seq: int = 0, limit: int = _PAGE) -> list[AuditEntry]:
+        """Up to `limit` entries after `after_seq`, oldest first."""
         with self._pool.read() as database:
-            return self._entries(database)
+            return self._page(database, after_seq, limit=limit)
 
-    def verify(self) -> int:
-        """Check the chain from end to end; gives the number of entries.
+    def entries(self, *, since_ms: int = 0, item_id: str = "") -> Iterator[AuditEntry]:
+        """All entries, or those since a time, or of one item; oldest first, read a page at a time."""
+        after_seq = 0
+        while found := self.page(after_seq=after_seq):
+            yield from (e for e in found if e.at_ms >= since_ms and item_id in ("", e.item_id))
+            after_seq = found[-1].seq
+
+    def verify(self) -> AuditReport:
+        """Check the chain from end to end, and each signature of the server in it.
 
         Raises:
-            PoolError: an entry is missing, changed or out of order.
+            PoolError: an entry is missing, changed or out of order, or has a receipt that the server did not sign.
             StorageError: an entry was changed in the file.
         """
+        seq, previous, signed = 0, "", 0
         with self._pool.read() as database:
-            entries, head = self._entries(database), self._head(database)
-        seq, previous = 0, ""
-        for entry in entries:
-            seq += 1
-            if (entry.seq, entry.previous_sha256) != (seq, previous):
-                raise PoolError(f"the audit log is broken at entry {seq}: an entry was taken out or changed")
-            previous = entry.entry_sha256
+            head = self._head(database)
+            while found := self._page(database, seq, limit=_PAGE):
+                for entry in found:
+                    seq += 1
+                    if (entry.seq, entry.previous_sha256) != (seq, previous):
+                        raise PoolError(f"the audit log is broken at entry {seq}: an entry was taken out or changed")
+                    previous = entry.entry_sha256
+                    signed += _check_proof(entry)
         if (seq, previous) != head:
             raise PoolError(f"the audit log is broken at its end: it has {seq} of {head[0]} entries")
-        return seq
+        return AuditReport(seq, signed)
 
-    def _entries(self, database: "Database") -> list[AuditEntry]:
+    def _page(self, database: "Database", after_seq: int, *, limit: int) -> list[AuditEntry]:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
-        rows = database.conn.execute("SELECT seq, body FROM audit ORDER BY seq")
+        query = "SELECT seq, body FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = database.conn.execute(query, (after_seq, limit)).fetchall()
         opened = (scope.unseal("audit", str(seq), column="body", sealed=body) for seq, body in rows)
         return [msgspec.msgpack.decode(plain, type=AuditEntry) for plain in opened]
 
     def _head(self, database: "Database") -> tuple[int, str]:
         found = read_state(database, self._pool.keyring, name=_HEAD)
         return msgspec.msgpack.decode(found, type=tuple[int, str]) if found else (0, "")
+
+
+def _check_proof(entry: AuditEntry) -> bool:
+    """Whether the server signed for an entry. Raises PoolError: it did not, though the entry says so."""
+    if entry.proof is None:
+        return False
+    try:
+        named = _signed_for(entry.kind, entry.proof)
+    except InvalidError as error:
+        raise PoolError(f"entry {entry.seq} of the audit log: {error}") from error
+    if named != (entry.item_id, entry.sha256):
+        raise PoolError(f"entry {entry.seq} of the audit log has the server's receipt for something else: {named[0]}")
+    return True
+
+
+def _signed_for(kind: str, proof: Proof) -> tuple[str, str]:
+    """The id and the hash that a proof is of. Raises InvalidError: the server did not sign it."""
+    if kind == FORGOTTEN:
+        forgotten = open_forgotten(SignedAnswer(proof.payload, proof.signature), proof.key)
+        return forgotten.request_id, sha256(proof.payload)
+    received = open_item(ItemReceipt(proof.payload, proof.signature), proof.key)
+    return received.item_id, received.sha256

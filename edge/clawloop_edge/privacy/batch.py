@@ -1,98 +1,307 @@
-"""Which of the kept steps and signals may go into one outbox item at level `full`. Reads one snapshot; writes nothing.
+"""Which of the kept steps and signals may go into outbox items, and what they are there: at `redacted` with secrets
+taken out and under other names. Collecting reads one snapshot; making items reads nothing. Writes nothing.
 
 Left out: untrainable steps and steps that break their record's rules (the server could not use them), signals that
-judge no step that may leave, and everything kept before the level was raised.
+judge no step that may leave, what its session's level does not allow, and what was in an item before.
 """
 
 import logging
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from clawloop_edge.pool.keeper import TARGET_COLUMNS
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import Change
-from clawloop_edge.privacy.consent import Receipt
+from clawloop_edge.privacy.consent import Allowance
+from clawloop_edge.privacy.ladder import Ladder
 from clawloop_shared import wire
 from clawloop_shared.errors import RecordError, WireError
-from clawloop_shared.records import Signal, Step, StepBatch, check_step
+from clawloop_shared.levels import Level, lower
+from clawloop_shared.records import Signal, Step, StepBatch, Target, check_step
 
 log = logging.getLogger(__name__)
 
 MAX_RECORDS = 256
 MAX_RAW_BYTES = 1_000_000
 """of an item before compression: under the wire format's floor (1 MiB), so that its bound on ratios never refuses it"""
+MAX_COLLECTED_BYTES = 4_000_000
+"""read at once: a bound on memory, and on how long a snapshot is held"""
+BROKEN = "steps that break their record's rules"
+TOO_LARGE = "steps too large for any server"
+OTHER_LINE = "steps of another model than the one served, so that they cannot be redacted"
+NOT_REDACTED = "steps that could not be redacted, or had too little left"
+NOTHING_LEFT = "steps of which redaction left nothing to learn from"
 _PAGE = 32
+_TARGETS_ASKED = 64
+_OWN_ID = re.compile(r"(?:[a-z]{1,16}[-_])?[0-9A-HJKMNP-TV-Z]{26}")
+"""an id that this edge drew at random: a ULID, or the completion id of an API"""
 
 
-class Draft(msgspec.Struct, frozen=True, kw_only=True):
-    """One item to be, and what it was built on. No body: nothing up to `upto` may leave."""
+class Redactor(Protocol):
+    """Takes secrets and personal data out (privacy/redacting.py)."""
+
+    def learn(self, steps: Iterable[Step]) -> None:
+        """Look at steps that will be redacted together: what one gives away is taken out of all of its session."""
+        ...
+
+    def step(self, step: Step) -> Step | None:
+        """The step without them, token for token; None if that cannot be done, so it must not leave."""
+        ...
+
+    def text(self, text: str, *, session_id: str) -> str:
+        """The text without them."""
+        ...
+
+
+class LineRedactor(NamedTuple):
+    """A redactor and the model line whose tokens it can read: those of another would be other words to it."""
+
+    line: str
+    redactor: Redactor
+
+
+@dataclass(frozen=True)
+class Source:
+    """One record on its way: what it is, whose, and at which level it may leave."""
+
+    record: Step | Signal
+    session_id: str
+    level: Level
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Records of the changes after `cursor` up to `upto`, and the ladders by which they were judged."""
 
     receipt_id: str
     cursor: int
     upto: int
-    body: bytes | None
-    step_ids: list[str]
-    signal_ids: list[str]
+    sources: list[Source]
+    apps: dict[str, str]
+    ladders: dict[str, Ladder]
+    left_out: Counter[str]
 
 
-def draft_batch(reading: Reading, receipt: Receipt, *, cursor: int) -> Draft | None:
-    """The next item after `cursor`; None if nothing was kept since."""
-    steps: list[Step] = []
-    signals: list[Signal] = []
-    size, upto = 0, cursor
-    for change in _changes(reading, max(cursor, receipt.after_seq)):
-        record = change.step or change.signal
-        grown = size + len(msgspec.msgpack.encode(record)) if _may_leave(reading, change, receipt=receipt) else size
-        if (steps or signals) and (grown > MAX_RAW_BYTES or len(steps) + len(signals) == MAX_RECORDS):
-            break
-        if grown > size and change.step:
-            steps.append(change.step)
-        elif grown > size and change.signal:
-            signals.append(change.signal)
-        size, upto = grown, change.seq
-    if upto == cursor:
-        return None
-    body = _encode(StepBatch(steps=steps, signals=signals), size) if steps or signals else None
-    return Draft(
-        receipt_id=receipt.receipt_id,
-        cursor=cursor,
-        upto=upto,
-        body=body,
-        step_ids=[step.step_id for step in steps],
-        signal_ids=[signal.signal_id for signal in signals],
-    )
+@dataclass
+class Draft:
+    """One item to be: records of one session at one level. `sent_as` are the ids under which the server gets them."""
+
+    session_id: str
+    level: Level
+    steps: list[Step] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
+    sent_as: dict[str, str] = field(default_factory=dict)
+    raw_bytes: int = 0
+    body: bytes = b""
+
+    def fits(self, size: int) -> bool:
+        """Whether a record of that size may join."""
+        return not self.sent_as or (self.raw_bytes + size <= MAX_RAW_BYTES and len(self.sent_as) < MAX_RECORDS)
+
+    @property
+    def redacted_tokens(self) -> int:
+        """How many tokens were replaced."""
+        return sum(length for step in self.steps for _, length in step.redacted)
 
 
-def _changes(reading: Reading, after_seq: int) -> Iterator[Change]:
-    while page := reading.changes(after_seq, _PAGE):
-        yield from page
-        after_seq = page[-1].seq
+class Collector:
+    """Reads what is new from one snapshot."""
 
+    def __init__(self, reading: Reading, allowance: Allowance, *, can_redact: bool = True) -> None:
+        """Without `can_redact` it stops before the first record that would have to be redacted."""
+        self._reading, self._allowance, self._can_redact = reading, allowance, can_redact
+        self.apps: dict[str, str] = {}
+        self.ladders: dict[str, Ladder] = {}
+        self.left_out: Counter[str] = Counter()
+        self.stopped = False
 
-def _may_leave(reading: Reading, change: Change, *, receipt: Receipt) -> bool:
-    if change.signal:
-        column = TARGET_COLUMNS[change.signal.target]
-        query = f"SELECT 1 FROM steps WHERE {column} = ? AND trainable AND seq > ? LIMIT 1"  # noqa: S608
-        parameters = (change.signal.target_id, receipt.after_seq)
-        return reading.database.conn.execute(query, parameters).fetchone() is not None
-    if change.step is None or not change.step.trainable:
-        return False
-    try:
-        check_step(change.step)
-    except RecordError as error:
-        log.warning("not put into the outbox: %s", error)
-        return False
-    return True
-
-
-def _encode(batch: StepBatch, raw_bytes: int) -> bytes | None:
-    """The item's bytes; None for a single record so large and so repetitive that no server would unpack it."""
-    body = wire.encode(batch)
-    if raw_bytes > MAX_RAW_BYTES:
-        try:
-            wire.decode(body, StepBatch)
-        except WireError as error:
-            log.warning("step %s is not put into the outbox: %s", batch.steps[0].step_id, error)
+    def collect(self, cursor: int) -> Collected | None:
+        """Records after `cursor`; None if nothing was kept since that could be looked at."""
+        receipt, sends_after = self._allowance.state.receipt, self._allowance.state.ladder.sends_after
+        if receipt is None or sends_after is None:
             return None
-    return body
+        sources: list[Source] = []
+        size, upto = 0, cursor
+        for change in self._changes(max(cursor, sends_after)):
+            source = self._source(change)
+            if source and source.level is Level.REDACTED and not self._can_redact:
+                self.stopped = True
+                break
+            if source:
+                size += len(msgspec.msgpack.encode(source.record))
+                if sources and size > MAX_COLLECTED_BYTES:
+                    break
+                sources.append(source)
+            upto = change.seq
+        if upto == cursor:
+            return None
+        return Collected(receipt.receipt_id, cursor, upto, sources, self.apps, self.ladders, self.left_out)
+
+    def _changes(self, after_seq: int) -> Iterator[Change]:
+        while page := self._reading.changes(after_seq, _PAGE):
+            yield from page
+            after_seq = page[-1].seq
+
+    def _source(self, change: Change) -> Source | None:
+        if change.step is not None:
+            return self._step(change.step, change.seq)
+        return self._signal(change.signal, change.seq) if change.signal is not None else None
+
+    def _step(self, step: Step, seq: int) -> Source | None:
+        level = self.ladder(step.session_id).at(seq)
+        if not step.trainable or not level.sends_steps or self._was_queued(step.step_id):
+            return None
+        try:
+            check_step(step)
+        except RecordError as error:
+            log.warning("not put into the outbox: %s", error)
+            self.left_out[BROKEN] += 1
+            return None
+        return Source(step, step.session_id, level)
+
+    def _signal(self, signal: Signal, seq: int) -> Source | None:
+        """A signal goes where its judged steps go, at the higher of their levels and not above its own."""
+        run = self._reading.database.conn.execute
+        row = run("SELECT session_id FROM signals WHERE signal_id = ?", (signal.signal_id,)).fetchone()
+        column = TARGET_COLUMNS[signal.target]
+        query = f"SELECT session_id, seq FROM steps WHERE {column} = ? AND trainable ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        judged = run(query, (signal.target_id, _TARGETS_ASKED)).fetchall()
+        levels = [self.ladder(session_id).at(step_seq) for session_id, step_seq in judged]
+        best = max(levels, key=lambda level: level.rank, default=Level.OFF)
+        level = lower(best, self.ladder(row[0]).at(seq))
+        if not level.sends_steps or self._was_queued(signal.signal_id):
+            return None
+        return Source(signal, row[0], level)
+
+    def ladder(self, session_id: str) -> Ladder:
+        """What may leave of a session."""
+        if session_id not in self.ladders:
+            known = self._reading.session(session_id)
+            self.apps[session_id] = known.app if known else ""
+            self.ladders[session_id] = self._allowance.ladder(session_id, app=self.apps[session_id])
+        return self.ladders[session_id]
+
+    def _was_queued(self, record_id: str) -> bool:
+        query = "SELECT 1 FROM outbox_records WHERE record_id = ? LIMIT 1"
+        return self._reading.database.conn.execute(query, (record_id,)).fetchone() is not None
+
+
+class Maker:
+    """Makes items of what was collected. `rename(kind, name)` gives what stands for a name that a caller chose.
+
+    Without a redactor nothing may have been collected that must be redacted.
+    """
+
+    def __init__(
+        self, redactor: LineRedactor | None, rename: Callable[[str, str], str], *, proceed: Callable[[], None]
+    ) -> None:
+        """`proceed` is called before each record, and raises where this shall not go on."""
+        self._redactor, self._rename, self._proceed = redactor, rename, proceed
+        self.left_out: Counter[str] = Counter()
+
+    def drafts(self, sources: list[Source]) -> list[Draft]:
+        """Items in the order of their first records, each with its bytes."""
+        self._learn(sources)
+        drafts: list[Draft] = []
+        open_ones: dict[tuple[str, Level], Draft] = {}
+        for source in sources:
+            self._proceed()
+            record = self._outgoing(source)
+            if record is None:
+                continue
+            key, size = (source.session_id, source.level), len(msgspec.msgpack.encode(record))
+            draft = open_ones.get(key)
+            if draft is None or not draft.fits(size):
+                draft = open_ones[key] = Draft(*key)
+                drafts.append(draft)
+            _add(draft, record, source=source.record, size=size)
+        for draft in drafts:
+            draft.body = self._encoded(draft)
+        return [draft for draft in drafts if draft.body]
+
+    def _learn(self, sources: list[Source]) -> None:
+        steps = (s.record for s in sources if s.level is Level.REDACTED and isinstance(s.record, Step))
+        if self._redactor is not None:
+            line, redactor = self._redactor
+            redactor.learn(step for step in steps if step.policy.line == line)
+
+    def _outgoing(self, source: Source) -> Step | Signal | None:
+        """The record as it leaves; None if it must not."""
+        record = source.record
+        if source.level is Level.FULL:
+            return record
+        assert self._redactor is not None, "collected what only a redactor may let out"
+        line, redactor = self._redactor
+        if isinstance(record, Signal):
+            return self._signal(record, redactor, session_id=source.session_id)
+        if record.policy.line != line:
+            self.left_out[OTHER_LINE] += 1
+            return None
+        return self._step(record, redactor)
+
+    def _step(self, step: Step, redactor: Redactor) -> Step | None:
+        found = redactor.step(step)
+        if found is None:
+            self.left_out[NOT_REDACTED] += 1
+            return None
+        try:
+            check_step(found)
+        except RecordError:
+            self.left_out[NOTHING_LEFT] += 1
+            return None
+        return msgspec.structs.replace(
+            found,
+            step_id=self._own("step", found.step_id),
+            parent_id=self._own("step", found.parent_id),
+            session_id=self._named("session", found.session_id),
+            run_id=self._named("run", found.run_id),
+            trajectory_id=self._named("trajectory", found.trajectory_id),
+            group_id=self._named("group", found.group_id),
+        )
+
+    def _signal(self, signal: Signal, redactor: Redactor, *, session_id: str) -> Signal:
+        named = self._own if signal.target is Target.STEP else self._named
+        return msgspec.structs.replace(
+            signal,
+            signal_id=self._own("signal", signal.signal_id),
+            target_id=named(str(signal.target), signal.target_id),
+            source=redactor.text(signal.source, session_id=session_id),
+            comment=redactor.text(signal.comment, session_id=session_id),
+        )
+
+    def _named(self, kind: str, name: str) -> str:
+        return self._rename(kind, name) if name else ""
+
+    def _own(self, kind: str, record_id: str) -> str:
+        """An id that was drawn at random tells nothing; one that was computed from tokens could confirm a guess."""
+        return record_id if _OWN_ID.fullmatch(record_id) else self._named(kind, record_id)
+
+    def _encoded(self, draft: Draft) -> bytes:
+        """The item's bytes; none for a single record so large and so repetitive that no server would unpack it."""
+        body = wire.encode(StepBatch(steps=draft.steps, signals=draft.signals))
+        if draft.raw_bytes > MAX_RAW_BYTES:
+            try:
+                wire.decode(body, StepBatch)
+            except WireError as error:
+                log.warning("step %s is not put into the outbox: %s", draft.steps[0].step_id, error)
+                self.left_out[TOO_LARGE] += 1
+                return b""
+        return body
+
+
+def _add(draft: Draft, record: Step | Signal, *, source: Step | Signal, size: int) -> None:
+    draft.raw_bytes += size
+    if isinstance(record, Step):
+        draft.steps.append(record)
+    else:
+        draft.signals.append(record)
+    draft.sent_as[_id_of(source)] = _id_of(record)
+
+
+def _id_of(record: Step | Signal) -> str:
+    return record.step_id if isinstance(record, Step) else record.signal_id

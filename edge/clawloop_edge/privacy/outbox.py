@@ -1,83 +1,47 @@
 """What will leave this device, made once and kept as bytes: what is sent is what was shown. docs/formats/outbox.md.
 
-The outbox never sends. The node asks for the next items, marks them sent before their bytes go out, and marks them
-received when the server says that they are on its disk. Methods that write wait for the disk: from the event loop,
-call them in a thread.
+The outbox never sends. The node asks for the next items, marks them sent before their bytes go out, and hands in the
+server's receipts for what is on its disk. Methods that write wait for the disk: from the event loop, call them in a
+thread.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from clawloop_edge.errors import ConsentError, PoolError
-from clawloop_edge.pool.crypt import POOL_SCOPE
-from clawloop_edge.pool.state import read_state, write_state
+from clawloop_edge.errors import ConsentError, ReceiptInvalid
 from clawloop_edge.pool.store import Pool
-from clawloop_edge.privacy.audit import AuditLog
-from clawloop_edge.privacy.batch import Draft, draft_batch
+from clawloop_edge.privacy.audit import RECEIVED, SENT, STOPPED, AuditLog, Proof
+from clawloop_edge.privacy.batch import LineRedactor
 from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
-from clawloop_edge.privacy.schema import CURSOR, ItemState, destroy_item, item_scope
-from clawloop_shared.files import sha256
-from clawloop_shared.ids import new_id
-from clawloop_shared.messages import UploadItem
+from clawloop_edge.privacy.filling import Filler
+from clawloop_edge.privacy.items import Items, OutboxItem, OutboxTotals
+from clawloop_edge.privacy.schema import ItemState, destroy_item, item_scope
+from clawloop_shared.levels import Level
+from clawloop_shared.messages import ItemReceipt, UploadItem
+from clawloop_shared.receipts import open_item
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
-KIND = "steps.v1"
 DEFAULT_HOLD_S = 86_400
+DEFAULT_KEEP_RECEIVED_DAYS = 7
+MAX_ITEMS = 256
+"""in one upload: a bound on the transaction that marks them"""
+_DAY_MS = 86_400_000
 _ITEM_OVERHEAD_BYTES = 256
-_UNRECEIVED = " WHERE state IN ('queued', 'approved', 'sent')"
-_SENT = " WHERE state = 'sent'"
-_LIST = "SELECT item_id, state, kind, receipt_id, release_ms, size, facts, body IS NOT NULL FROM outbox"
 
-
-class Facts(msgspec.Struct, frozen=True, array_like=True):
-    """What is sealed of an item beside its bytes."""
-
-    sha256: str
-    steps: int
-    signals: int
-    created_ms: int
-
-
-class OutboxTotals(msgspec.Struct, frozen=True):
-    """Items that the server does not have yet, and the items and bytes that have left."""
-
-    waiting: int
-    items: int
-    bytes: int
-
-
-class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item as it is listed. It is held until `release_ms`; `has_bytes`: whether its bytes are still here."""
-
-    item_id: str
-    state: ItemState
-    kind: str
-    receipt_id: str
-    created_ms: int
-    release_ms: int
-    size_bytes: int
-    sha256: str
-    steps: int
-    signals: int
-    has_bytes: bool
-
-    def may_leave(self, now_ms: int) -> bool:
-        """Whether nothing but the level stands in its way."""
-        held = self.state is ItemState.QUEUED and now_ms < self.release_ms
-        return self.has_bytes and not held and self.state in (ItemState.QUEUED, ItemState.APPROVED, ItemState.SENT)
-
-
-Items = list[OutboxItem]
+Listing = list[OutboxItem]
 """an alias, because inside the class `list` is its own method"""
 
 
 class Outbox:
-    """The outbox of a pool. `hold_s`: how long an item that is made from now on stays before it leaves by itself."""
+    """The outbox of a pool.
+
+    `hold_s`: how long an item that is made from now on stays before it leaves by itself; `hold_redacted_s`: the same at
+    `redacted`, if it is another time. Without a `redactor`, what must be redacted waits until somebody fills with one.
+    """
 
     def __init__(
         self,
@@ -85,23 +49,55 @@ class Outbox:
         consent: ConsentLog | None = None,
         *,
         hold_s: float = DEFAULT_HOLD_S,
+        hold_redacted_s: float | None = None,
+        keep_received_days: float = DEFAULT_KEEP_RECEIVED_DAYS,
+        redactor: LineRedactor | None = None,
         clock: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._pool, self._clock = pool, clock
         self._consent = consent or ConsentLog(pool, clock=clock)
-        self._hold_ms = int(hold_s * 1000)
+        redacted_s = hold_s if hold_redacted_s is None else hold_redacted_s
+        hold_ms = {Level.FULL: int(hold_s * 1000), Level.REDACTED: int(redacted_s * 1000)}
+        self._filler = Filler(pool, self._consent, hold_ms=hold_ms, redactor=redactor, clock=clock)
+        self._keep_received_ms = int(keep_received_days * _DAY_MS)
         self._audit = AuditLog(pool, clock=clock)
+        self._items = Items(pool.keyring)
 
     def fill(self) -> int:
-        """Make items of what was kept since the last time, if the level lets steps out; gives how many were made.
+        """Make items of what was kept since the last time, as far as levels allow; gives how many were made."""
+        return self._filler.fill()
 
-        An item is built beside the writer and put in by a transaction that checks level and cursor again, so that a
-        level lowered meanwhile, by whichever process, leaves no item behind.
-        """
-        made = 0
-        while (draft := self._draft()) is not None:
-            made += self._pool.submit(partial(self._put, draft=draft)).result()
-        return made
+    def redact_with(self, redactor: LineRedactor | None) -> None:
+        """What is filled from now on is redacted with that."""
+        self._filler.redactor = redactor
+
+    def stop(self) -> None:
+        """Have a `fill` that runs in another thread end soon. Raises RedactionError there."""
+        self._filler.stop()
+
+    def left_out(self) -> dict[str, int]:
+        """Why steps that their level would let out stayed at home, with how many."""
+        return self._filler.left_out()
+
+    def waits_for_redactor(self) -> bool:
+        """Whether the next record must be redacted, and there is nothing here to do it with."""
+        return self._filler.waits_for_redactor()
+
+    def tidy(self) -> int:
+        """Destroy the bytes of items that the server has had for `keep_received_days`; gives how many."""
+        with self._pool.read() as database:
+            old = self._items.received(database, before_ms=self._clock() - self._keep_received_ms)
+
+        def operation(database: "Database") -> None:
+            for item_id in old:
+                self._pool.keyring.destroy(database, item_scope(item_id))
+                database.conn.execute("UPDATE outbox SET body = NULL WHERE item_id = ?", (item_id,))
+
+        if old:
+            self._pool.submit(operation).result()
+        return len(old)
+
+    # Sending
 
     def next_items(self, max_bytes: int) -> tuple[list[UploadItem], bool]:
         """The oldest items that may leave now, together at most `max_bytes`, and whether more of them wait.
@@ -109,37 +105,75 @@ class Outbox:
         Items that were sent but not received come again. An item larger than `max_bytes` is passed by.
         """
         with self._pool.read() as database:
-            if not self._consent.state_in(database).level.sends_steps:
+            allowance = self._consent.within(database)
+            if not allowance.state.level.sends_steps:
                 return [], False
-            ready = [item for item in self._items(database, _UNRECEIVED) if item.may_leave(self._clock())]
+            limit = max_bytes - _ITEM_OVERHEAD_BYTES
+            found = self._items.ready(database, now_ms=self._clock(), max_bytes=limit, limit=MAX_ITEMS + 1)
+            ready = [i for i in found if i.level.rank <= allowance.level(i.session_id, app=i.app).rank]
             chosen, room = [], max_bytes
-            fitting = [item for item in ready if item.size_bytes + _ITEM_OVERHEAD_BYTES <= max_bytes]
-            for item in fitting:
+            for item in ready[:MAX_ITEMS]:
                 room -= item.size_bytes + _ITEM_OVERHEAD_BYTES
                 if room < 0:
                     break
-                chosen.append(self._upload_item(database, item))
-        return chosen, len(chosen) < len(fitting)
+                chosen.append(self._items.upload(database, item.item_id))
+        return chosen, len(chosen) < len(ready)
 
     def mark_sent(self, item_ids: Sequence[str]) -> None:
         """Note that these items' bytes are about to go out; call it before they do. All or nothing.
 
         Raises:
-            ConsentError: the level was lowered or an item taken back meanwhile: do not send.
+            ConsentError: a level was lowered or an item taken back meanwhile: do not send.
         """
         if item_ids:
             self._pool.submit(lambda database: self._mark_sent(database, item_ids)).result()
+            self._pool.anchor()
 
-    def mark_received(self, item_ids: Sequence[str]) -> None:
-        """Note that the server has these on disk. Names of items that were not sent, or are not known, change nothing:
-        the server's word must not end an item that never left."""
-        if item_ids:
-            self._pool.submit(lambda database: self._mark_received(database, item_ids)).result()
-
-    def list(self) -> Items:
-        """All items, oldest first."""
+    def may_still_leave(self, item_ids: Sequence[str]) -> bool:
+        """Whether bytes that are on their way may go on: no level was lowered, no item taken back. Cheap."""
+        query = "SELECT count(*) FROM outbox WHERE item_id IN (SELECT value FROM json_each(?)) AND body IS NOT NULL"
         with self._pool.read() as database:
-            return self._items(database)
+            level = self._consent.state_in(database).level
+            if not item_ids or not level.sends_steps:
+                return not item_ids and level is not Level.OFF
+            there = database.conn.execute(query, (msgspec.json.encode(item_ids).decode(),)).fetchone()
+            return bool(there[0] == len(set(item_ids)))
+
+    def mark_stopped(self, item_ids: Sequence[str]) -> None:
+        """Note that the sending of these was broken off, so that only a part of their bytes went out."""
+
+        def operation(database: "Database") -> None:
+            where = " WHERE item_id IN (SELECT value FROM json_each(?))"
+            for item in [*self._items.all(database, where, msgspec.json.encode(item_ids).decode())]:
+                self._write_down(database, STOPPED, item=item)
+
+        if item_ids:
+            self._pool.submit(operation).result()
+
+    def accept(self, receipts: Sequence[ItemReceipt], *, device_id: str, release_key: bytes) -> None:
+        """Take the server's word that it has items on its disk, and keep it in the audit log. All or nothing.
+
+        Receipts of items that were not sent, or are not known any more, change nothing: the server's word must not end
+        an item that never left.
+
+        Raises:
+            SignatureInvalid: a receipt was not signed with the server's release key.
+            ReceiptInvalid: one is for another device, or for other bytes than were sent.
+        """
+        said = [(open_item(receipt, release_key), receipt) for receipt in receipts]
+        wrong = next((what for what, _ in said if what.device_id != device_id), None)
+        if wrong is not None:
+            raise ReceiptInvalid(f"the server's receipt for item {wrong.item_id} is for device {wrong.device_id}")
+        known = {what.item_id: (what.sha256, receipt) for what, receipt in said}
+        if known:
+            self._pool.submit(lambda database: self._accept(database, known, release_key=release_key)).result()
+
+    # Looking, and the owner's word
+
+    def list(self, *, limit: int | None = None) -> Listing:
+        """All items, or the `limit` latest; oldest first."""
+        with self._pool.read() as database:
+            return self._items.latest(database, limit) if limit else [*self._items.all(database)]
 
     def waiting(self) -> int:
         """How many items the server does not have yet (for `StatusReply.outbox_items`)."""
@@ -147,22 +181,21 @@ class Outbox:
 
     def totals(self) -> OutboxTotals:
         """Counts, without opening anything."""
-        query = (
-            "SELECT count(*) FILTER (WHERE body IS NOT NULL AND state != :received), count(*) FILTER (WHERE left),"
-            " coalesce(sum(size) FILTER (WHERE left), 0)"
-            " FROM (SELECT *, state IN (:sent, :received) AS left FROM outbox)"
-        )
         with self._pool.read() as database:
-            states = {"sent": ItemState.SENT, "received": ItemState.RECEIVED}
-            return OutboxTotals(*database.conn.execute(query, states).fetchone())
+            return self._items.totals(database)
 
     @classmethod
-    def items_with(cls, pool: Pool, record_id: str) -> Items:
+    def items_with(cls, pool: Pool, record_id: str) -> Listing:
         """The items of a pool's outbox that a step or signal went into, oldest first."""
         own = cls(pool)
         where = " WHERE item_id IN (SELECT item_id FROM outbox_records WHERE record_id = ?)"
         with pool.read() as database:
-            return own._items(database, where, record_id)
+            return [*own._items.all(database, where, record_id)]
+
+    def find(self, name: str) -> OutboxItem:
+        """The item of that id, or of the only id that begins so. Raises PoolError: there is none, or several."""
+        with self._pool.read() as database:
+            return self._items.find(database, name)
 
     def get(self, item_id: str) -> UploadItem:
         """An item with the very bytes that are sent.
@@ -171,99 +204,74 @@ class Outbox:
             PoolError: there is no such item, or its bytes were destroyed.
         """
         with self._pool.read() as database:
-            return self._upload_item(database, self._item(database, item_id))
+            return self._items.upload(database, self._items.find(database, item_id).item_id)
 
-    def drop(self, item_id: str) -> None:
-        """Take an item back before it leaves; its bytes are destroyed.
+    def drop(self, item_id: str) -> OutboxItem:
+        """Take an item back before it leaves; its bytes are destroyed. Gives the item as it was.
 
         Raises:
             PoolError: there is no such item.
             ConsentError: it has left already.
         """
 
-        def operation(database: "Database") -> None:
-            item = self._item(database, item_id)
+        def operation(database: "Database") -> OutboxItem:
+            item = self._items.find(database, item_id)
             if item.state in (ItemState.SENT, ItemState.RECEIVED):
-                raise ConsentError(f"item {item_id} was {item.state}; ask the server's operator to delete it")
+                raise ConsentError(
+                    f"item {item.item_id} was {item.state} and has left; to have the server delete it: "
+                    f"clawloop-edge sessions forget {item.session_id}"
+                )
             if item.has_bytes:
-                destroy_item(database, self._pool.keyring, item_id=item_id)
+                destroy_item(database, self._pool.keyring, item_id=item.item_id)
+            return item
 
-        self._pool.submit(operation).result()
+        return self._pool.submit(operation).result()
 
-    def approve(self, item_id: str) -> None:
-        """Let an item go before its hold time is over.
+    def approve(self, item_id: str) -> OutboxItem:
+        """Let an item go before its hold time is over. Gives the item as it was.
 
         Raises:
             PoolError: there is no such item.
             ConsentError: it was dropped.
         """
 
-        def operation(database: "Database") -> None:
-            item = self._item(database, item_id)
+        def operation(database: "Database") -> OutboxItem:
+            item = self._items.find(database, item_id)
             if item.state is ItemState.DROPPED:
-                raise ConsentError(f"item {item_id} was dropped, and its bytes are destroyed")
+                raise ConsentError(f"item {item.item_id} was dropped, and its bytes are destroyed")
             if item.state is ItemState.QUEUED:
-                _set_state(database, item_id, state=ItemState.APPROVED)
+                _set_state(database, item.item_id, state=ItemState.APPROVED)
+            return item
 
-        self._pool.submit(operation).result()
+        return self._pool.submit(operation).result()
 
-    def _draft(self) -> Draft | None:
-        with self._pool.reading() as reading:
-            database = reading.database
-            consent = self._consent.state_in(database)
-            if consent.receipt is None or not consent.level.sends_steps:
-                return None
-            cursor = _cursor(database, self._pool)
-            return draft_batch(reading, consent.receipt, cursor=cursor)
-
-    def _put(self, database: "Database", *, draft: Draft) -> int:
-        """Insert the draft's item and move the cursor, if nothing it was built on has changed; gives items made."""
-        consent = self._consent.state_in(database)
-        same = consent.receipt is not None and consent.receipt.receipt_id == draft.receipt_id
-        if not same or not consent.level.sends_steps or _cursor(database, self._pool) != draft.cursor:
-            return 0
-        keyring = self._pool.keyring
-        write_state(database, keyring, name=CURSOR, value=draft.upto.to_bytes(8, "big"))
-        if draft.body is None:
-            return 0
-        item_id = new_id()
-        now_ms = self._clock()
-        facts = msgspec.msgpack.encode(
-            Facts(sha256(draft.body), len(draft.step_ids), len(draft.signal_ids), created_ms=now_ms)
-        )
-        sealed_facts = keyring.find(database, POOL_SCOPE).seal("outbox", item_id, column="facts", plain=facts)
-        own_scope = keyring.ensure(database, item_scope(item_id))
-        sealed_body = own_scope.seal("outbox", item_id, column="body", plain=draft.body)
-        insert = (
-            "INSERT INTO outbox (item_id, state, kind, receipt_id, release_ms, size, facts, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-        )
-        plain = (item_id, ItemState.QUEUED, KIND, draft.receipt_id, now_ms + self._hold_ms, len(draft.body))
-        database.conn.execute(insert, (*plain, sealed_facts, sealed_body))
-        records = [(record_id, item_id) for record_id in (*draft.step_ids, *draft.signal_ids)]
-        database.conn.executemany("INSERT INTO outbox_records (record_id, item_id) VALUES (?, ?)", records)
-        return 1
+    # Inside a write transaction
 
     def _mark_sent(self, database: "Database", item_ids: Sequence[str]) -> None:
-        level = self._consent.state_in(database).level
-        if not level.sends_steps:
-            raise ConsentError(f"the level is {level} now; nothing is sent")
+        allowance = self._consent.within(database)
+        if not allowance.state.level.sends_steps:
+            raise ConsentError(f"the level is {allowance.state.level} now; nothing is sent")
         for item_id in item_ids:
-            item = self._item(database, item_id)
-            if not item.may_leave(self._clock()):
-                raise ConsentError(f"item {item_id} is {item.state} and may not leave now")
+            item = self._items.find(database, item_id)
+            allowed = allowance.level(item.session_id, app=item.app)
+            if item.level.rank > allowed.rank or not item.may_leave(self._clock()):
+                raise ConsentError(f"item {item_id} is {item.state} at level {item.level} and may not leave now")
             _set_state(database, item_id, state=ItemState.SENT)
-            self._write_down(database, "sent", item=item)
+            self._write_down(database, SENT, item=item)
 
-    def _mark_received(self, database: "Database", item_ids: Sequence[str]) -> None:
-        sent = {item.item_id: item for item in self._items(database, _SENT)}
-        for item_id in item_ids:
-            item = sent.pop(item_id, None)
-            if item is not None:
-                _set_state(database, item_id, state=ItemState.RECEIVED)
-                self._write_down(database, "received", item=item)
+    def _accept(self, database: "Database", known: dict[str, tuple[str, ItemReceipt]], *, release_key: bytes) -> None:
+        names = (msgspec.json.encode(list(known)).decode(),)
+        query = "SELECT item_id FROM outbox WHERE item_id IN (SELECT value FROM json_each(?)) AND state = 'sent'"
+        for (item_id,) in database.conn.execute(query, names).fetchall():
+            item, (received_sha256, receipt) = self._items.find(database, item_id), known[item_id]
+            if received_sha256 != item.sha256:
+                raise ReceiptInvalid(f"the server's receipt for item {item_id} is for other bytes than were sent")
+            update = "UPDATE outbox SET state = ?, received_ms = ? WHERE item_id = ?"
+            database.conn.execute(update, (ItemState.RECEIVED, self._clock(), item_id))
+            proof = Proof(receipt.payload, receipt.signature, release_key)
+            self._write_down(database, RECEIVED, item=item, proof=proof)
 
-    def _write_down(self, database: "Database", kind: str, *, item: OutboxItem) -> None:
+    def _write_down(self, database: "Database", kind: str, *, item: OutboxItem, proof: Proof | None = None) -> None:
         self._audit.append_in(
             database,
             kind,
@@ -271,49 +279,9 @@ class Outbox:
             sha256=item.sha256,
             receipt_id=item.receipt_id,
             item_id=item.item_id,
+            level=item.level,
+            proof=proof,
         )
-
-    def _upload_item(self, database: "Database", item: OutboxItem) -> UploadItem:
-        row = database.conn.execute("SELECT body FROM outbox WHERE item_id = ?", (item.item_id,)).fetchone()
-        if row[0] is None:
-            raise PoolError(f"the bytes of item {item.item_id} ({item.state}) were destroyed; nothing is left to show")
-        scope = self._pool.keyring.find(database, item_scope(item.item_id))
-        body = scope.unseal("outbox", item.item_id, column="body", sealed=row[0])
-        return UploadItem(item_id=item.item_id, receipt_id=item.receipt_id, kind=item.kind, body=body)
-
-    def _item(self, database: "Database", item_id: str) -> OutboxItem:
-        row = database.conn.execute(f"{_LIST} WHERE item_id = ?", (item_id,)).fetchone()
-        if row is None:
-            raise PoolError(f"no outbox item {item_id}; see `clawloop-edge outbox list`")
-        return self._as_item(database, row)
-
-    def _items(self, database: "Database", where: str = "", *parameters: str) -> Items:
-        rows = database.conn.execute(f"{_LIST}{where} ORDER BY seq", parameters).fetchall()
-        return [self._as_item(database, row) for row in rows]
-
-    def _as_item(self, database: "Database", row: tuple[str, str, str, str, int, int, bytes, int]) -> OutboxItem:
-        item_id, state, kind, receipt_id, release_ms, size, sealed, has_bytes = row
-        scope = self._pool.keyring.find(database, POOL_SCOPE)
-        plain = scope.unseal("outbox", item_id, column="facts", sealed=sealed)
-        facts = msgspec.msgpack.decode(plain, type=Facts)
-        return OutboxItem(
-            item_id=item_id,
-            state=ItemState(state),
-            kind=kind,
-            receipt_id=receipt_id,
-            created_ms=facts.created_ms,
-            release_ms=release_ms,
-            size_bytes=size,
-            sha256=facts.sha256,
-            steps=facts.steps,
-            signals=facts.signals,
-            has_bytes=bool(has_bytes),
-        )
-
-
-def _cursor(database: "Database", pool: Pool) -> int:
-    found = read_state(database, pool.keyring, name=CURSOR)
-    return int.from_bytes(found, "big") if found else 0
 
 
 def _set_state(database: "Database", item_id: str, *, state: ItemState) -> None:

@@ -3,16 +3,22 @@
 Each migration runs once; never change one that was released: add another. Format: docs/formats/outbox.md.
 """
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from clawloop_edge.pool import heads
 from clawloop_edge.pool.crypt import Keyring
+from clawloop_edge.pool.heads import Chained
+from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.pool.verify import SealedColumn
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
+WAITING = "state IN ('queued', 'approved', 'sent') AND body IS NOT NULL"
+"""of the outbox's rows: not with the server yet, and not taken back"""
 CURSOR = "outbox.cursor"
 """state: the last change (8 bytes, big-endian) that the outbox has looked at"""
 
@@ -52,22 +58,84 @@ def first_tables(database: "Database") -> None:
         database.execute(statement)
 
 
+_OUTBOX = (
+    "ALTER TABLE outbox RENAME TO outbox_before",
+    # The bytes come last: SQLite reads through a row's long column to the ones behind it.
+    """CREATE TABLE outbox (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, item_id TEXT NOT NULL UNIQUE, session_id TEXT NOT NULL,
+        level TEXT NOT NULL, state TEXT NOT NULL, kind TEXT NOT NULL, receipt_id TEXT NOT NULL,
+        release_ms INTEGER NOT NULL, received_ms INTEGER NOT NULL, size INTEGER NOT NULL, facts BLOB NOT NULL, body BLOB
+    ) STRICT""",
+    """INSERT INTO outbox
+        SELECT seq, item_id, '', 'full', state, kind, receipt_id, release_ms, iif(state = 'received', release_ms, 0),
+            size, facts, body FROM outbox_before""",
+    "DROP TABLE outbox_before",
+    "CREATE INDEX outbox_state ON outbox (state, release_ms, size, item_id)",
+    "CREATE INDEX outbox_session ON outbox (session_id)",
+    "CREATE INDEX outbox_old ON outbox (received_ms) WHERE body IS NOT NULL AND state = 'received'",
+    "ALTER TABLE outbox_records ADD COLUMN sent_as TEXT NOT NULL DEFAULT ''",
+    "CREATE INDEX outbox_records_item ON outbox_records (item_id)",
+    "CREATE TABLE limits (limit_id TEXT PRIMARY KEY, body BLOB NOT NULL) STRICT",
+)
+
+
+def one_session_an_item(database: "Database") -> None:
+    """Items of one session at one level, the names that records leave under, and limits.
+
+    Items from before are of any sessions, so any limit concerns them.
+    """
+    for statement in _OUTBOX:
+        database.execute(statement)
+
+
 SEALED = (
     SealedColumn("receipts", "body", "receipt_id"),
     SealedColumn("outbox", "facts", "item_id"),
     SealedColumn("outbox", "body", "item_id", "'outbox/' || item_id"),
     SealedColumn("audit", "body", "CAST(seq AS TEXT)"),
+    SealedColumn("limits", "body", "limit_id"),
+)
+CHAINED = (
+    Chained("receipt", "receipts", ("body",), "t.receipt_id = c.record_id"),
+    Chained("audit", "audit", ("body",), "t.seq = CAST(c.record_id AS INTEGER)"),
 )
 
 
 def prepare(pool: Pool) -> None:
     """Have these tables in `pool`."""
-    pool.adopt("privacy", (first_tables,), sealed=SEALED)
+
+    def into_the_chain(database: "Database") -> None:
+        """Receipts and entries from before the pool had one chain of everything."""
+        older = {
+            "receipt": "SELECT receipt_id, body FROM receipts ORDER BY seq",
+            "audit": "SELECT seq, body FROM audit",
+        }
+        for kind, query in older.items():
+            for record_id, body in database.conn.execute(query).fetchall():
+                chain(database, pool, kind=kind, record_id=str(record_id), body=body)
+
+    pool.adopt("privacy", (first_tables, one_session_an_item, into_the_chain), sealed=SEALED, chained=CHAINED)
+
+
+def chain(database: "Database", pool: Pool, *, kind: str, record_id: str, body: bytes) -> None:
+    """Note a receipt or an audit entry in the pool's chain. Needs the transaction that keeps it."""
+    heads.append(database, pool.chain_key, kind=kind, record_id=record_id, session_id="", sealed=(body,))
 
 
 def item_scope(item_id: str) -> str:
     """The name of the scope that an item's bytes are sealed in: its own, so that dropping it destroys its key."""
     return f"outbox/{item_id}"
+
+
+def read_cursor(database: "Database", keyring: Keyring) -> int:
+    """The last change that the outbox has looked at."""
+    found = read_state(database, keyring, name=CURSOR)
+    return int.from_bytes(found, "big") if found else 0
+
+
+def write_cursor(database: "Database", keyring: Keyring, *, seq: int) -> None:
+    """Move the outbox to another change. Needs a write transaction."""
+    write_state(database, keyring, name=CURSOR, value=seq.to_bytes(8, "big"))
 
 
 def destroy_item(database: "Database", keyring: Keyring, *, item_id: str) -> None:
@@ -79,10 +147,22 @@ def destroy_item(database: "Database", keyring: Keyring, *, item_id: str) -> Non
     )
 
 
-def purge_queue(database: "Database", keyring: Keyring) -> int:
-    """Destroy the bytes of all items that the server has not acknowledged; gives how many."""
-    query = "SELECT item_id FROM outbox WHERE body IS NOT NULL AND state != ?"
-    waiting = [row[0] for row in database.conn.execute(query, (ItemState.RECEIVED,)).fetchall()]
-    for item_id in waiting:
+def take_back(database: "Database", keyring: Keyring, *, item_ids: Iterable[str]) -> int:
+    """Destroy the bytes of items that may no longer leave; gives how many. What they held may be queued anew later,
+    if its owner includes the past, unless some of it may have left already.
+    """
+    count = 0
+    for item_id in item_ids:
         destroy_item(database, keyring, item_id=item_id)
-    return len(waiting)
+        database.conn.execute(
+            "DELETE FROM outbox_records WHERE item_id IN (SELECT item_id FROM outbox WHERE item_id = ? AND state = ?)",
+            (item_id, ItemState.DROPPED),
+        )
+        count += 1
+    return count
+
+
+def purge_queue(database: "Database", keyring: Keyring) -> int:
+    """Take back all items that the server has not acknowledged; gives how many."""
+    waiting = database.conn.execute(f"SELECT item_id FROM outbox WHERE {WAITING}").fetchall()  # noqa: S608
+    return take_back(database, keyring, item_ids=[row[0] for row in waiting])

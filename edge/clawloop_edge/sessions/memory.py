@@ -94,6 +94,15 @@ class StepMemory:
         """The latest main-line step of a session."""
         return next(self._matching([self._last.get(session_id)], (session_id,)), None)
 
+    def sessions(self) -> set[str]:
+        """The sessions of the steps in memory, and those that calls of a trace belong to."""
+        return {known.session_id for known, _, _ in self._steps.values()}.union(*self._traces.values())
+
+    def drop(self, sessions: Collection[str]) -> None:
+        """Let go of the steps of these sessions. Their traces still lead to them, so that they are known by name."""
+        for step_id in [step_id for step_id, (known, _, _) in self._steps.items() if known.session_id in sessions]:
+            self._forget(step_id)
+
     def mark_continued(self, step_id: str) -> None:
         """A call has continued this step."""
         if step_id in self._steps:

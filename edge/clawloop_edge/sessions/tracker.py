@@ -28,6 +28,8 @@ FindKept = Callable[[bytes, str | None], KeptStep | None]
 """the latest kept step whose reply ends this chain, in any session or in this one; blocking, run in a thread"""
 FindLast = Callable[[str], KeptStep | None]
 """the latest kept main-line step of a session; blocking, run in a thread"""
+Forgot = Callable[[str, Sequence[bytes]], bool]
+"""whether a session was forgotten, or a reply that ends one of these chains; blocking, run in a thread"""
 FindRun = Callable[[str], Sequence[KeptStep]]
 """the latest kept step of a run in each of its sessions; blocking, run in a thread"""
 Decode = Callable[[Sequence[int]], str]
@@ -55,7 +57,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a call belongs. `reply_index` is the parent's reply among the call's messages, -1 if it is not there.
 
     `chain` is the hash of the conversation that the call sent. `incognito` says that nothing of the call may be kept,
-    because it asked for that itself or has in its history what was said incognito. `said` are the replies since the
+    because it asked for that itself or has in its history what was said incognito; `forgotten` says so too, because the
+    conversation that it continues was forgotten. `said` are the replies since the
     user last spoke, by their places among the messages, as they were sampled; `called` the arguments of all tool calls,
     as they were sampled, by the places of the replies that made them.
     """
@@ -69,8 +72,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     reply_index: int = -1
     link: Link = Link.NONE
     incognito: bool = False
+    forgotten: bool = False
     said: tuple[tuple[int, Sampled], ...] = ()
     called: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    @property
+    def unkept(self) -> str:
+        """Why nothing of the call may be kept; empty if it may."""
+        return "incognito" if self.incognito else "forgotten" if self.forgotten else ""
 
     @property
     def parent_id(self) -> str:
@@ -90,14 +99,22 @@ class _Talk(msgspec.Struct, frozen=True):
         """The first turn, empty if there is none."""
         return self.turns[0].digest if self.turns else b""
 
+    def after(self, position: int) -> list[bytes]:
+        """The hashes up to each place where the assistant speaks after the turn at `position`, last first."""
+        return [self.chain[each] for each in self.replies if each > position]
+
 
 class _Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A parent, its reply's place among the turns (-1: not there), and the session, empty if it is a new one."""
+    """A parent, its reply's place among the turns (-1: not there), and the session, empty if it is a new one.
+
+    `forgotten`: the session, or what was said after the parent's reply, was forgotten.
+    """
 
     session_id: str = ""
     parent: Known | None = None
     position: int = -1
     link: Link = Link.NONE
+    forgotten: bool = False
 
 
 class Tracker:
@@ -111,9 +128,11 @@ class Tracker:
         decode: Decode,
         find_last: FindLast = lambda session_id: None,
         find_run: FindRun = lambda run_id: (),
+        forgot: Forgot = lambda session_id, chains: False,
     ) -> None:
         self._memory, self._hidden, self._decode = memory, Hidden(), decode
         self._find_kept, self._find_last, self._find_run = find_kept, find_last, find_run
+        self._forgot = forgot
 
     async def place(
         self, messages: Sequence[dict[str, Any]], *, identity: Identity, traffic: Traffic, peek: bool = False
@@ -122,7 +141,7 @@ class Tracker:
         counted."""
         talk = _talk_of(messages)
         found = self._recent(talk, identity, kind=traffic.kind)
-        if found.link is not Link.CHAIN:
+        if found.link is not Link.CHAIN or talk.after(found.position):
             found = await self._kept(talk, identity, kind=traffic.kind, recent=found)
         placed = Placement(
             session_id=found.session_id or new_id(),
@@ -134,6 +153,7 @@ class Tracker:
             reply_index=talk.turns[found.position].index if found.position >= 0 else -1,
             link=found.link,
             incognito=identity.incognito or self._continues_hidden(talk, found),
+            forgotten=found.forgotten,
             said=self._said(talk, found),
             called=self._called(talk, found),
         )
@@ -217,10 +237,18 @@ class Tracker:
         if not talk.replies and (recent.parent or not (recent.session_id or identity.trace_id)):
             return recent
         try:
-            return await asyncio.to_thread(self._search, talk, identity, kind=kind, recent=recent)
+            return await asyncio.to_thread(self._look_up, talk, identity, kind=kind, recent=recent)
         except Exception as error:  # noqa: BLE001 - the user is served first: without its parent a call is encoded anew
             _LOG.warning("an earlier step could not be looked up, its ids are not reused: %s", type(error).__name__)
             return recent
+
+    def _look_up(self, talk: _Talk, identity: Identity, *, kind: Kind, recent: _Found) -> _Found:
+        found = recent
+        if recent.link is not Link.CHAIN:
+            found = self._search(talk, identity, kind=kind, recent=recent)
+        unknown = "" if found.parent else found.session_id  # a session with steps was not forgotten
+        forgotten = self._forgot(unknown, talk.after(found.position))
+        return msgspec.structs.replace(found, forgotten=forgotten)
 
     def _search(self, talk: _Talk, identity: Identity, *, kind: Kind, recent: _Found) -> _Found:
         named = identity.session_id

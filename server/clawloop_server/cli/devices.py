@@ -21,6 +21,7 @@ from clawloop_server.cli.common import (
 
 if TYPE_CHECKING:
     from clawloop_server.hub.devices import Device
+    from clawloop_server.vault.forgetting import Asked
 
 app = group("The devices that were let in.")
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Device id, as `devices list` shows it.")]
@@ -56,14 +57,25 @@ def list_devices(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(device: DeviceArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """One device."""
+    """One device, and what it asked to have forgotten."""
+    from clawloop_server.vault.forgetting import asked_of
+
     with open_server(home) as server:
-        found = server.devices.get(device)
+        found, asked = server.devices.get(device), asked_of(server.vault.database, device)
     if as_json:
-        print_json(_facts(found))
+        print_json(_facts(found) | {"forgotten": asked})
         return
     facts = _facts(found) | {"joined_ms": when(found.joined_ms), "seen_ms": when(found.seen_ms)}
     print_facts("device", {name.removesuffix("_ms").replace("_", " "): value for name, value in facts.items()})
+    if asked:
+        columns = ("when", "request", "what", "deleted", "unknown", "adapters that had learned")
+        print_table("asked to forget", columns, rows=[_asked(one) for one in asked])
+
+
+def _asked(one: Asked) -> tuple[object, ...]:
+    what = "everything" if one.everything else "named records"
+    adapters = ", ".join(map(str, one.adapters)) or "none"
+    return when(one.at_ms), one.request_id, what, one.deleted, one.unknown, adapters
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """What each device is asked next: the difference between what it should have and what it told.
 
-Holds only what can be asked again (versions told, ids to acknowledge, messages under way). What counts is on disk
+Holds only what can be asked again (versions told, receipts to hand over, messages under way). What counts is on disk
 before it is acknowledged: the vault's items, the registry's releases. Knows no Flower and no socket.
 """
 
@@ -22,6 +22,8 @@ from clawloop_shared.messages import (
     UPLOAD,
     AdapterOffer,
     AdapterReply,
+    ItemReceipt,
+    ItemReceived,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -33,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_BACK_OFF_S = 60.0
 _OVERDUE_S = 30.0
+_MAX_ITEMS = 1024
+"""of one answer that are taken: their receipts fit one small message. The others come again, as long as they wait"""
 _MAX_VERSION = 1 << 31
 """no server releases as many; a number that a device made up must not reach the database"""
 
@@ -52,8 +56,8 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
 class Vault(Protocol):
     """Where what devices send is kept."""
 
-    def receive(self, device_id: str, items: list[UploadItem]) -> list[str]:
-        """Keep the items; the ids of those that are on disk now."""
+    def receive(self, device_id: str, items: list[UploadItem]) -> list[ItemReceived]:
+        """Keep the items; what can be said of each that is on disk now."""
         ...
 
 
@@ -80,6 +84,10 @@ class Members(Protocol):
         """A device answered."""
         ...
 
+    def cohort(self) -> int:
+        """How many devices may sync."""
+        ...
+
 
 class _Device:
     """What is known of one device since the hub started."""
@@ -91,8 +99,8 @@ class _Device:
         self.refused: dict[int, float] = {}
         self.offered = 0
         self.status_due_s = self.upload_due_s = float("-inf")
-        self.received: list[str] = []
-        self.told: list[str] = []
+        self.receipts: list[ItemReceipt] = []
+        self.told = 0
         self.failures = 0
 
 
@@ -105,10 +113,12 @@ class Dispatcher:
         vault: Vault,
         releases: Releases,
         members: Members,
+        sign: Callable[[ItemReceived], ItemReceipt],
         settings: DispatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._vault, self._releases, self._members = vault, releases, members
+        """`sign`: makes the server's word of what it has on disk."""
+        self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
         self._settings, self._clock = settings or DispatchSettings(), clock
         self._devices: dict[int, _Device] = {}
         self._known_nodes: dict[int, str] = {}
@@ -180,12 +190,13 @@ class Dispatcher:
         out = []
         if STATUS not in device.under_way and now_s >= device.status_due_s:
             device.status_due_s = now_s + settings.status_every_s
-            out.append(self._send(node_id, STATUS, StatusRequest()))
+            cohort = await asyncio.to_thread(self._members.cohort)
+            out.append(self._send(node_id, STATUS, StatusRequest(cohort=cohort)))
         if self._wants(device, released):
             out += await self._offering(node_id, device, released)
         if UPLOAD not in device.under_way and device.version is not None and now_s >= device.upload_due_s:
-            device.told = list(device.received)
-            request = UploadRequest(received=device.told, max_bytes=settings.max_upload_bytes)
+            device.told = len(device.receipts)
+            request = UploadRequest(receipts=device.receipts, max_bytes=settings.max_upload_bytes)
             out.append(self._send(node_id, UPLOAD, request))
         for message in out:
             device.under_way[message.type] = now_s + message.ttl_s + _OVERDUE_S
@@ -229,11 +240,15 @@ class Dispatcher:
             await self._take_adapter(device, wire.decode(reply.payload, AdapterReply))
 
     async def _take_upload(self, device: _Device, upload: UploadReply) -> None:
-        kept = await asyncio.to_thread(self._vault.receive, device.device_id, upload.items) if upload.items else []
-        told = set(device.told)
-        device.received = [item_id for item_id in device.received if item_id not in told] + kept
-        device.upload_due_s = self._clock() + (0.0 if upload.more and upload.items else self._settings.upload_every_s)
+        items = upload.items[:_MAX_ITEMS]
+        kept = await asyncio.to_thread(self._keep, device.device_id, items) if items else []
+        device.receipts = device.receipts[device.told :] + kept
+        device.told = 0
+        device.upload_due_s = self._clock() + (0.0 if upload.more and items else self._settings.upload_every_s)
         await self._seen(device, upload.adapter_version)
+
+    def _keep(self, device_id: str, items: list[UploadItem]) -> list[ItemReceipt]:
+        return [self._sign(received) for received in self._vault.receive(device_id, items)]
 
     async def _take_adapter(self, device: _Device, answer: AdapterReply) -> None:
         if answer.installed:

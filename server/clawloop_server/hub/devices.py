@@ -102,6 +102,11 @@ class Devices:
         row = self._database.row(f"{_SELECT} WHERE node_id = ?", [str(node_id)])
         return _device(row) if row else None
 
+    def count_joined(self, line_id: str) -> int:
+        """How many devices of a model line may sync."""
+        sql = "SELECT count(*) FROM devices WHERE state = ? AND line_id = ?"
+        return self._database.count(sql, [DeviceState.JOINED, line_id])
+
     def set_node(self, device_id: str, node_id: int | None) -> None:
         """Note the device's number in Flower (None: it is registered no more)."""
         value = None if node_id is None else str(node_id)

@@ -1,6 +1,7 @@
 """The public port: TLS, and behind it only what devices need. Everything else is 404.
 
     POST /v1/join          a device asks to be let in
+    POST /v1/forget        a device asks to have deleted what it sent
     POST /v1/fleet/NAME    Flower's Fleet API, passed on to the SuperLink on loopback, in both directions as a stream
 
 Of the Fleet API only the calls of a node that is already known are passed: not registering (that is ours), and not
@@ -11,12 +12,13 @@ import asyncio
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
 
-from clawloop_server.hub.join import JoinDesk
-from clawloop_shared.messages import JOIN_PATH, MAX_JOIN_BYTES
+from clawloop_server.hub.desk import DeskAnswer
+from clawloop_shared.messages import FORGET_PATH, JOIN_PATH, MAX_FORGET_BYTES, MAX_JOIN_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,14 @@ _KEPT_PREFIX = "flwr-"
 _DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "content-encoding", "server", "date"})
 
 
+class Desk(Protocol):
+    """What answers one kind of call."""
+
+    async def answer(self, body: bytes) -> DeskAnswer:
+        """The answer to one request."""
+        ...
+
+
 class Front:
     """The public server."""
 
@@ -53,11 +63,13 @@ class Front:
         self,
         superlink: str,
         *,
-        desk: JoinDesk,
+        joining: Desk,
+        forgetting: Desk,
         upstream_tls: ssl.SSLContext,
         is_open: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._superlink, self._desk, self._upstream_tls = f"https://{superlink}", desk, upstream_tls
+        self._superlink, self._upstream_tls = f"https://{superlink}", upstream_tls
+        self._joining, self._forgetting = joining, forgetting
         self._is_open = is_open
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -69,6 +81,7 @@ class Front:
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=timeout)
         app = web.Application(client_max_size=MAX_FLEET_BODY_BYTES, middlewares=[_errors])
         app.router.add_post(JOIN_PATH, self._join)
+        app.router.add_post(FORGET_PATH, self._forget)
         app.router.add_post("/v1/fleet/{call}", self._fleet)
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, shutdown_timeout=1.0, keepalive_timeout=_IDLE_S
@@ -87,13 +100,10 @@ class Front:
             await self._session.close()
 
     async def _join(self, request: web.Request) -> web.Response:
-        body = await _whole(request, MAX_JOIN_BYTES)
-        if body is None:
-            return _error(413, f"a join request may have {MAX_JOIN_BYTES} bytes")
-        answer = await self._desk.answer(body)
-        if answer.status == 200:
-            return web.Response(body=answer.body, content_type="application/octet-stream")
-        return _error(answer.status, answer.message, retry_after_s=answer.retry_after_s)
+        return await _asked(request, self._joining, limit=MAX_JOIN_BYTES)
+
+    async def _forget(self, request: web.Request) -> web.Response:
+        return await _asked(request, self._forgetting, limit=MAX_FORGET_BYTES)
 
     async def _fleet(self, request: web.Request) -> web.StreamResponse:
         call = request.match_info["call"]
@@ -115,6 +125,16 @@ class Front:
         except aiohttp.ClientError as error:
             _log.info("the SuperLink did not answer %s: %s", call, type(error).__name__)
             return _error(503, "the server is not ready; try again", retry_after_s=1)
+
+
+async def _asked(request: web.Request, desk: Desk, *, limit: int) -> web.Response:
+    body = await _whole(request, limit)
+    if body is None:
+        return _error(413, f"a {request.path.rsplit('/', 1)[-1]} request may have {limit} bytes")
+    answer = await desk.answer(body)
+    if answer.status == 200:
+        return web.Response(body=answer.body, content_type="application/octet-stream")
+    return _error(answer.status, answer.message, retry_after_s=answer.retry_after_s)
 
 
 async def _whole(request: web.Request, limit: int) -> bytes | None:

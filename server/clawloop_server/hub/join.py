@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-import msgspec
-
 from clawloop_server.errors import DeviceError, FleetError, InvitationError
+from clawloop_server.hub.desk import DeskAnswer
 from clawloop_shared import wire
 from clawloop_shared.errors import ClawloopError, WireError
 from clawloop_shared.messages import MAX_JOIN_BYTES, JoinReply, JoinRequest
@@ -52,15 +51,6 @@ class Admission(Protocol):
         ...
 
 
-class JoinAnswer(msgspec.Struct, frozen=True):
-    """An HTTP status, and either the reply's bytes or what to tell the person."""
-
-    status: int
-    body: bytes = b""
-    message: str = ""
-    retry_after_s: int = 0
-
-
 class JoinDesk:
     """Answers join requests."""
 
@@ -79,28 +69,28 @@ class JoinDesk:
         self._wrong: deque[float] = deque(maxlen=max(wrong_per_minute, 1))
         self._clock = clock
 
-    async def answer(self, body: bytes) -> JoinAnswer:
+    async def answer(self, body: bytes) -> DeskAnswer:
         """The answer to one request."""
         paused_s = self._paused_s()
         if paused_s > 0:
-            return JoinAnswer(429, message="too many wrong invitations; try again later", retry_after_s=paused_s)
+            return DeskAnswer(429, message="too many wrong invitations; try again later", retry_after_s=paused_s)
         try:
             request = wire.decode(body, JoinRequest, max_bytes=MAX_JOIN_BYTES)
         except (WireError, RecursionError) as error:
-            return JoinAnswer(400, message=str(error))
+            return DeskAnswer(400, message=str(error))
         try:
-            return JoinAnswer(200, wire.encode(await self._admit(request)))
+            return DeskAnswer(200, wire.encode(await self._admit(request)))
         except InvitationError as error:
             self._wrong.append(self._clock())
-            return JoinAnswer(403, message=str(error))
+            return DeskAnswer(403, message=str(error))
         except DeviceError as error:
-            return JoinAnswer(409, message=str(error))
+            return DeskAnswer(409, message=str(error))
         except FleetError as error:
             _log.warning("a device could not be registered: %s", error)
-            return JoinAnswer(503, message="the server cannot register devices now; try again", retry_after_s=2)
+            return DeskAnswer(503, message="the server cannot register devices now; try again", retry_after_s=2)
         except ClawloopError as error:
             _log.error("a device could not join: %s", error)
-            return JoinAnswer(503, message="the server cannot let devices in now; ask its operator", retry_after_s=60)
+            return DeskAnswer(503, message="the server cannot let devices in now; ask its operator", retry_after_s=60)
 
     async def _admit(self, request: JoinRequest) -> JoinReply:
         device = await asyncio.to_thread(self._admission.redeem, request)

@@ -43,6 +43,10 @@ class HubMembers:
         """A device answered."""
         self.devices.mark_seen(device_id, adapter_version)
 
+    def cohort(self) -> int:
+        """How many devices of this model line may sync."""
+        return self.devices.count_joined(self._line_id)
+
     def node_keys(self) -> dict[str, str]:
         """The node key of every device that may sync, by device id."""
         joined = (device for device in self.devices.all() if device.state is DeviceState.JOINED)

@@ -1,6 +1,8 @@
 """From rewarded trajectories to training samples: one sample a step, with the very ids that the engine used.
 
-What must not be learned from is rejected here with a reason and counted, never repaired. Knows no tensor library.
+A token whose logprob is masked (it was redacted, or could not be scored after what was) is context and nothing else: no
+loss, no importance weight, not counted. What must not be learned from is rejected here with a reason and counted, never
+repaired. Knows no tensor library.
 """
 
 import math
@@ -15,8 +17,9 @@ from clawloop_shared.records import Channel, Step, Trajectory
 class Sample:
     """One model call, ready to be trained on.
 
-    `trained` are the indices in `token_ids` of the P tokens that the policy sampled (never 0: something must predict
-    them); `logprobs` and `advantages` have one entry for each. `trajectory` counts the trajectories of one update.
+    `trained` are the indices in `token_ids` of the P tokens that the policy sampled and whose logprobs are known (never
+    0: something must predict them); `logprobs` and `advantages` have one entry for each. `trajectory` counts the
+    trajectories of one update.
     """
 
     step_id: str
@@ -87,7 +90,8 @@ def reason_against(step: Step, limits: Limits) -> str:
         ("temperature without a distribution", step.sampling.temperature > 0),
         ("empty prompt or response", bool(step.prompt_ids) and bool(step.response_ids)),
         ("logprob missing", len(step.response_logprobs) == len(step.response_ids)),
-        ("logprob not finite", all(math.isfinite(logprob) for logprob in step.response_logprobs)),
+        ("logprob not finite", all(p is None or math.isfinite(p) for p in step.response_logprobs)),
+        ("redaction left nothing to learn from", any(p is not None for p in step.response_logprobs)),
         ("longer than the context", length <= limits.max_tokens),
     )
     broken = next((reason for reason, holds in rules if not holds), "")
@@ -97,7 +101,7 @@ def reason_against(step: Step, limits: Limits) -> str:
 
 
 def make_samples(trajectories: Sequence[Trajectory], advantages: Sequence[float], *, version: int) -> list[Sample]:
-    """One sample a step of screened trajectories; a trajectory's advantage is that of each of its sampled tokens.
+    """One sample a step of screened trajectories; a trajectory's advantage is that of each of its trained tokens.
 
     `version` is the current one; the gap is counted both ways, since a rollback makes samples of later versions stale.
     """
@@ -109,14 +113,14 @@ def make_samples(trajectories: Sequence[Trajectory], advantages: Sequence[float]
 
 
 def _sample(step: Step, trajectory: int, *, advantage: float, weight: float, version: int) -> Sample:
-    start, size = len(step.prompt_ids), len(step.response_ids)
+    known = [(at, p) for at, p in enumerate(step.response_logprobs, len(step.prompt_ids)) if p is not None]
     return Sample(
         step_id=step.step_id,
         trajectory=trajectory,
         token_ids=step.token_ids,
-        trained=range(start, start + size),
-        logprobs=step.response_logprobs,
-        advantages=[advantage] * size,
+        trained=[at for at, _ in known],
+        logprobs=[logprob for _, logprob in known],
+        advantages=[advantage] * len(known),
         weight=weight,
         temperature=step.sampling.temperature,
         version_gap=abs(version - step.policy.version),

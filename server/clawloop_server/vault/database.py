@@ -7,7 +7,7 @@ but the one that names the vault; the tables are in `schema`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,11 @@ class ServerDatabase:
         """Run one statement inside `write`; how many rows it changed."""
         with self._lock:
             return int(self._database.execute(sql, list(values)).rowcount)
+
+    def run_each(self, sql: str, values: Iterable[Sequence[Any]]) -> None:
+        """Run one statement inside `write`, once for each of `values`."""
+        with self._lock:
+            self._database.conn.executemany(sql, values)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a query."""

@@ -6,7 +6,7 @@ What is set aside is kept with its reason and acknowledged like the rest, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -39,6 +39,8 @@ class Reason(StrEnum):
     """sampled by a model that this server does not train"""
     NO_SUCH_TOKEN = "token outside the vocabulary"
     """a token id that the model does not have"""
+    NOTHING_LEFT = "nothing left to learn"
+    """redaction took every logprob of a step's response"""
     UNTRAINABLE = "untrainable"
     """the device itself says that it must not be learned from"""
     TOO_MANY = "too many signals"
@@ -48,11 +50,14 @@ class Reason(StrEnum):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """A record (or a whole item) that is set aside: why, in words, and its bytes."""
+    """A record (or a whole item) that is set aside: why, in words, and its bytes. `kind` (`step`, `signal`) and `name`
+    tell which record it is; an item that is refused whole has none."""
 
     reason: Reason
     detail: str
     record: bytes
+    kind: str = ""
+    name: str = ""
 
 
 class Intake(msgspec.Struct, frozen=True):
@@ -63,8 +68,14 @@ class Intake(msgspec.Struct, frozen=True):
     refused: list[Refused] = []
 
 
-def sort_item(item: UploadItem, vocabularies: Mapping[str, int]) -> Intake:
-    """Decode and check an item. `vocabularies`: each line that is trained with its number of tokens (0: unknown)."""
+def sort_item(
+    item: UploadItem,
+    vocabularies: Mapping[str, int],
+    *,
+    forgotten: Callable[[Step | Signal], bool] = lambda record: False,
+) -> Intake:
+    """Decode and check an item. `vocabularies`: each line that is trained with its number of tokens (0: unknown).
+    Records that are `forgotten` are neither kept nor set aside."""
     if len(item.body) > MAX_ITEM_BYTES:
         detail = f"{len(item.body)} bytes, the limit is {MAX_ITEM_BYTES}"
         return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body)])
@@ -73,10 +84,10 @@ def sort_item(item: UploadItem, vocabularies: Mapping[str, int]) -> Intake:
     except (WireError, RecursionError) as error:
         return Intake(refused=[Refused(Reason.UNREADABLE, str(error), item.body)])
     intake = Intake([], [], [])
-    for step in batch.steps:
+    for step in (step for step in batch.steps if not forgotten(step)):
         refused = _judge_step(step, vocabularies)
         intake.refused.append(refused) if refused else intake.steps.append(step)
-    for signal in batch.signals:
+    for signal in (signal for signal in batch.signals if not forgotten(signal)):
         refused = _judge_signal(signal)
         intake.refused.append(refused) if refused else intake.signals.append(signal)
     return intake
@@ -86,18 +97,20 @@ def _judge_step(step: Step, vocabularies: Mapping[str, int]) -> Refused | None:
     vocabulary = vocabularies.get(step.policy.line)
     if vocabulary is None:
         detail = f"line {step.policy.line[:32]}, served: {', '.join(vocabularies) or 'none'}"
-        return _refuse(Reason.OTHER_LINE, detail, record=step)
-    if not all(math.isfinite(logprob) for logprob in step.response_logprobs):
-        return _refuse(Reason.BAD_LOGPROB, "a logprob is not a finite number", record=step)
+        return refuse(Reason.OTHER_LINE, detail, record=step)
+    if not all(logprob is None or math.isfinite(logprob) for logprob in step.response_logprobs):
+        return refuse(Reason.BAD_LOGPROB, "a logprob is not a finite number", record=step)
+    if step.redacted and all(logprob is None for logprob in step.response_logprobs):
+        return refuse(Reason.NOTHING_LEFT, "redaction left no logprob of its response", record=step)
     try:
         check_step(step)
         _check_names(step.step_id, step.session_id, step.run_id, step.trajectory_id, step.group_id)
     except RecordError as error:
-        return _refuse(Reason.BAD_STEP, str(error), record=step)
+        return refuse(Reason.BAD_STEP, str(error), record=step)
     if vocabulary and max(max(step.prompt_ids), max(step.response_ids)) >= vocabulary:
-        return _refuse(Reason.NO_SUCH_TOKEN, f"the vocabulary has {vocabulary} tokens", record=step)
+        return refuse(Reason.NO_SUCH_TOKEN, f"the vocabulary has {vocabulary} tokens", record=step)
     if not step.trainable:
-        return _refuse(Reason.UNTRAINABLE, step.untrainable, record=step)
+        return refuse(Reason.UNTRAINABLE, step.untrainable, record=step)
     return None
 
 
@@ -106,12 +119,14 @@ def _judge_signal(signal: Signal) -> Refused | None:
         check_signal(signal)
         _check_names(signal.signal_id, signal.target_id, signal.source)
     except RecordError as error:
-        return _refuse(Reason.BAD_SIGNAL, str(error), record=signal)
+        return refuse(Reason.BAD_SIGNAL, str(error), record=signal)
     return None
 
 
-def _refuse(reason: Reason, detail: str, *, record: Step | Signal) -> Refused:
-    return Refused(reason, detail[:500], msgspec.msgpack.encode(record))
+def refuse(reason: Reason, detail: str, *, record: Step | Signal) -> Refused:
+    """`record`, set aside."""
+    kind, name = ("step", record.step_id) if isinstance(record, Step) else ("signal", record.signal_id)
+    return Refused(reason, detail[:500], msgspec.msgpack.encode(record), kind, name)
 
 
 def _check_names(required: str, *names: str) -> None:

@@ -59,12 +59,35 @@ CREATE TABLE adapters (
 CREATE INDEX adapters_by_line ON adapters (line_id, state, version);
 """
 
+_FORGETTING = """
+ALTER TABLE steps ADD COLUMN item_key BLOB NOT NULL DEFAULT x'';
+ALTER TABLE signals ADD COLUMN item_key BLOB NOT NULL DEFAULT x'';
+ALTER TABLE set_aside ADD COLUMN name_key BLOB NOT NULL DEFAULT x'';
+CREATE INDEX steps_by_item ON steps (item_key);
+CREATE INDEX signals_by_item ON signals (item_key);
+CREATE INDEX set_aside_by_name ON set_aside (name_key);
+CREATE TABLE tombstones (
+  device_id TEXT NOT NULL, name_key BLOB NOT NULL, PRIMARY KEY (device_id, name_key)) WITHOUT ROWID;
+CREATE TABLE forgotten (
+  device_id TEXT NOT NULL, request_id TEXT NOT NULL, digest TEXT NOT NULL, before_ms INTEGER NOT NULL,
+  deleted INTEGER NOT NULL, unknown INTEGER NOT NULL, adapters TEXT NOT NULL, at_ms INTEGER NOT NULL,
+  PRIMARY KEY (device_id, request_id)) WITHOUT ROWID;
+"""
+
 
 def _tables(database: Database) -> None:
-    for statement in _FIRST.split(";\n"):
+    _run(database, _FIRST)
+    database.execute("INSERT INTO meta VALUES ('vault_id', ?)", [new_id()])
+
+
+def _forgetting(database: Database) -> None:
+    _run(database, _FORGETTING)
+
+
+def _run(database: Database, statements: str) -> None:
+    for statement in statements.split(";\n"):
         if statement.strip():
             database.execute(statement)
-    database.execute("INSERT INTO meta VALUES ('vault_id', ?)", [new_id()])
 
 
 def migrate(database: Database) -> None:
@@ -73,4 +96,4 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    shared_migrate(database, "server", migrations=[_tables])
+    shared_migrate(database, "server", migrations=[_tables, _forgetting])

@@ -14,13 +14,15 @@ from enum import StrEnum
 import msgspec
 
 from clawloop_server.bases import list_bases
-from clawloop_server.errors import DeviceError, VaultError
+from clawloop_server.errors import VaultError
 from clawloop_server.home import Home
 from clawloop_server.vault.database import ServerDatabase
-from clawloop_server.vault.intake import MAX_TARGET_SIGNALS, Reason, Refused, sort_item
+from clawloop_server.vault.forgetting import Erased, Graves, erase_device, forget
+from clawloop_server.vault.intake import MAX_TARGET_SIGNALS, Reason, Refused, refuse, sort_item
 from clawloop_server.vault.seal import DeviceSeal
+from clawloop_server.vault.seals import DeviceSeals
 from clawloop_shared.files import sha256
-from clawloop_shared.messages import UploadItem
+from clawloop_shared.messages import ForgetReceipt, ForgetRequest, ItemReceived, UploadItem
 from clawloop_shared.records import Channel, Signal, Step, Target, Trajectory
 from clawloop_shared.signals import assemble, trajectory_key
 
@@ -44,7 +46,7 @@ class TrajectoryState(StrEnum):
     CONSUMED = "consumed"
     """one round learned from it, or looked at it and left it"""
     SHREDDED = "shredded"
-    """a round learned from it, and its device was deleted since"""
+    """a round learned from it, and it was forgotten since, or its device deleted"""
 
 
 class VaultStats(msgspec.Struct, frozen=True):
@@ -60,22 +62,13 @@ class VaultStats(msgspec.Struct, frozen=True):
     set_aside: dict[str, int]
 
 
-class Shredded(msgspec.Struct, frozen=True):
-    """What the deletion of a device destroyed, and which rounds had learned from it before."""
-
-    steps: int
-    signals: int
-    items: int
-    rounds: list[str]
-
-
 class Vault:
     """The vault of a server, safe to use from any thread."""
 
     def __init__(self, database: ServerDatabase, *, home: Home, master_key: bytes) -> None:
         self.database = database
         self._home = home
-        self._master_key = master_key
+        self._seals = DeviceSeals(database, master_key)
 
     @classmethod
     def open(cls, home: Home, master_key: bytes) -> Vault:
@@ -93,10 +86,11 @@ class Vault:
 
     # receiving
 
-    def receive(self, device_id: str, items: Sequence[UploadItem], *, now_ms: int | None = None) -> list[str]:
-        """Keep what a device sent; the ids of the items that are on disk when this returns (all of them).
+    def receive(self, device_id: str, items: Sequence[UploadItem], *, now_ms: int | None = None) -> list[ItemReceived]:
+        """Keep what a device sent; what can be said of each item when this returns: it is on disk.
 
-        What was sent before counts once. A record that is wrong is set aside with its reason.
+        What was sent before counts once. A record that is wrong is set aside with its reason; what the device asked to
+        forget leaves no trace.
 
         Raises:
             DeviceError: the device is unknown, revoked or deleted; nothing is kept.
@@ -104,82 +98,73 @@ class Vault:
         """
         vocabularies = {base.line_id: base.shape.vocab_size for base in list_bases(self._home)}
         now_ms = now_ms or time.time_ns() // 1_000_000
-        with self.database.write():
-            seal = self._seal_to_write(device_id)
-            touched: dict[str, None] = {}
-            judged: dict[tuple[Target, bytes], None] = {}
+        with self.database.write() as database:
+            seal = self._seals.ensure(device_id)
+            graves = Graves.of(database, seal)
+            received, touched, judged = [], dict[str, None](), dict[tuple[Target, bytes], None]()
             for item in items:  # one at a time: unpacked, an item may be far larger than it came
-                if self._note_item(item, seal=seal, now_ms=now_ms):
-                    intake = sort_item(item, vocabularies)
+                received_ms, is_new = self._note_item(item, seal=seal, graves=graves, now_ms=now_ms)
+                received.append(_received(item, device_id=device_id, received_ms=received_ms))
+                if is_new:
+                    intake = sort_item(item, vocabularies, forgotten=graves.hold)
                     for refused in intake.refused:
                         self._set_aside(refused, seal=seal, now_ms=now_ms)
-                    touched |= dict.fromkeys(self._keep_steps(intake.steps, seal=seal, now_ms=now_ms))
-                    judged |= dict.fromkeys(self._keep_signals(intake.signals, seal=seal, now_ms=now_ms))
+                    item_key = seal.name("item", item.item_id)
+                    touched |= dict.fromkeys(self._keep_steps(intake.steps, item_key, seal=seal, now_ms=now_ms))
+                    judged |= dict.fromkeys(self._keep_signals(intake.signals, item_key, seal=seal, now_ms=now_ms))
             for target, key in judged:
                 touched |= dict.fromkeys(self._trajectories_of(target, key))
             self._mark_ready(touched)
-        return [item.item_id for item in items]
+        return received
 
-    def _seal_to_write(self, device_id: str) -> DeviceSeal:
-        row = self.database.row("SELECT state FROM devices WHERE device_id = ?", [device_id])
-        if row is None or row[0] != "joined":
-            raise DeviceError(f"device {device_id} is {row[0] if row else 'unknown'}; nothing of it is kept")
-        if not self.database.row("SELECT 1 FROM device_secrets WHERE device_id = ?", [device_id]):
-            seal = DeviceSeal.new(vault_id=self.database.vault_id, device_id=device_id)
-            self.database.run("INSERT INTO device_secrets VALUES (?, ?)", [device_id, seal.wrap(self._master_key)])
-        return self._seal(device_id)
-
-    def _seal(self, device_id: str) -> DeviceSeal:
-        row = self.database.row("SELECT wrapped FROM device_secrets WHERE device_id = ?", [device_id])
-        if row is None:
-            raise DeviceError(f"device {device_id} has no key in the vault; it sent nothing, or was deleted")
-        vault_id = self.database.vault_id
-        return DeviceSeal.unwrap(row[0], self._master_key, vault_id=vault_id, device_id=device_id)
-
-    def _note_item(self, item: UploadItem, *, seal: DeviceSeal, now_ms: int) -> bool:
-        """Whether the item is new; one with a known id and another body is set aside."""
+    def _note_item(self, item: UploadItem, *, seal: DeviceSeal, graves: Graves, now_ms: int) -> tuple[int, bool]:
+        """When the item came, and whether it is new; one with a known id and another body is set aside."""
         key, digest = seal.name("item", item.item_id), seal.digest(item.body)
-        sql = "SELECT digest FROM items WHERE device_id = ? AND item_key = ?"
+        sql = "SELECT digest, received_ms FROM items WHERE device_id = ? AND item_key = ?"
         known = self.database.row(sql, [seal.device_id, key])
+        if known is not None and known[0] == digest:
+            return known[1], False
+        if graves.hold_name("item", item.item_id):
+            return now_ms, False
         if known is not None:
-            if known[0] != digest:
-                refused = Refused(Reason.CHANGED, "an item with this id was sent before with another body", item.body)
-                self._set_aside(refused, seal=seal, now_ms=now_ms)
-            return False
+            refused = Refused(Reason.CHANGED, "an item with this id was sent before with another body", item.body)
+            self._set_aside(refused, seal=seal, now_ms=now_ms)
+            return now_ms, False
         facts = msgspec.msgpack.encode([item.item_id[:256], item.receipt_id[:256], item.kind[:64]])
         self.database.run(
             "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)",
             [seal.device_id, key, digest, seal.seal("items", key, plain=facts), len(item.body), now_ms],
         )
-        return True
+        return now_ms, True
 
     def _set_aside(self, refused: Refused, *, seal: DeviceSeal, now_ms: int) -> None:
         key = seal.digest(refused.record)
         plain = msgspec.msgpack.encode([refused.detail, refused.record])
+        name = seal.name(refused.kind, refused.name) if refused.kind else b""
         self.database.run(
-            "INSERT OR IGNORE INTO set_aside VALUES (?, ?, ?, ?, ?)",
-            [seal.device_id, key, refused.reason, seal.seal("set_aside", key, plain=plain), now_ms],
+            "INSERT OR IGNORE INTO set_aside VALUES (?, ?, ?, ?, ?, ?)",
+            [seal.device_id, key, refused.reason, seal.seal("set_aside", key, plain=plain), now_ms, name],
         )
 
-    def _keep_steps(self, steps: Sequence[Step], *, seal: DeviceSeal, now_ms: int) -> Iterator[str]:
-        """Keep steps; the trajectories of those that are new."""
+    def _keep_steps(self, steps: Sequence[Step], item_key: bytes, *, seal: DeviceSeal, now_ms: int) -> Iterator[str]:
+        """Keep the steps of an item; the trajectories of those that are new."""
         for step in steps:
-            yield from self._keep_step(step, seal=seal, now_ms=now_ms)
+            yield from self._keep_step(step, item_key, seal=seal, now_ms=now_ms)
 
     def _keep_signals(
-        self, signals: Sequence[Signal], *, seal: DeviceSeal, now_ms: int
+        self, signals: Sequence[Signal], item_key: bytes, *, seal: DeviceSeal, now_ms: int
     ) -> Iterator[tuple[Target, bytes]]:
-        """Keep signals; what those that are new judge, by kind and key."""
+        """Keep the signals of an item; what those that are new judge, by kind and key."""
         for signal in signals:
-            yield from self._keep_signal(signal, seal=seal, now_ms=now_ms)
+            yield from self._keep_signal(signal, item_key, seal=seal, now_ms=now_ms)
 
-    def _keep_step(self, step: Step, *, seal: DeviceSeal, now_ms: int) -> list[str]:
+    def _keep_step(self, step: Step, item_key: bytes, *, seal: DeviceSeal, now_ms: int) -> list[str]:
         plain, key = msgspec.msgpack.encode(step), seal.name("step", step.step_id)
         known = self.database.row(
             "SELECT digest FROM steps WHERE device_id = ? AND step_key = ?", [seal.device_id, key]
         )
         if known is not None:
-            self._check_same(plain, known[0], seal=seal, now_ms=now_ms)
+            self._check_same(step, plain, digest=known[0], seal=seal, now_ms=now_ms)
             return []
         name = "\0".join((step.channel, step.policy.line, *trajectory_key(step)))
         trajectory_id = seal.name("rewarded", name).hex()
@@ -193,27 +178,29 @@ class Vault:
         tokens = len(step.prompt_ids) + len(step.response_ids)
         sealed = seal.seal("steps", key, plain=plain)
         self.database.run(
-            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [seal.device_id, key, *names, trajectory_id, seal.digest(plain), tokens, sealed],
+            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [seal.device_id, key, *names, trajectory_id, seal.digest(plain), tokens, sealed, item_key],
         )
         return [trajectory_id]
 
-    def _keep_signal(self, signal: Signal, *, seal: DeviceSeal, now_ms: int) -> list[tuple[Target, bytes]]:
+    def _keep_signal(
+        self, signal: Signal, item_key: bytes, *, seal: DeviceSeal, now_ms: int
+    ) -> list[tuple[Target, bytes]]:
         plain, key = msgspec.msgpack.encode(signal), seal.name("signal", signal.signal_id)
         sql = "SELECT digest FROM signals WHERE device_id = ? AND signal_key = ?"
         known = self.database.row(sql, [seal.device_id, key])
         if known is not None:
-            self._check_same(plain, known[0], seal=seal, now_ms=now_ms)
+            self._check_same(signal, plain, digest=known[0], seal=seal, now_ms=now_ms)
             return []
         target = seal.name(signal.target, signal.target_id)
         sql = "SELECT count(*) FROM signals WHERE target_key = ? AND device_id = ?"
         if self.database.count(sql, [target, seal.device_id]) >= MAX_TARGET_SIGNALS:
-            refused = Refused(Reason.TOO_MANY, f"its {signal.target} has {MAX_TARGET_SIGNALS} signals", plain)
+            refused = refuse(Reason.TOO_MANY, f"its {signal.target} has {MAX_TARGET_SIGNALS} signals", record=signal)
             self._set_aside(refused, seal=seal, now_ms=now_ms)
             return []
         self.database.run(
-            "INSERT INTO signals VALUES (?, ?, ?, ?, ?)",
-            [seal.device_id, key, target, seal.digest(plain), seal.seal("signals", key, plain=plain)],
+            "INSERT INTO signals VALUES (?, ?, ?, ?, ?, ?)",
+            [seal.device_id, key, target, seal.digest(plain), seal.seal("signals", key, plain=plain), item_key],
         )
         return [(signal.target, target)]
 
@@ -221,9 +208,10 @@ class Vault:
         sql = f"SELECT DISTINCT trajectory_id FROM steps WHERE {_COLUMN[target]} = ?"  # noqa: S608 of a table
         return [row[0] for row in self.database.rows(sql, [key])]
 
-    def _check_same(self, plain: bytes, digest: bytes, *, seal: DeviceSeal, now_ms: int) -> None:
+    def _check_same(self, record: Step | Signal, plain: bytes, *, digest: bytes, seal: DeviceSeal, now_ms: int) -> None:
         if seal.digest(plain) != digest:
-            self._set_aside(Refused(Reason.CHANGED, "sent before with other content", plain), seal=seal, now_ms=now_ms)
+            refused = refuse(Reason.CHANGED, "sent before with other content", record=record)
+            self._set_aside(refused, seal=seal, now_ms=now_ms)
 
     def _mark_ready(self, trajectory_ids: Iterable[str]) -> None:
         order = self.database.count("SELECT max(ready_order) FROM trajectories")
@@ -251,7 +239,7 @@ class Vault:
                 " ORDER BY ready_order LIMIT ?",
                 [line_id, channel, TrajectoryState.READY, limit],
             )
-            return [self._load(trajectory_id, self._seal(device_id)) for trajectory_id, device_id in rows]
+            return [self._load(trajectory_id, self._seals.open(device_id)) for trajectory_id, device_id in rows]
 
     def _load(self, trajectory_id: str, seal: DeviceSeal) -> Trajectory:
         rows = self.database.rows(
@@ -281,14 +269,17 @@ class Vault:
     def consume(self, round_id: str, trajectory_ids: Sequence[str], db: ServerDatabase | None = None) -> None:
         """Mark trajectories as consumed by a round, all or none; part of the transaction that `db` has open.
 
+        What its device forgot after the round had read it is consumed all the same, so that the round is explained.
+
         Raises:
-            VaultError: one of them is not ready any more (consumed by another round, or its device was deleted).
+            VaultError: one of them is not there any more (consumed by another round, or its device was deleted).
         """
         with (db or self.database).write() as database:
             for trajectory_id in trajectory_ids:
                 changed = database.run(
-                    "UPDATE trajectories SET state = ?, round_id = ? WHERE trajectory_id = ? AND state = ?",
-                    [TrajectoryState.CONSUMED, round_id, trajectory_id, TrajectoryState.READY],
+                    "UPDATE trajectories SET state = iif(state = ?, state, ?), round_id = ?"
+                    " WHERE trajectory_id = ? AND round_id IS NULL",
+                    [TrajectoryState.SHREDDED, TrajectoryState.CONSUMED, round_id, trajectory_id],
                 )
                 if changed != 1:
                     raise VaultError(f"round {round_id}: trajectory {trajectory_id} is not ready any more; start anew")
@@ -300,25 +291,28 @@ class Vault:
 
     # forgetting and counting
 
-    def delete_device(self, device_id: str) -> Shredded:
+    def forget(self, request: ForgetRequest, *, now_ms: int | None = None) -> ForgetReceipt:
+        """Delete what a device asks to be forgotten, and empty the log. Asked again, it is answered as it was.
+
+        Raises:
+            VaultError: another request of this device had this id.
+            StorageError: nothing was deleted, or the log could not be emptied; ask again.
+        """
+        now_ms = now_ms or time.time_ns() // 1_000_000
+        receipt = forget(self.database, self._seals, request=request, now_ms=now_ms)
+        self.database.scrub()
+        return receipt
+
+    def delete_device(self, device_id: str) -> Erased:
         """Shred all that a device sent: destroy its key, delete its rows, empty the log. Running it again is harmless.
 
         Raises:
             StorageError: rows are deleted, but the log could not be emptied; run it again.
         """
         with self.database.write() as database:
-            counts = [
-                database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
-                for table in ("steps", "signals", "items", "set_aside", "device_secrets")
-            ]
-            sql = "SELECT DISTINCT round_id FROM trajectories WHERE device_id = ? AND round_id IS NOT NULL"
-            rounds = [row[0] for row in database.rows(sql, [device_id])]
-            sql = "DELETE FROM trajectories WHERE device_id = ? AND round_id IS NULL"
-            database.run(sql, [device_id])
-            sql = "UPDATE trajectories SET state = ? WHERE device_id = ?"
-            database.run(sql, [TrajectoryState.SHREDDED, device_id])
+            erased = erase_device(database, device_id, keep_under_way=False)
         self.database.scrub()
-        return Shredded(steps=counts[0], signals=counts[1], items=counts[2], rounds=rounds)
+        return erased
 
     def stats(self) -> VaultStats:
         """What is in the vault, in numbers."""
@@ -336,6 +330,10 @@ class Vault:
             trajectories=trajectories,
             set_aside=dict(rows("SELECT reason, count(*) FROM set_aside GROUP BY 1 ORDER BY 1")),
         )
+
+
+def _received(item: UploadItem, *, device_id: str, received_ms: int) -> ItemReceived:
+    return ItemReceived(device_id=device_id, item_id=item.item_id, received_ms=received_ms, sha256=sha256(item.body))
 
 
 def lineage_root(trajectory_ids: Iterable[str]) -> str:

@@ -13,8 +13,10 @@ from aiohttp import ClientSession, web
 from clawloop_edge.engine.scripted import ScriptedEngine
 from clawloop_edge.gateway.app import make_app, make_runner
 from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.sessions.names import SessionNames
 
 TOKEN = "test-token-0123456789"
 
@@ -43,6 +45,10 @@ class Served:
         async with self.http.post(self.base_url + path, json=body, data=data, headers=auth) as reply:
             return reply.status, reply.headers, await reply.json()
 
+    def id_of(self, name: str) -> str:
+        """What a session or trajectory that its caller calls `name` is kept as."""
+        return SessionNames(self.pool.tag).id_of(name)
+
     def kept(self, step_id: str) -> KeptStep:
         """A step, once everything handed to the pool is on disk."""
         self.pool.submit(lambda database: None).result(10)
@@ -57,7 +63,7 @@ Serve = Callable[..., Awaitable[Served]]
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
     """An empty pool."""
-    with Pool.open(tmp_path / "pool", os.urandom(32), writer=True) as opened:
+    with Pool.open(tmp_path / "pool", KnownKey.of(os.urandom(32)), writer=True) as opened:
         yield opened
 
 

@@ -46,7 +46,7 @@ async def chat(base_url: str, messages: list[Any], **more: Any) -> Any:
 def steps_of(served: Served, trajectory_id: str) -> list[Step]:
     served.pool.submit(lambda database: None).result(10)
     found = [served.pool.get_step(step_id) for step_id in served.pool.step_ids()]
-    steps = [kept.step for kept in found if kept is not None and kept.step.trajectory_id == trajectory_id]
+    steps = [kept.step for kept in found if kept is not None and kept.step.trajectory_id == served.id_of(trajectory_id)]
     return sorted(steps, key=lambda step: (step.created_ms, step.step_id))
 
 

@@ -310,7 +310,8 @@ async def test_session_channel_and_trace_come_from_headers(scripted: Serve) -> N
     ids = [(await served.post("/v1/chat/completions", {"messages": USER}, headers=headers))[2]["id"] for _ in "ab"]
     for step_id in ids:
         step = served.kept(step_id).step
-        assert (step.session_id, step.run_id, step.channel) == ("my session 1", trace, Channel.VAL)
+        assert (step.session_id, step.run_id, step.channel) == (served.id_of("my session 1"), trace, Channel.VAL)
+        assert "my session" not in step.session_id
 
 
 async def test_models_are_listed(scripted: Serve) -> None:

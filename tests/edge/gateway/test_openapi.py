@@ -28,6 +28,7 @@ from clawloop_edge.gateway.openapi import document, routes_of
 from clawloop_edge.gateway.openapi_docs import DOCS
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.home import EdgeHome
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 
 from .conftest import TOKEN, Serve, Served
@@ -77,7 +78,7 @@ def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         await runner.cleanup()
         await engine.close()
 
-    with Pool.open(tmp_path_factory.mktemp("live"), os.urandom(32), writer=True) as pool:
+    with Pool.open(tmp_path_factory.mktemp("live"), KnownKey.of(os.urandom(32)), writer=True) as pool:
         thread = threading.Thread(target=lambda: asyncio.run(run(pool)))
         thread.start()
         assert started.wait(30)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from clawloop_edge.gateway.trajectory_store import TrajectoryStore
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.sessions.names import SessionNames
 from clawloop_shared.records import Channel
 from clawloop_shared.signals import assemble
 
@@ -22,10 +24,12 @@ from aiohttp import web
 from clawloop_edge.engine.scripted import ScriptedEngine
 from clawloop_edge.gateway.app import make_app, make_runner
 from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.sessions.names import SessionNames
 
 async def main(folder, key, model, token):
-    with Pool.open(Path(folder), bytes.fromhex(key), writer=True) as pool:
+    with Pool.open(Path(folder), KnownKey.of(bytes.fromhex(key)), writer=True) as pool:
         engine = ScriptedEngine(Path(model), ["a"] * 9)
         runner = make_runner(make_app(engine, pool, settings=GatewaySettings(), token=token))
         await runner.setup()
@@ -60,10 +64,10 @@ async def test_what_was_acknowledged_is_there_after_a_kill(tmp_path: Path, tiny_
             assert (await post(f"{home}/submit_steps", {"steps": [step]}, headers=auth)).status_code == 200
         finally:
             os.kill(server.pid, signal.SIGKILL)
-    with Pool.open(tmp_path, key, writer=True) as pool:
+    with Pool.open(tmp_path, KnownKey.of(key), writer=True) as pool:
         steps = [kept.step for name in pool.step_ids() if (kept := pool.get_step(name))]
         rewards = {t.trajectory_id: t.reward for t in assemble(steps, pool.signals(steps))}
-        assert rewards == {begun[0]["trajectory_uid"]: 1.0, "own": -1.0}
+        assert rewards == {begun[0]["trajectory_uid"]: 1.0, SessionNames(pool.tag).id_of("own"): -1.0}
         assert pool.verify().ok
         row = await TrajectoryStore(pool).find(begun[1]["trajectory_uid"])
         assert row is not None

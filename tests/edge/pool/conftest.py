@@ -1,14 +1,20 @@
 """What the tests of pool and privacy share: a key, an open pool, and steps to keep."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.outbox import Outbox
+from clawloop_shared import signing
 from clawloop_shared.ids import new_id, new_step_id
+from clawloop_shared.messages import ItemReceipt, ItemReceived
+from clawloop_shared.receipts import sign_item
 from clawloop_shared.records import Policy, Sampling, Signal, Step, Target
 
 MakeKept = Callable[..., KeptStep]
@@ -24,7 +30,7 @@ def key() -> bytes:
 @pytest.fixture
 def pool(tmp_path: Path, key: bytes) -> Iterator[Pool]:
     """An empty open pool in `tmp_path`, closed at the end."""
-    with Pool.open(tmp_path, key) as opened:
+    with Pool.open(tmp_path, KnownKey.of(key)) as opened:
         yield opened
 
 
@@ -87,3 +93,57 @@ def make_signal() -> MakeSignal:
         )
 
     return make
+
+
+class Blotter:
+    """A redactor that takes token 666 out, and the word `secret`; notes what it was asked to learn from."""
+
+    reserved_id = 1
+
+    def __init__(self) -> None:
+        self.learned: list[str] = []
+
+    def learn(self, steps: Iterable[Step]) -> None:
+        self.learned += [step.step_id for step in steps]
+
+    def step(self, step: Step) -> Step | None:
+        ids = step.token_ids
+        spans = [(at, 1) for at, token_id in enumerate(ids) if token_id == 666]
+        if not spans:
+            return step
+        cut = len(step.prompt_ids)
+        clean = [self.reserved_id if token_id == 666 else token_id for token_id in ids]
+        sampled = zip(step.response_ids, step.response_logprobs, strict=True)
+        logprobs = [None if token_id == 666 else logprob for token_id, logprob in sampled]
+        changed = {"prompt_ids": clean[:cut], "response_ids": clean[cut:], "response_logprobs": logprobs}
+        return msgspec.structs.replace(step, redacted=spans, **changed)
+
+    def text(self, text: str, *, session_id: str) -> str:
+        return text.replace("secret", "[redacted]")
+
+
+class Acknowledging:
+    """A server as far as it signs for what it has."""
+
+    device_id = "device-1"
+
+    def __init__(self) -> None:
+        self._private = signing.new_key()
+        self.release_key = signing.public_key(self._private)
+
+    def receipts(self, items: Iterable[tuple[str, str]], *, device_id: str = device_id) -> list[ItemReceipt]:
+        """Its word that it has these items (ids and hashes)."""
+        said = [ItemReceived(device_id=device_id, item_id=i, received_ms=1, sha256=h) for i, h in items]
+        return [sign_item(each, self._private) for each in said]
+
+    def acknowledge(self, outbox: Outbox, item_ids: Sequence[str]) -> None:
+        """Have an outbox accept receipts of these items, for the bytes that it sent."""
+        known = {item.item_id: item.sha256 for item in outbox.list()}
+        receipts = self.receipts((item_id, known.get(item_id, "")) for item_id in item_ids)
+        outbox.accept(receipts, device_id=self.device_id, release_key=self.release_key)
+
+
+@pytest.fixture
+def server() -> Acknowledging:
+    """A server that signs for items."""
+    return Acknowledging()

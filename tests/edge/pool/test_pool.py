@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from clawloop_edge.errors import PoolError, UnknownTarget
 from clawloop_edge.pool import writer
-from clawloop_edge.pool.crypt import file_key
+from clawloop_edge.pool.heads import mark_forgotten
+from clawloop_edge.pool.keys import KeyBundle, KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_shared.database import open_database, transaction
@@ -115,10 +116,10 @@ def test_steps_come_back_exactly_from_a_pool_opened_anew(tmp_path: Path, key: by
         said = [*said, {"role": "user", "content": f"turn {turn}"}]
         prompt = [*prompt, 1000 + turn]
         kept.append(make_kept(prompt=prompt, messages=said, parent=kept[-1].step.step_id if kept else ""))
-        with Pool.open(tmp_path, key) as pool:
+        with Pool.open(tmp_path, KnownKey.of(key)) as pool:
             pool.keep_step(kept[-1]).result()
         prompt, said = kept[-1].step.token_ids, [*said, kept[-1].reply]
-    with Pool.open(tmp_path, key) as pool:
+    with Pool.open(tmp_path, KnownKey.of(key)) as pool:
         assert pool.session_steps("session-1") == kept
         assert pool.get_step(kept[-1].step.step_id) == kept[-1]
         assert [change.step for change in pool.changes(0, 100)] == [each.step for each in kept]
@@ -263,7 +264,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged_and_the_pool_goes_on(po
 def test_a_write_waits_for_another_process_that_writes(
     tmp_path: Path, pool: Pool, key: bytes, make_kept: MakeKept
 ) -> None:
-    other = open_database(tmp_path / "pool.db", file_key(key))
+    other = open_database(tmp_path / "pool.db", KeyBundle.of(key).file_key)
     with transaction(other):
         future = pool.keep_step(make_kept())
         with pytest.raises(TimeoutError):
@@ -337,15 +338,15 @@ def test_reads_do_not_wait_for_a_write_in_progress(pool: Pool, make_kept: MakeKe
 def test_two_edges_on_one_home_are_refused_and_other_commands_are_not(
     tmp_path: Path, key: bytes, make_kept: MakeKept
 ) -> None:
-    with Pool.open(tmp_path, key, writer=True) as serving:
+    with Pool.open(tmp_path, KnownKey.of(key), writer=True) as serving:
         with pytest.raises(PoolError, match=r"another edge \(process \d+\) already runs"):
-            Pool.open(tmp_path, key, writer=True)
-        with Pool.open(tmp_path, key) as command:
+            Pool.open(tmp_path, KnownKey.of(key), writer=True)
+        with Pool.open(tmp_path, KnownKey.of(key)) as command:
             command.set_state("wish", b"1").result()
             serving.keep_step(make_kept()).result()
             assert command.stats().steps == 1
         assert serving.get_state("wish") == b"1"
-    Pool.open(tmp_path, key, writer=True).close()
+    Pool.open(tmp_path, KnownKey.of(key), writer=True).close()
 
 
 def test_rows_moved_between_sessions_are_detected(pool: Pool, make_kept: MakeKept) -> None:
@@ -383,7 +384,12 @@ def test_verify_counts_what_is_missing(pool: Pool, make_kept: MakeKept) -> None:
         pool.keep_step(each).result()
     delete = "DELETE FROM steps WHERE step_id = ?"
     pool.submit(lambda database: database.execute(delete, (kept[1].step.step_id,))).result()
-    assert pool.verify().problems == ["session session-1 counts 2 steps (2 trainable) but has 1 (1)"]
+    lost = kept[1].step.step_id
+    assert pool.verify().problems == [f"change 2: step {lost} is missing, and was not forgotten"]
+    pool.submit(lambda database: mark_forgotten(database, [2])).result()
+    by_size, by_number = pool.verify().problems
+    assert by_size.startswith("session session-1 counts ")
+    assert by_number == "session session-1 counts 2 steps (2 trainable) but has 1 (1)"
 
 
 def test_state_is_kept_and_replaced_and_sealed_to_its_name(pool: Pool) -> None:
@@ -400,7 +406,7 @@ def test_state_is_kept_and_replaced_and_sealed_to_its_name(pool: Pool) -> None:
 
 
 def test_a_closed_pool_says_so(tmp_path: Path, key: bytes, make_kept: MakeKept) -> None:
-    pool = Pool.open(tmp_path, key)
+    pool = Pool.open(tmp_path, KnownKey.of(key))
     kept = pool.keep_step(make_kept())
     pool.close()
     kept.result()

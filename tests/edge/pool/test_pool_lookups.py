@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_shared.ids import new_id
 
@@ -43,13 +44,13 @@ def test_a_step_that_is_not_kept_is_not_counted(pool: Pool, make_kept: MakeKept)
 def test_a_pool_from_before_the_counts_is_counted_when_it_is_opened(
     tmp_path: Path, key: bytes, make_kept: MakeKept
 ) -> None:
-    with Pool.open(tmp_path, key) as pool:
+    with Pool.open(tmp_path, KnownKey.of(key)) as pool:
         wanted = fill(pool, make_kept)
         pool.submit(lambda database: database.conn.execute("DROP TABLE tallies") and None).result(10)
         forget = "DELETE FROM _sqlite_migrations WHERE name IN ('tallies', 'count_kept_steps')"
         pool.submit(lambda database: database.conn.execute(forget) and None).result(10)
     for _ in range(2):
-        with Pool.open(tmp_path, key) as pool:
+        with Pool.open(tmp_path, KnownKey.of(key)) as pool:
             assert counts(pool) == wanted
             assert pool.verify().ok
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.audit import AuditLog
@@ -81,7 +82,7 @@ def plant(pool: Pool, make_kept: MakeKept, *, make_signal: MakeSignal) -> list[s
 def test_no_secret_is_in_any_file_of_a_running_or_stopped_pool(
     tmp_path: Path, key: bytes, make_kept: MakeKept, make_signal: MakeSignal
 ) -> None:
-    with Pool.open(tmp_path, key, writer=True) as pool:
+    with Pool.open(tmp_path, KnownKey.of(key), writer=True) as pool:
         secrets = plant(pool, make_kept, make_signal=make_signal)
         assert len(secrets) >= 70
         assert (tmp_path / "pool.db-wal").stat().st_size > 0
@@ -97,8 +98,8 @@ def test_no_secret_is_in_any_file_of_a_running_or_stopped_pool(
 def test_errors_and_logs_of_a_damaged_pool_hold_no_secret(
     tmp_path: Path, key: bytes, make_kept: MakeKept, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Pool.open(tmp_path, key) as pool:
-        kept = make_kept(words="CANARY", messages=[{"role": "user", "content": "CANARY" * 400}])
+    with Pool.open(tmp_path, KnownKey.of(key)) as pool:
+        kept = make_kept(words="CANARY", messages=[{"role": "user", "content": "CANARY" * 800}])
         pool.keep_step(kept).result()
         pool.submit(lambda database: database.execute("UPDATE parts SET body = x'0102'")).result()
         problems = pool.verify().problems

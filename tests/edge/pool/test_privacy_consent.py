@@ -1,23 +1,25 @@
 """Consent: off unless a valid receipt says otherwise, and every decision is signed and chained."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from clawloop_edge.errors import ConsentError, PoolError
+from clawloop_edge.errors import ConsentError
 from clawloop_edge.pool.crypt import POOL_SCOPE
-from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy import policy
-from clawloop_edge.privacy.audit import AuditLog
-from clawloop_edge.privacy.consent import ConsentLog, Recipient, SignedReceipt, device_key
-from clawloop_shared import signing
-from clawloop_shared.errors import SignatureInvalid, StorageError
+from clawloop_edge.privacy.batch import LineRedactor
+from clawloop_edge.privacy.consent import ConsentLog, Recipient, device_key
+from clawloop_edge.privacy.outbox import Outbox
+from clawloop_edge.privacy.receipts import ReceiptChain, SignedReceipt
+from clawloop_shared import signing, wire
+from clawloop_shared.errors import SignatureInvalid
 from clawloop_shared.levels import Level
+from clawloop_shared.records import StepBatch
 
-MakeKept = Callable[..., KeptStep]
+from .conftest import Blotter, MakeKept, MakeSignal
 
 
 def test_nothing_may_leave_until_someone_says_so(pool: Pool) -> None:
@@ -42,17 +44,30 @@ def test_receipts_are_signed_by_the_device_and_name_level_server_and_expiry(pool
     assert lowered.previous_sha256
 
 
-@pytest.mark.parametrize("level", [Level.PRIVATE_DELTAS, Level.DELTAS, Level.REDACTED])
-def test_a_level_that_is_not_built_is_refused_and_changes_nothing(pool: Pool, level: Level) -> None:
+@pytest.mark.parametrize("level", list(Level))
+def test_every_level_can_be_chosen_and_is_explained(pool: Pool, make_kept: MakeKept, level: Level) -> None:
     consent = ConsentLog(pool)
-    consent.set_level(Level.METRICS)
-    with pytest.raises(ConsentError, match="not built yet; choose one of off, metrics, full"):
-        consent.set_level(level)
-    assert consent.level() is Level.METRICS
+    receipt = consent.set_level(level)
+    assert (consent.level(), receipt.level) == (level, level)
+    assert receipt.policy_sha256 == policy.policy_sha256(level)
+    assert bool(receipt.purposes) == (level is not Level.OFF)
+    pool.keep_step(make_kept()).result()
+    outbox = Outbox(pool, consent, hold_s=0, redactor=LineRedactor("line", Blotter()))
+    assert outbox.fill() == int(level.sends_steps)
+
+
+def test_every_level_has_a_text_of_its_own_and_those_without_learning_at_home_say_so() -> None:
+    assert len({policy.policy_sha256(level) for level in Level}) == len(Level)
+    for level in (Level.PRIVATE_DELTAS, Level.DELTAS):
+        assert "does not learn on this device yet" in policy.TEXTS[level]
+        assert policy.DATA[level] == policy.DATA[Level.METRICS]
 
 
 def test_a_level_set_by_another_process_holds_at_once(tmp_path: Path, key: bytes) -> None:
-    with Pool.open(tmp_path, key, writer=True) as serving, Pool.open(tmp_path, key) as command:
+    with (
+        Pool.open(tmp_path, KnownKey.of(key), writer=True) as serving,
+        Pool.open(tmp_path, KnownKey.of(key)) as command,
+    ):
         level = ConsentLog(serving).level
         for wanted in (Level.FULL, Level.OFF, Level.METRICS):
             ConsentLog(command).set_level(wanted)
@@ -103,33 +118,61 @@ def test_a_receipt_that_was_taken_out_is_missed(pool: Pool) -> None:
     consent = ConsentLog(pool)
     for level in (Level.FULL, Level.OFF, Level.FULL):
         consent.set_level(level)
+    assert pool.verify().ok
     pool.submit(lambda database: database.execute("DELETE FROM receipts WHERE seq = 2")).result()
     with pytest.raises(ConsentError, match="missing or changed"):
         consent.receipts()
+    assert "is missing, and was not forgotten" in " ".join(pool.verify().problems)
 
 
-def test_the_audit_log_is_a_chain_without_content(pool: Pool) -> None:
-    audit = AuditLog(pool, clock=lambda: 7)
-    entries = [audit.append("adapter", number, sha256=f"{number:064}") for number in range(3)]
-    assert audit.entries() == entries
-    assert audit.verify() == 3
+def test_a_higher_level_does_not_raise_what_was_kept_under_the_lower_one(pool: Pool, make_kept: MakeKept) -> None:
+    consent = ConsentLog(pool)
+
+    def keep() -> str:
+        kept = make_kept()
+        pool.keep_step(kept).result()
+        return kept.step.step_id
+
+    keep()
+    consent.set_level(Level.REDACTED)
+    early = keep()
+    consent.set_level(Level.FULL)
+    late = keep()
+    outbox = Outbox(pool, consent, hold_s=0, redactor=LineRedactor("line", Blotter()))
+    outbox.fill()
+    found = {Level(item.level): wire.decode(outbox.get(item.item_id).body, StepBatch) for item in outbox.list()}
+    assert {level: [step.step_id for step in batch.steps] for level, batch in found.items()} == {
+        Level.REDACTED: [early],
+        Level.FULL: [late],
+    }
 
 
-@pytest.mark.parametrize("seq", [1, 2, 3])
-def test_an_audit_entry_that_was_taken_out_is_missed(pool: Pool, seq: int) -> None:
-    audit = AuditLog(pool)
-    for number in range(3):
-        audit.append("adapter", number, sha256="0" * 64)
-    pool.submit(lambda database: database.execute("DELETE FROM audit WHERE seq = ?", (seq,))).result()
-    with pytest.raises(PoolError, match="audit log is broken"):
-        audit.verify()
+def test_the_past_leaves_only_if_it_was_chosen_and_only_as_much_of_it(
+    pool: Pool, make_kept: MakeKept, make_signal: MakeSignal
+) -> None:
+    consent, outbox = ConsentLog(pool), Outbox(pool, hold_s=0)
+    kept = [make_kept(session=f"session-{number}") for number in range(4)]
+    for each in kept:
+        pool.keep_step(each).result()
+    consent.set_level(Level.FULL)
+    assert outbox.fill() == 0
+    consent.set_level(Level.FULL, past_after=1)
+    assert outbox.fill() == 3
+    assert {item.session_id for item in outbox.list()} == {"session-1", "session-2", "session-3"}
+    consent.set_level(Level.FULL, past_after=0)
+    assert outbox.fill() == 1, "what was queued before is not queued again"
+    consent.set_level(Level.OFF)
+    consent.set_level(Level.FULL, past_after=0)
+    assert outbox.fill() == 4, "what a lowered level took back may be chosen again"
+    outbox.drop(outbox.list()[-1].item_id)
+    consent.set_level(Level.FULL, past_after=0)
+    assert outbox.fill() == 0, "what its owner dropped never leaves"
 
 
-def test_an_audit_entry_that_was_changed_is_noticed(pool: Pool) -> None:
-    audit = AuditLog(pool)
-    for number in range(2):
-        audit.append("adapter", number, sha256="0" * 64)
-    copy = "UPDATE audit SET body = (SELECT body FROM audit WHERE seq = 1) WHERE seq = 2"
-    pool.submit(lambda database: database.execute(copy)).result()
-    with pytest.raises(StorageError):
-        audit.verify()
+def test_a_consent_from_before_the_texts_were_these_holds_no_more(pool: Pool) -> None:
+    consent = ConsentLog(pool)
+    receipt = consent.set_level(Level.FULL)
+    old = msgspec.structs.replace(receipt, receipt_id="old", policy_version=1, policy_sha256="0" * 64)
+    chain, private = ReceiptChain(pool), device_key(pool)
+    pool.submit(lambda database: chain.append(database, old, private=private)).result()
+    assert (consent.level(), consent.state().reason) == (Level.OFF, "what the level means has changed")

@@ -48,7 +48,7 @@ def test_a_step_becomes_a_sample_token_for_token() -> None:
         step_id="t",
         trajectory=0,
         token_ids=[5, 6, 7, 8, 9],
-        trained=range(3, 5),
+        trained=[3, 4],
         logprobs=[-5.5, -6.0],
         advantages=[1.5, 1.5],
         weight=0.3,
@@ -57,10 +57,18 @@ def test_a_step_becomes_a_sample_token_for_token() -> None:
     )
 
 
+def test_a_masked_logprob_is_context_and_never_a_number() -> None:
+    masked = step("m", response_ids=[8, 9, 4], response_logprobs=[-5.5, None, -6.0], redacted=[(4, 1)])
+    (sample,) = make_samples([trajectory("t", masked)], [1.5], version=3)
+    assert sample.token_ids == [5, 6, 7, 8, 9, 4]
+    assert (sample.trained, sample.logprobs, sample.advantages) == ([3, 5], [-5.5, -6.0], [1.5, 1.5])
+
+
 REJECTED: list[tuple[str, dict[str, object]]] = [
     ("logprob missing", {"response_logprobs": [-1.0]}),
     ("logprob not finite", {"response_logprobs": [-1.0, float("nan")]}),
     ("logprob not finite", {"response_logprobs": [-1.0, float("-inf")]}),
+    ("redaction left nothing to learn from", {"response_logprobs": [None, None], "redacted": [(3, 2)]}),
     ("marked untrainable", {"untrainable": "incognito"}),
     ("not for training", {"channel": Channel.VAL}),
     ("another model line", {"policy": Policy("other")}),
@@ -125,6 +133,72 @@ def test_a_round_is_the_same_whatever_the_order_of_arrival(fresh: Callable[[], T
     assert results[0].state.updates == 3
     assert results[0].state.rounds == 1
     assert [u["trajectories"] for u in results[0].updates] == [4.0, 4.0, 4.0]
+
+
+def test_a_masked_token_gives_the_very_gradients_of_a_loss_without_it(fresh: Callable[[], TrainEngine]) -> None:
+    rng, found = random.Random(7), []
+    whole = [
+        step(f"{n}", prompt_ids=[2, 3, 5 + n], response_ids=[rng.randrange(2, 320) for _ in range(6)]) for n in range(4)
+    ]
+    kept = [[at for at in range(6) if rng.random() < 0.5] or [0] for _ in whole]
+    logprobs = [[-rng.uniform(5, 6.5) for _ in range(6)] for _ in whole]
+    masked = [
+        msgspec.structs.replace(
+            one, response_logprobs=[p if at in keep else None for at, p in enumerate(own)], redacted=[(0, 1)]
+        )
+        for one, keep, own in zip(whole, kept, logprobs, strict=True)
+    ]
+    trajectories = [trajectory(one.step_id, one) for one in masked]
+    for samples in (
+        make_samples(trajectories, [1.0, -0.5, 2.0, -1.0], version=3),
+        [
+            Sample(
+                step_id=one.step_id,
+                trajectory=n,
+                token_ids=one.token_ids,
+                trained=[3 + at for at in keep],
+                logprobs=[own[at] for at in keep],
+                advantages=[(1.0, -0.5, 2.0, -1.0)[n]] * len(keep),
+                temperature=0.9,
+            )
+            for n, (one, keep, own) in enumerate(zip(whole, kept, logprobs, strict=True))
+        ],
+    ):
+        engine = fresh()
+        sums = engine.forward_backward(samples, engine.settings.loss)
+        assert sums.tokens == sum(map(len, kept))
+        found.append({name: p.grad for name, p in engine.model.named_parameters() if p.requires_grad})
+    assert any(bool(gradient.any()) for gradient in found[0].values())
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_a_masked_token_weighs_nothing_whatever_its_id(fresh: Callable[[], TrainEngine]) -> None:
+    """The last token is context of none, so only its own loss could tell one id from another."""
+    found = []
+    for last in (9, 200):
+        masked = step("m", response_ids=[8, last], response_logprobs=[-5.5, None], redacted=[(4, 1)])
+        engine = fresh()
+        engine.forward_backward(make_samples([trajectory("t", masked)], [1.0], version=3), engine.settings.loss)
+        found.append({name: p.grad for name, p in engine.model.named_parameters() if p.requires_grad})
+    assert all(torch.allclose(gradient, found[1][name], atol=1e-7) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("advantage", ["tracker", "ema"])
+def test_a_round_learns_from_redacted_steps_beside_whole_ones(tiny_folder: Path, advantage: str) -> None:
+    settings = TrainSettings(
+        rank=4, warmup_updates=1, batch_trajectories=4, advantage=advantage, loss=LossSettings(veto=0.0)
+    )
+    engine = TrainEngine.open(tiny_folder, settings)
+    whole = some(4)
+    masked = [
+        msgspec.structs.replace(one, response_logprobs=[None, None, *one.response_logprobs[2:]], redacted=[(0, 3)])
+        for one in whole[0].steps
+    ]
+    mixed = [msgspec.structs.replace(whole[0], steps=masked), *whole[1:]]
+    result = run_round(engine, mixed, state=TrainState(version=3), limits=LIMITS)
+    assert (result.steps, result.rejected_steps, result.set_aside) == (8, {}, {})
+    assert result.updates[0]["tokens"] == 3 * 6 + 2
+    assert 0.0 < result.updates[0]["gradient_norm"] < float("inf")
 
 
 def test_the_next_round_goes_on_where_the_last_one_was_saved(fresh: Callable[[], TrainEngine], tmp_path: Path) -> None:

@@ -1,0 +1,284 @@
+"""`outbox`: what will leave, byte for byte, before it does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from clawloop_edge.cli.context import (
+    Json,
+    Limit,
+    Since,
+    Yes,
+    command,
+    confirm,
+    console,
+    home_of,
+    opened_pool,
+    print_json,
+    print_table,
+    shown,
+    time_range,
+)
+from clawloop_edge.cli.marks import Marks
+from clawloop_edge.cli.moments import told
+from clawloop_edge.cli.tokens import tokenizer_file
+from clawloop_shared.errors import ConfigError
+from clawloop_shared.levels import Level
+
+if TYPE_CHECKING:
+    from clawloop_edge.pool.store import Pool
+    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.items import OutboxItem
+    from clawloop_edge.privacy.outbox import Outbox
+    from clawloop_edge.privacy.preview import Preview
+    from clawloop_edge.privacy.transcript import Piece, Told
+    from clawloop_shared.records import Signal, Step
+
+group = typer.Typer(help="See what will leave, byte for byte, and stop it.", no_args_is_help=True)
+
+ItemId = Annotated[str, typer.Argument(help="As `outbox list` prints it; its beginning is enough.", metavar="ITEM")]
+ItemIds = Annotated[list[str] | None, typer.Argument(help="As `outbox list` prints them.", metavar="ITEM...")]
+Raw = Annotated[bool, typer.Option("--raw", help="Write exactly the bytes that leave to standard output.")]
+AllItems = Annotated[bool, typer.Option("--all", help="All that are held.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be put there.")]
+AtLevel = Annotated[Level | None, typer.Option("--level", help="As if this were the level for all that is kept.")]
+
+_SHORTEST, _ID_CHARS = 12, 26
+_MARK_STYLE = "black on yellow"
+
+
+@contextmanager
+def opened_outbox(context: typer.Context) -> Iterator[tuple[Outbox, ConsentLog, Pool]]:
+    """The outbox of this home, with the hold times of its configuration. It has nothing to redact with."""
+    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.outbox import Outbox
+
+    settings = home_of(context).require().load_config().privacy
+    with opened_pool(context) as pool:
+        consent = ConsentLog(pool)
+        yield Outbox(pool, consent, hold_s=settings.hold_s, hold_redacted_s=settings.hold_redacted_s), consent, pool
+
+
+@group.command("list")
+def list_items(context: typer.Context, limit: Limit = 50, as_json: Json = False) -> None:
+    """What waits, what is held until when, and what has left; the latest last. With --json all of it."""
+    with opened_outbox(context) as (items, consent, pool):
+        found = items.list(limit=None if as_json else limit)
+        level, totals = consent.level(), items.totals()
+        titles = _titles(pool, {item.session_id for item in found})
+    if as_json:
+        print_json(found)
+        return
+    width, now = _unique(found), datetime.now()
+    rows = [
+        (item.item_id[:width], titles[item.session_id], item.level, _holds(item), _fate(item, level, now=now))
+        for item in found
+    ]
+    columns = ("item", "session", "level", "holds", "what happens")
+    print_table(columns, rows, empty="the outbox is empty", whole={"item", "level"}, clipped={"session"})
+    if totals.waiting:
+        see, stop = (command(home_of(context), f"outbox {word} ITEM") for word in ("show", "drop"))
+        console.print(f"{totals.waiting} wait; read one: {see}; take one out: {stop}")
+
+
+@group.command("show")
+def show_item(context: typer.Context, item_id: ItemId, raw: Raw = False, as_json: Json = False) -> None:
+    """What an item says, with ▇ where something was taken out; --json: all of it decoded; --raw: its very bytes."""
+    from clawloop_shared import wire
+    from clawloop_shared.records import StepBatch
+
+    with opened_outbox(context) as (items, consent, pool):
+        item = items.find(item_id)
+        body = items.get(item.item_id).body
+        if raw:
+            sys.stdout.buffer.write(body)
+            return
+        batch = wire.decode(body, StepBatch)
+        if as_json:
+            print_json(batch)
+            return
+        title = _titles(pool, {item.session_id})[item.session_id]
+        fate = _fate(item, consent.level(), now=datetime.now())
+        steps = _told(context, pool, item, steps=batch.steps)
+    console.print(shown(f"item {item.item_id}: {title}", style="bold"))
+    console.print(shown(f"{_holds(item)}, level {item.level}; {fate}", style="dim"))
+    for each in steps:
+        _print_step(each)
+    for signal in batch.signals:
+        console.print(shown(_signal(signal)))
+
+
+@group.command("approve")
+def approve_items(context: typer.Context, item_ids: ItemIds = None, every: AllItems = False, yes: Yes = False) -> None:
+    """Let items leave now instead of after their hold."""
+    if bool(item_ids) == every:
+        raise typer.BadParameter("name items, or give --all")
+    with opened_outbox(context) as (items, _, _):
+        held = [item for item in items.list() if item.state == "queued"] if every else []
+        if held:
+            confirm(f"Let {len(held)} items leave ({_size(sum(item.size_bytes for item in held))})?", yes=yes)
+        _each(item_ids or [item.item_id for item in held], items.approve, done="may leave now")
+
+
+@group.command("drop")
+def drop_items(context: typer.Context, item_ids: ItemIds = None) -> None:
+    """Take items out: they never leave, and their bytes are destroyed."""
+    if not item_ids:
+        raise typer.BadParameter("name at least one item")
+    with opened_outbox(context) as (items, _, _):
+        _each(item_ids, items.drop, done="dropped; it never leaves")
+
+
+@group.command("fill")
+def fill(
+    context: typer.Context, dry_run: DryRun = False, level: AtLevel = None, since: Since = "", as_json: Json = False
+) -> None:
+    """Put what is new into the outbox, as the running edge does by itself every few seconds.
+
+    With --dry-run nothing is put there: it tells what would be, also for another level (of all that is kept, or --since
+    some time).
+    """
+    if (level or since) and not dry_run:
+        raise typer.BadParameter("--level and --since only tell what would be; give --dry-run with them")
+    with opened_outbox(context) as (items, consent, pool):
+        if not dry_run:
+            made, waits = items.fill(), items.waits_for_redactor()
+            console.print(f"{made} items made")
+            if waits:
+                raise ConfigError("the rest must be redacted, which the running edge does: start it with `serve`")
+            return
+        from clawloop_edge.privacy.ladder import Ladder
+        from clawloop_edge.privacy.preview import change_before, preview
+        from clawloop_edge.privacy.schema import read_cursor
+
+        start_ms = time_range(since, "")[0]
+        with pool.reading() as reading:
+            new = level is None and not since
+            after = read_cursor(reading.database, pool.keyring) if new else 0
+            after = change_before(reading, start_ms) if start_ms else after
+            supposed = Ladder.flat(level) if level else None
+            found = preview(reading, consent.within(reading.database, supposed=supposed), after_seq=after)
+    if as_json:
+        print_json(found)
+        return
+    for line in counted(found):
+        console.print(f"would be put into the outbox: {line}")
+
+
+def counted(found: Preview) -> list[str]:
+    """A preview in words."""
+    if not found.steps:
+        return ["no trainable step"]
+    now = datetime.now()
+    span = f"{told(found.first_ms, now=now)} to {told(found.last_ms, now=now)}"
+    lines = [f"{found.steps} trainable steps of {found.sessions} sessions, {span}"]
+    lines += [f"{each.steps} of {each.sessions} sessions of {each.app or 'unknown programs'}" for each in found.apps]
+    return lines if len(found.apps) > 1 else lines[:1]
+
+
+def _titles(pool: Pool, session_ids: Iterable[str]) -> dict[str, str]:
+    """What to call each session: its title, else its id."""
+    with pool.reading() as reading:
+        found = {session_id: reading.session(session_id) for session_id in session_ids}
+    return {session_id: (known.title if known else "") or session_id for session_id, known in found.items()}
+
+
+def _unique(items: Sequence[OutboxItem]) -> int:
+    """How many characters tell these items apart."""
+    widths = range(_SHORTEST, _ID_CHARS)
+    return next((n for n in widths if len({item.item_id[:n] for item in items}) == len(items)), _ID_CHARS)
+
+
+def _holds(item: OutboxItem) -> str:
+    parts = [f"{item.steps} {'step' if item.steps == 1 else 'steps'}"]
+    if item.signals:
+        parts.append(f"{item.signals} {'signal' if item.signals == 1 else 'signals'}")
+    if item.redacted_tokens:
+        parts.append(f"{item.redacted_tokens} tokens taken out")
+    return ", ".join([*parts, _size(item.size_bytes)])
+
+
+def _size(size_bytes: int) -> str:
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def _fate(item: OutboxItem, level: Level, *, now: datetime) -> str:
+    """What has become of an item, or will."""
+    from clawloop_edge.privacy.schema import ItemState
+
+    if item.state is ItemState.DROPPED:
+        return "dropped, never left"
+    if item.state is ItemState.RECEIVED:
+        gone = "" if item.has_bytes else ", its bytes are destroyed here"
+        return f"the server has it since {told(item.received_ms, now=now)}{gone}"
+    if item.state is ItemState.SENT:
+        return "sent, not yet acknowledged" if item.has_bytes else "sent in part or whole, then withdrawn"
+    if item.level.rank > level.rank:
+        return f"waits, as the level is {level} now"
+    held = item.state is ItemState.QUEUED and now.timestamp() * 1000 < item.release_ms
+    return f"held until {told(item.release_ms, now=now)}" if held else "leaves when the server asks next"
+
+
+def _told(context: typer.Context, pool: Pool, item: OutboxItem, *, steps: Sequence[Step]) -> list[Told]:
+    """The steps as text; none if the model's tokenizer is not on this disk."""
+    from clawloop_edge.privacy.redact.machine import detector
+    from clawloop_edge.privacy.transcript import told as tell
+
+    model = home_of(context).load_config().model.path
+    file = tokenizer_file(model)
+    if file is None:
+        if steps:
+            hint = "so no text is shown; --json shows the ids"
+            console.print(shown(f"(the tokenizer of {model or 'the model'} is not on this disk, {hint})"))
+        return []
+    decode = _decoder(file)
+    marks = Marks(pool, item.item_id, decode=decode, detector=lambda: detector(home_of(context)))
+    return list(tell(steps, decode, kind_of=marks.kind))
+
+
+def _decoder(file: Path) -> Callable[[Sequence[int]], str]:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(file))
+    return lambda ids: str(backend.decode(list(ids), skip_special_tokens=False))
+
+
+def _print_step(one: Told) -> None:
+    step = one.step
+    console.rule(f"step {step.step_id}", style="dim", align="left")
+    if one.repeated:
+        console.print(f"({one.repeated:,} tokens as in the step before)", style="dim")
+    console.print(_line(one.prompt, style="dim"))
+    console.print(_line(one.response))
+
+
+def _line(pieces: Sequence[Piece], *, style: str = "") -> Text:
+    line = Text()
+    for piece in pieces:
+        line.append_text(shown(piece.text, style=_MARK_STYLE if piece.redacted else style))
+    return line
+
+
+def _signal(signal: Signal) -> str:
+    words = f': "{signal.comment}"' if signal.comment else ""
+    return f"{signal.value:+g} by {signal.source} on {signal.target} {signal.target_id}{words}"
+
+
+def _each(item_ids: Sequence[str], change: Callable[[str], OutboxItem], *, done: str) -> None:
+    for item_id in item_ids:
+        console.print(f"{change(item_id).item_id} {done}")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(group, name="outbox")

@@ -1,0 +1,1 @@
+"""`scripts/bench-pool`: the pool beside plain SQLite, on a session as OpenClaw has it, and at a million steps."""

@@ -1,0 +1,131 @@
+"""Forgetting at a device's word: whose request it is, how fresh it is and how many came is checked; the vault deletes.
+
+A device that may sync no more may still ask: what it sent is its owner's. Answers are signed by the release key, so
+that the owner can prove them. Knows no HTTP beyond the status that an answer should have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from clawloop_server.errors import DeviceError, VaultError
+from clawloop_server.hub.desk import DeskAnswer
+from clawloop_server.hub.devices import Device, DeviceState
+from clawloop_shared import wire
+from clawloop_shared.errors import ClawloopError, SignatureInvalid, WireError
+from clawloop_shared.messages import MAX_FORGET_BYTES, ForgetReceipt, ForgetRequest, SignedRequest
+from clawloop_shared.receipts import claimed_device, open_forget, sign_forgotten
+
+_log = logging.getLogger(__name__)
+
+SKEW_MS = 300_000
+PER_MINUTE = 30.0
+"""requests of one device, and as many at once; one of 10,000 ids counts as eleven"""
+_IDS_PER_REQUEST = 1000
+_MAX_COUNTED = 10_000
+_UNPROVEN = "this request is not signed by a device that this server knows"
+
+
+class Records(Protocol):
+    """Where what devices sent is kept."""
+
+    def forget(self, request: ForgetRequest) -> ForgetReceipt:
+        """Delete what is asked for; asked again, answer the same.
+
+        Raises:
+            VaultError: another request of this device had this id.
+            StorageError: it is not all gone from the disk; ask again.
+        """
+        ...
+
+
+class Allowance:
+    """So many requests a minute for each device; what was not used is saved up to one minute's worth."""
+
+    def __init__(self, per_minute: float, *, clock: Callable[[], float]) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, device_id: str, cost: float) -> int:
+        """Take `cost`; 0, or how many seconds to wait until there is enough."""
+        now_s = self._clock()
+        left, then_s = self._left.pop(device_id, (self._per_minute, now_s))
+        left = min(self._per_minute, left + (now_s - then_s) * self._per_minute / 60)
+        missing = cost - left
+        self._left[device_id] = (left if missing > 0 else left - cost, now_s)
+        if len(self._left) > _MAX_COUNTED:
+            self._left.popitem(last=False)
+        return int(missing * 60 / self._per_minute) + 1 if missing > 0 else 0
+
+
+class ForgetDesk:
+    """Answers forget requests, one at a time."""
+
+    def __init__(
+        self,
+        records: Records,
+        *,
+        device: Callable[[str], Device],
+        release_key: bytes,
+        per_minute: float = PER_MINUTE,
+        clock: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        """`device`: the device of an id (DeviceError: there is none); `release_key`: the private key for answers."""
+        self._records, self._device, self._release_key = records, device, release_key
+        self._allowance = Allowance(per_minute, clock=clock)
+        self._now_ms = now_ms
+        self._one = asyncio.Lock()
+
+    async def answer(self, body: bytes) -> DeskAnswer:
+        """The answer to one request."""
+        try:
+            signed = wire.decode(body, SignedRequest, max_bytes=MAX_FORGET_BYTES)
+            device = await asyncio.to_thread(self._device, claimed_device(signed))
+            if device.state is DeviceState.DELETED:
+                return DeskAnswer(410, message="this device was deleted here, and with it all that it had sent")
+            request = open_forget(signed, device.device_key)
+        except (DeviceError, SignatureInvalid):
+            return DeskAnswer(403, message=_UNPROVEN)
+        except (WireError, RecursionError) as error:
+            return DeskAnswer(400, message=str(error))
+        return self._refusal(request) or await self._forget(request)
+
+    def _refusal(self, request: ForgetRequest) -> DeskAnswer | None:
+        """Why a request that is the device's own is not done; None if it is."""
+        behind_ms = self._now_ms() - request.at_ms
+        if abs(behind_ms) > SKEW_MS:
+            told = f"this request was signed {behind_ms / 1000:.0f} s ago by this server's clock"
+            return DeskAnswer(400, message=f"{told}, which may be {SKEW_MS // 1000}; set the clock and sign it anew")
+        if not request.everything and not request.record_ids:
+            return DeskAnswer(400, message="this request names nothing to forget")
+        wait_s = self._allowance.take(request.device_id, 1 + len(request.record_ids) / _IDS_PER_REQUEST)
+        if wait_s:
+            return DeskAnswer(429, message="too many forget requests of this device", retry_after_s=wait_s)
+        return None
+
+    async def _forget(self, request: ForgetRequest) -> DeskAnswer:
+        device_id = request.device_id
+        try:
+            async with self._one:
+                receipt = await asyncio.to_thread(self._records.forget, request)
+        except VaultError as error:
+            return DeskAnswer(409, message=str(error))
+        except ClawloopError as error:
+            _log.error("device %s: what it asked to forget is not all gone yet: %s", device_id, error)
+            return DeskAnswer(503, message="the server cannot forget this now; ask again", retry_after_s=10)
+        what = "everything" if request.everything else f"{len(request.record_ids)} names"
+        _log.info(
+            "device %s asked to forget %s: %d records deleted, %d names unknown; adapters that had learned: %s",
+            device_id,
+            what,
+            receipt.deleted,
+            receipt.unknown,
+            ", ".join(map(str, receipt.adapters)) or "none",
+        )
+        return DeskAnswer(200, wire.encode(sign_forgotten(receipt, self._release_key)))

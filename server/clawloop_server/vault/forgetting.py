@@ -1,0 +1,295 @@
+"""Taking out of the vault what a device wants forgotten, and keeping it from coming in again.
+
+Named records go with what has no meaning without them: signals that judge nothing any more, items that held nothing
+else, trajectories without steps. Their keyed names stay as tombstones. Everything goes with the device's key; then
+nothing that was made before is taken any more. Knows no signature, no HTTP and no clock. Format: docs/formats/vault.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from clawloop_server.errors import VaultError
+from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.seal import DeviceSeal
+from clawloop_server.vault.seals import DeviceSeals
+from clawloop_shared.files import sha256
+from clawloop_shared.messages import ForgetReceipt, ForgetRequest
+from clawloop_shared.records import Signal, Step
+
+_KINDS = ("step", "signal", "item")
+_NAMES = ("step_key", "run_key", "session_key", "named_key")
+
+
+class Erased(msgspec.Struct, frozen=True):
+    """What was deleted, in numbers, and which rounds had learned from any of it before."""
+
+    steps: int
+    signals: int
+    items: int
+    set_aside: int
+    rounds: list[str]
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """One request of a device to forget, and what came of it."""
+
+    request_id: str
+    at_ms: int
+    everything: bool
+    deleted: int
+    unknown: int
+    adapters: list[int]
+
+
+@dataclass(frozen=True)
+class Graves:
+    """What of one device must not come in again: names, and all that was made up to `before_ms` (0: nothing was)."""
+
+    database: ServerDatabase
+    seal: DeviceSeal
+    before_ms: int
+    named: bool
+
+    @classmethod
+    def of(cls, database: ServerDatabase, seal: DeviceSeal) -> Graves:
+        """Those of the device that `seal` is of."""
+        own = [seal.device_id]
+        before_ms = database.count("SELECT max(before_ms) FROM forgotten WHERE device_id = ?", own)
+        named = database.row("SELECT 1 FROM tombstones WHERE device_id = ? LIMIT 1", own) is not None
+        return cls(database, seal, before_ms, named)
+
+    def hold(self, record: Step | Signal) -> bool:
+        """Whether a record was forgotten, or judges a step that was."""
+        if self.before_ms and record.created_ms <= self.before_ms:
+            return True
+        if isinstance(record, Step):
+            return self.hold_name("step", record.step_id)
+        return self.hold_name("signal", record.signal_id) or self.hold_name(record.target, record.target_id)
+
+    def hold_name(self, kind: str, name: str) -> bool:
+        """Whether there is a tombstone for this name."""
+        sql = "SELECT 1 FROM tombstones WHERE device_id = ? AND name_key = ?"
+        return self.named and self.database.row(sql, [self.seal.device_id, self.seal.name(kind, name)]) is not None
+
+
+def forget(database: ServerDatabase, seals: DeviceSeals, *, request: ForgetRequest, now_ms: int) -> ForgetReceipt:
+    """Do what a device asks, in one transaction; what was asked before is answered as it was, and done no second time.
+
+    After `everything`, records made up to `request.at_ms` are kept out: both are times of the device's own clock.
+
+    Raises:
+        VaultError: another request of this device had this id.
+        StorageError: the disk is full or broken; nothing was deleted.
+    """
+    ids = sorted(set(request.record_ids))
+    digest = sha256(msgspec.json.encode([request.everything, ids]))
+    with database.write():
+        found = _answered(database, request, digest=digest)
+        if found is not None:
+            return found
+        if request.everything:
+            erased, unknown, before_ms = erase_device(database, request.device_id), 0, request.at_ms
+        else:
+            (erased, unknown), before_ms = _erase_named(database, seals, device_id=request.device_id, ids=ids), 0
+        receipt = ForgetReceipt(
+            request_id=request.request_id,
+            device_id=request.device_id,
+            deleted=erased.steps + erased.signals + erased.set_aside,
+            unknown=unknown,
+            adapters=adapters_after(database, erased.rounds),
+            at_ms=now_ms,
+        )
+        _write_down(database, receipt, digest=digest, before_ms=before_ms)
+    return receipt
+
+
+def asked_of(database: ServerDatabase, device_id: str) -> list[Asked]:
+    """What a device asked to forget so far, oldest first."""
+    rows = database.rows(
+        "SELECT request_id, at_ms, before_ms > 0, deleted, unknown, adapters FROM forgotten WHERE device_id = ?"
+        " ORDER BY at_ms, request_id",
+        [device_id],
+    )
+    return [Asked(row[0], row[1], bool(row[2]), row[3], row[4], msgspec.json.decode(row[5])) for row in rows]
+
+
+def _answered(database: ServerDatabase, request: ForgetRequest, *, digest: str) -> ForgetReceipt | None:
+    row = database.row(
+        "SELECT digest, deleted, unknown, adapters, at_ms FROM forgotten WHERE device_id = ? AND request_id = ?",
+        [request.device_id, request.request_id],
+    )
+    if row is None:
+        return None
+    if row[0] != digest:
+        raise VaultError(
+            f"request {request.request_id} asked for something else before; give this one an id of its own"
+        )
+    return ForgetReceipt(
+        request_id=request.request_id,
+        device_id=request.device_id,
+        deleted=row[1],
+        unknown=row[2],
+        adapters=msgspec.json.decode(row[3], type=list[int]),
+        at_ms=row[4],
+    )
+
+
+def _write_down(database: ServerDatabase, receipt: ForgetReceipt, *, digest: str, before_ms: int) -> None:
+    adapters = msgspec.json.encode(receipt.adapters).decode()
+    facts = [before_ms, receipt.deleted, receipt.unknown, adapters, receipt.at_ms]
+    database.run(
+        "INSERT INTO forgotten VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [receipt.device_id, receipt.request_id, digest, *facts]
+    )
+
+
+def _erase_named(
+    database: ServerDatabase, seals: DeviceSeals, *, device_id: str, ids: Sequence[str]
+) -> tuple[Erased, int]:
+    seal = seals.get(device_id)
+    if seal is None:
+        joined = database.row("SELECT 1 FROM devices WHERE device_id = ? AND state = 'joined'", [device_id])
+        if joined is None:  # it can send nothing any more, so nothing has to be kept out
+            return Erased(steps=0, signals=0, items=0, set_aside=0, rounds=[]), len(ids)
+        seal = seals.ensure(device_id)
+    return erase_records(database, seal, ids=ids)
+
+
+def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[str]) -> tuple[Erased, int]:
+    """Delete the steps, signals and items of these names, and what has no meaning without them; leave tombstones.
+
+    Gives what that came to, and how many of the names were of nothing.
+    """
+    run, device = database.run, [seal.device_id]
+    _prepare(database)
+    unknown = sum(_doom(database, seal, name=name) for name in ids)
+    for select in (
+        "SELECT step_key FROM steps WHERE device_id = ? AND item_key IN temp.doomed",
+        "SELECT signal_key FROM signals WHERE device_id = ? AND item_key IN temp.doomed",
+    ):
+        run(f"INSERT OR IGNORE INTO temp.doomed {select}", device)
+    _note_touched(database, device)
+    steps = run("DELETE FROM steps WHERE device_id = ? AND step_key IN temp.doomed", device)
+    _doom_idle_signals(database, device)
+    signals = run("DELETE FROM signals WHERE device_id = ? AND signal_key IN temp.doomed", device)
+    _doom_empty_items(database)
+    items = run("DELETE FROM items WHERE device_id = ? AND item_key IN temp.doomed", device)
+    # What cannot be told apart (an item that could not be read) may hold any of it.
+    unclear = "DELETE FROM set_aside WHERE device_id = ? AND (name_key = x'' OR name_key IN temp.doomed)"
+    set_aside = run(unclear, device)
+    run("INSERT OR IGNORE INTO tombstones SELECT ?, key FROM temp.doomed", device)
+    rounds = _settle(database, keep_under_way=True)
+    return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds), unknown
+
+
+def erase_device(database: ServerDatabase, device_id: str, *, keep_under_way: bool = True) -> Erased:
+    """Delete all that a device sent, with its key and its tombstones.
+
+    keep_under_way: whether a round that runs may finish with what it has read; else it has to start anew.
+    """
+    _prepare(database)
+    database.run("INSERT INTO temp.touched SELECT trajectory_id FROM trajectories WHERE device_id = ?", [device_id])
+    steps, signals, items, set_aside, *_ = (
+        database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
+        for table in ("steps", "signals", "items", "set_aside", "device_secrets", "tombstones")
+    )
+    rounds = _settle(database, keep_under_way=keep_under_way)
+    return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds)
+
+
+def adapters_after(database: ServerDatabase, rounds: Iterable[str]) -> list[int]:
+    """The versions that these rounds made, and those that went on from one of them."""
+    found = database.rows(
+        "WITH RECURSIVE learned (round_id) AS (SELECT value FROM json_each(?) UNION"
+        " SELECT r.round_id FROM learned JOIN adapters a ON a.round_id = learned.round_id"
+        " JOIN rounds r ON r.base_version = a.version)"
+        " SELECT version FROM adapters WHERE round_id IN learned ORDER BY version",
+        [msgspec.json.encode(list(rounds)).decode()],
+    )
+    return [version for (version,) in found]
+
+
+def _prepare(database: ServerDatabase) -> None:
+    """Working sets, in memory: rows to delete, trajectories that lose something, what could be judged, items opened."""
+    for name in ("doomed", "touched", "judged", "opened"):
+        database.run(f"CREATE TEMP TABLE IF NOT EXISTS {name} (key PRIMARY KEY) WITHOUT ROWID")
+        database.run(f"DELETE FROM temp.{name}")  # noqa: S608 constant names
+
+
+def _doom(database: ServerDatabase, seal: DeviceSeal, *, name: str) -> bool:
+    """Mark a name as every kind that it may be of; whether there is nothing of that name."""
+    keys = [seal.name(kind, name) for kind in _KINDS]
+    database.run_each("INSERT OR IGNORE INTO temp.doomed VALUES (?)", [[key] for key in keys])
+    own = [seal.device_id]
+    return not database.count(
+        "SELECT EXISTS (SELECT 1 FROM steps WHERE device_id = ? AND step_key = ?)"
+        " OR EXISTS (SELECT 1 FROM signals WHERE device_id = ? AND signal_key = ?)"
+        " OR EXISTS (SELECT 1 FROM items WHERE device_id = ? AND item_key = ?)"
+        " OR EXISTS (SELECT 1 FROM set_aside WHERE device_id = ? AND name_key IN (?, ?))",
+        [*own, keys[0], *own, keys[1], *own, keys[2], *own, keys[0], keys[1]],
+    )
+
+
+def _note_touched(database: ServerDatabase, device: Sequence[str]) -> None:
+    """Which trajectories lose steps or signals, what can have judged the lost steps, and which items held them."""
+    lost = "FROM steps WHERE device_id = ? AND step_key IN temp.doomed"
+    judged = "SELECT target_key FROM signals WHERE device_id = ? AND signal_key IN temp.doomed"
+    database.run(f"INSERT OR IGNORE INTO temp.touched SELECT trajectory_id {lost}", device)
+    database.run(f"INSERT OR IGNORE INTO temp.opened SELECT item_key {lost}", device)
+    for name in _NAMES:
+        database.run(f"INSERT OR IGNORE INTO temp.judged SELECT {name} {lost}", device)
+        found = f"SELECT trajectory_id FROM steps WHERE {name} IN ({judged})"  # noqa: S608 constant names
+        database.run(f"INSERT OR IGNORE INTO temp.touched {found}", device)
+
+
+def _doom_idle_signals(database: ServerDatabase, device: Sequence[str]) -> None:
+    """Mark the signals on what had a step and has none any more, and note which items held a signal that goes."""
+    database.run(
+        "INSERT OR IGNORE INTO temp.doomed SELECT signal_key FROM temp.judged j"
+        " JOIN signals g ON g.target_key = j.key WHERE g.device_id = ? AND j.key != x''"
+        " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.device_id = g.device_id AND s.step_key = j.key)"
+        " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.run_key = j.key)"
+        " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.session_key = j.key)"
+        " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.named_key = j.key)",
+        device,
+    )
+    lost = "SELECT item_key FROM signals WHERE device_id = ? AND signal_key IN temp.doomed"
+    database.run(f"INSERT OR IGNORE INTO temp.opened {lost}", device)
+
+
+def _doom_empty_items(database: ServerDatabase) -> None:
+    """Mark the items that lost a record and have none left."""
+    database.run(
+        "INSERT OR IGNORE INTO temp.doomed SELECT key FROM temp.opened WHERE key != x''"
+        " AND NOT EXISTS (SELECT 1 FROM steps WHERE item_key = key)"
+        " AND NOT EXISTS (SELECT 1 FROM signals WHERE item_key = key)"
+    )
+
+
+def _settle(database: ServerDatabase, *, keep_under_way: bool) -> list[str]:
+    """Bring the touched trajectories in line with what is left of them; the rounds that had consumed them.
+
+    One that a round consumed stays as a row, so that the round is explained. So may one that a round under way has
+    read: it can still be consumed, and leads no further round.
+    """
+    touched = "FROM trajectories WHERE trajectory_id IN temp.touched AND round_id IS NOT NULL"
+    rounds = [row[0] for row in database.rows(f"SELECT DISTINCT round_id {touched} ORDER BY 1")]
+    empty = "(SELECT key FROM temp.touched WHERE NOT EXISTS (SELECT 1 FROM steps WHERE trajectory_id = key))"
+    read = "EXISTS (SELECT 1 FROM rounds r WHERE r.line_id = trajectories.line_id AND r.state = 'running')"
+    database.run(
+        f"UPDATE trajectories SET state = 'shredded' WHERE trajectory_id IN {empty}"  # noqa: S608 constant text
+        f" AND (round_id IS NOT NULL OR (? AND state = 'ready' AND {read}))",
+        [keep_under_way],
+    )
+    database.run(f"DELETE FROM trajectories WHERE trajectory_id IN {empty} AND state != 'shredded'")  # noqa: S608
+    database.run(
+        "UPDATE trajectories SET state = 'open', ready_order = NULL"
+        " WHERE trajectory_id IN temp.touched AND state = 'ready' AND NOT EXISTS ("
+        " SELECT 1 FROM steps s JOIN signals g ON g.device_id = s.device_id"
+        " AND g.target_key IN (s.step_key, s.run_key, s.session_key, s.named_key)"
+        " WHERE s.trajectory_id = trajectories.trajectory_id)"
+    )
+    return rounds

@@ -1,0 +1,333 @@
+"""The commands of privacy, outbox and audit: pleasant to a person, exact to a program, and true."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from clawloop_edge.cli.context import console
+from clawloop_edge.cli.root import app
+from clawloop_edge.home import EdgeHome
+from clawloop_edge.opening import open_pool
+from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.batch import LineRedactor
+from clawloop_edge.privacy.consent import ConsentLog, Recipient
+from clawloop_edge.privacy.ledger import keep_cohort
+from clawloop_edge.privacy.outbox import Outbox
+from clawloop_edge.privacy.policy import TEXTS
+from clawloop_edge.privacy.redact.machine import detector
+from clawloop_edge.privacy.redact.tokens import TokenTable
+from clawloop_edge.privacy.redact.turns import TurnSearch
+from clawloop_edge.privacy.redacting import Redactor
+from clawloop_shared import wire
+from clawloop_shared.ids import new_step_id
+from clawloop_shared.levels import Level
+from clawloop_shared.records import Policy, Sampling, Signal, Step, StepBatch, Target
+
+from .conftest import Acknowledging
+
+DAY_MS = 86_400_000
+SECRET = "jane.roe@company-mail.com"
+Keep = Callable[..., KeptStep]
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeHome:
+    """A home as `setup` makes it, and a terminal that is wide enough to read."""
+    monkeypatch.setattr(console, "width", 160)
+    found = EdgeHome(tmp_path / "home")
+    made = run(found, "setup", "--model", str(tiny_model), "--key-file", "--port", "8123", "--yes")
+    assert made.exit_code == 0, made.output
+    return found
+
+
+@pytest.fixture
+def keep(tiny_model: Path) -> Keep:
+    """`keep(pool, "words", session="talk", app="agent", before=None, made_ms=now)`: a step, maybe after another."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tiny_model / "tokenizer.json")).encode
+
+    def kept(
+        pool: Pool,
+        words: str,
+        *,
+        session: str = "talk",
+        app: str = "agent",
+        before: KeptStep | None = None,
+        made_ms: int = 0,
+    ) -> KeptStep:
+        answer = encode(f"answer to {words[:8]}", add_special_tokens=False).ids
+        at_ms = made_ms or time.time_ns() // 1_000_000
+        step = Step(
+            step_id=new_step_id(),
+            session_id=session,
+            run_id="run",
+            prompt_ids=(before.step.token_ids if before else []) + encode(words, add_special_tokens=False).ids,
+            response_ids=answer,
+            response_logprobs=[-0.5] * len(answer),
+            policy=Policy("line"),
+            sampling=Sampling(),
+            finish_reason="stop",
+            created_ms=at_ms,
+        )
+        messages = [{"role": "user", "content": words}]
+        found = KeptStep(
+            step=step,
+            messages=messages,
+            reply={"role": "assistant", "content": "answer"},
+            app=app,
+            started_ms=at_ms,
+            finished_ms=at_ms,
+        )
+        pool.keep_step(found).result()
+        return found
+
+    return kept
+
+
+def run(home: EdgeHome, *words: str) -> Result:
+    return CliRunner().invoke(app, ["--home", str(home.folder), *words])
+
+
+def ok(home: EdgeHome, *words: str) -> str:
+    """What a command that works prints to standard output."""
+    done = run(home, *words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def facts(home: EdgeHome, *words: str) -> Any:
+    return json.loads(ok(home, *words, "--json"))
+
+
+def told(home: EdgeHome, *words: str) -> str:
+    """Why a command that fails did."""
+    done = run(home, *words)
+    assert done.exit_code != 0, done.output
+    return f"{done.exception} {done.output}"
+
+
+@pytest.mark.parametrize("level", list(Level))
+def test_show_says_what_holds_and_what_each_level_means(home: EdgeHome, level: Level) -> None:
+    ok(home, "privacy", "set", level, "--yes")
+    shown = ok(home, "privacy", "show")
+    assert f"level {level}" in shown
+    assert "blotted out" in shown
+    found = facts(home, "privacy", "show")
+    assert (found["level"], found["means"]) == (level, TEXTS[level])
+    assert found["expires_ms"] - found["given_ms"] == 365 * DAY_MS
+
+
+def test_show_says_when_it_is_asked_again_to_whom_and_what_for(home: EdgeHome) -> None:
+    with open_pool(home, writer=False) as pool:
+        ConsentLog(pool).set_recipient(Recipient("https://box:8443", b"k"))
+    ok(home, "privacy", "set", "full", "--yes")
+    shown = ok(home, "privacy", "show")
+    assert "asked again" in shown
+    assert "improve the model" in shown
+    assert "https://box:8443" in shown
+    with open_pool(home, writer=False) as pool:
+        ConsentLog(pool).set_recipient(Recipient("https://other", b"o"))
+    assert "full was chosen, but the consent was given for another server" in ok(home, "privacy", "show")
+
+
+def test_private_deltas_say_whether_they_could_be_of_use(home: EdgeHome) -> None:
+    assert "not known yet" in ok(home, "privacy", "set", "private-deltas", "--yes")
+    with open_pool(home, writer=False) as pool:
+        keep_cohort(pool, 5)
+    said = ok(home, "privacy", "set", "private-deltas", "--yes")
+    assert "does not learn on this device yet" in said
+    assert "with 5 devices" in said
+    assert "no use with fewer than" in said
+
+
+def test_the_past_is_counted_with_its_dates_before_it_is_asked_for(home: EdgeHome, keep: Keep) -> None:
+    with open_pool(home, writer=False) as pool:
+        for day, session in ((1, "old"), (10, "new")):
+            keep(pool, "hello", session=session, made_ms=1_700_000_000_000 + day * DAY_MS)
+    said = ok(home, "privacy", "set", "full", "--include-past", "--yes")
+    assert "the past: 2 trainable steps of 2 sessions, 2023-11-15 to 2023-11-24" in said
+    ok(home, "privacy", "set", "off")
+    said = ok(home, "privacy", "set", "full", "--include-past", "--since", "2023-11-20", "--yes")
+    assert "the past: 1 trainable steps of 1 sessions" in said
+    assert "1 items made" in ok(home, "outbox", "fill")
+    (item,) = facts(home, "outbox", "list")
+    assert item["session_id"] == "new"
+
+
+def test_a_no_changes_nothing(home: EdgeHome) -> None:
+    refused = CliRunner().invoke(app, ["--home", str(home.folder), "privacy", "set", "full"], input="n\n")
+    assert refused.exit_code == 1
+    assert facts(home, "privacy", "show")["level"] == "off"
+
+
+def test_limits_are_set_listed_lifted_and_refused_with_the_reason(home: EdgeHome, keep: Keep) -> None:
+    with open_pool(home, writer=False) as pool:
+        keep(pool, "hello", session="a-long-session-id")
+    ok(home, "privacy", "set", "redacted", "--yes")
+    assert "above this device's level redacted" in told(home, "privacy", "set", "full", "--app", "agent")
+    ok(home, "privacy", "set", "off", "--session", "a-long")
+    assert "nothing of diary was kept yet; known are: agent" in ok(home, "privacy", "set", "metrics", "--app", "diary")
+    found = facts(home, "privacy", "show")
+    assert [(limit["name"], limit["level"]) for limit in found["limits"]] == [
+        ("diary", "metrics"),
+        ("a-long-session-id", "off"),
+    ]
+    assert "diary" in ok(home, "privacy", "show")
+    assert "takes along what was said in it before" in ok(home, "privacy", "clear", "--session", "a-long")
+    assert len(facts(home, "privacy", "show")["limits"]) == 1
+    assert "no session nothing is kept here" in told(home, "privacy", "set", "off", "--session", "nothing")
+    assert "name one of --app and --session" in told(home, "privacy", "clear")
+
+
+def test_a_pause_is_told_of_and_can_be_ended(home: EdgeHome) -> None:
+    ok(home, "privacy", "set", "full", "--yes")
+    assert "what is said until then never leaves" in ok(home, "privacy", "pause", "--for", "2h")
+    shown = ok(home, "privacy", "show")
+    assert "everything is paused until" in shown
+    assert "privacy resume" in shown
+    assert "everything is paused until" in ok(home, "privacy", "set", "redacted", "--yes")
+    ok(home, "privacy", "resume")
+    assert facts(home, "privacy", "show")["level"] == "redacted"
+    for wrong in ("2", "h", "-1h", "0h", "2h x", "1e9d"):
+        assert run(home, "privacy", "pause", "--for", wrong).exit_code == 2, wrong
+
+
+@pytest.fixture
+def filled(home: EdgeHome, keep: Keep) -> EdgeHome:
+    """A home with two sessions in the outbox: one at full, one redacted with what really redacts."""
+    model = Path(home.load_config().model.path)
+    ok(home, "privacy", "set", "full", "--yes")
+    with open_pool(home, writer=False) as pool:
+        first = keep(pool, "tell me of the garden", session="open")
+        keep(pool, " and of the house", session="open", before=first)
+        keep(pool, f"write to {SECRET} about it", session="red")
+        signal = Signal(
+            signal_id="01ARZ3NDEKTSV4RRFFQ69G5FAV",
+            target=Target.STEP,
+            target_id=first.step.step_id,
+            source="user",
+            value=1.0,
+            created_ms=1,
+            comment="well said [bold]\x1b]0;x\x07",
+        )
+        pool.keep_signal(signal).result()
+    ok(home, "privacy", "set", "redacted", "--session", "red")
+    with open_pool(home, writer=False) as pool:
+        keep(pool, f"write to {SECRET} about it", session="red")
+        search = TurnSearch(TokenTable.of(model), detector(home))
+        redactor = Redactor(search, rescore=lambda _, ids, **__: [-0.5] * len(ids))  # type: ignore[arg-type]
+        outbox = Outbox(pool, hold_s=86_400, hold_redacted_s=0, redactor=LineRedactor("line", redactor))
+        assert outbox.fill() == 2
+    return home
+
+
+def item_of(home: EdgeHome, session: str) -> str:
+    found = facts(home, "outbox", "list")
+    return next(str(item["item_id"]) for item in found if item["session_id"] == session)
+
+
+def test_list_shows_titles_levels_sizes_and_what_happens(filled: EdgeHome) -> None:
+    shown = ok(filled, "outbox", "list")
+    assert "tell me of the garden" in shown
+    assert "2 steps, 1 signal" in shown
+    assert "held until tomorrow" in shown
+    assert "leaves when the server asks next" in shown
+    assert "2 wait" in shown
+    ok(filled, "privacy", "set", "off")
+    assert "dropped, never left" in ok(filled, "outbox", "list")
+
+
+def test_show_tells_each_step_once_and_control_characters_reach_no_terminal(filled: EdgeHome) -> None:
+    shown = ok(filled, "outbox", "show", item_of(filled, "open")[:20])
+    assert shown.count("tell me of the garden") == 2, "as title and in the first step"
+    assert "tokens as in the step before" in shown
+    assert "and of the house" in shown
+    assert "well said [bold]" in shown
+    assert "\x1b]0" not in shown
+
+
+def test_show_marks_what_was_taken_out_with_its_kind(filled: EdgeHome) -> None:
+    shown = ok(filled, "outbox", "show", item_of(filled, "red"))
+    assert "▇▇ email ▇▇" in shown
+    assert "company-mail" not in shown.split("step ", 1)[1]
+    assert "about it" in shown
+
+
+def test_raw_is_the_very_bytes_and_json_what_they_mean(filled: EdgeHome) -> None:
+    item_id = item_of(filled, "red")
+    raw = CliRunner().invoke(app, ["--home", str(filled.folder), "outbox", "show", item_id, "--raw"]).stdout_bytes
+    with open_pool(filled, writer=False) as pool:
+        assert raw == Outbox(pool).get(item_id).body
+    batch = wire.decode(raw, StepBatch)
+    decoded = facts(filled, "outbox", "show", item_id)
+    assert decoded["steps"][0]["prompt_ids"] == batch.steps[0].prompt_ids
+    assert decoded["steps"][0]["redacted"] == [list(span) for span in batch.steps[0].redacted]
+
+
+def test_items_are_approved_and_dropped_by_the_beginning_of_their_ids(filled: EdgeHome) -> None:
+    open_id, red_id = item_of(filled, "open"), item_of(filled, "red")
+    assert "may leave now" in ok(filled, "outbox", "approve", open_id)
+    assert "never leaves" in ok(filled, "outbox", "drop", red_id)
+    assert "was dropped" in told(filled, "outbox", "approve", red_id)
+    assert "no outbox item" in told(filled, "outbox", "drop", "XYZ")
+    assert run(filled, "outbox", "approve").exit_code == 2
+    assert run(filled, "outbox", "drop").exit_code == 2
+    states = {item["item_id"]: item["state"] for item in facts(filled, "outbox", "list")}
+    assert states == {open_id: "approved", red_id: "dropped"}
+
+
+def test_all_that_is_held_can_be_approved_at_once(filled: EdgeHome) -> None:
+    asked = CliRunner().invoke(app, ["--home", str(filled.folder), "outbox", "approve", "--all"], input="n\n")
+    assert (asked.exit_code, "Let 2 items leave" in asked.output) == (1, True)
+    ok(filled, "outbox", "approve", "--all", "--yes")
+    assert {item["state"] for item in facts(filled, "outbox", "list")} == {"approved"}
+
+
+def test_a_dry_run_tells_what_would_be_put_there_and_puts_nothing(home: EdgeHome, keep: Keep) -> None:
+    with open_pool(home, writer=False) as pool:
+        keep(pool, "hello", session="one", app="mail")
+        keep(pool, "hello", session="two", app="code")
+    assert "no trainable step" in ok(home, "outbox", "fill", "--dry-run")
+    assert "2 trainable steps of 2 sessions" in ok(home, "outbox", "fill", "--dry-run", "--level", "full")
+    found = facts(home, "outbox", "fill", "--dry-run", "--level", "redacted")
+    assert [(each["app"], each["steps"]) for each in found["apps"]] == [("code", 1), ("mail", 1)]
+    assert facts(home, "outbox", "list") == []
+    assert run(home, "outbox", "fill", "--level", "full").exit_code == 2
+
+
+def test_filling_by_command_leaves_to_the_edge_what_must_be_redacted(home: EdgeHome, keep: Keep) -> None:
+    ok(home, "privacy", "set", "redacted", "--yes")
+    with open_pool(home, writer=False) as pool:
+        keep(pool, "hello")
+    assert "the running edge does" in told(home, "outbox", "fill")
+
+
+def test_the_audit_log_is_shown_filtered_verified_and_exported(filled: EdgeHome, tmp_path: Path) -> None:
+    item_id, server = item_of(filled, "red"), Acknowledging()
+    with open_pool(filled, writer=False) as pool:
+        outbox = Outbox(pool)
+        outbox.approve(item_of(filled, "open"))
+        outbox.mark_sent([item_id, item_of(filled, "open")])
+        server.acknowledge(outbox, [item_id])
+    shown = ok(filled, "audit", "show", "--item", item_id[:24])
+    assert "given to the network" in shown
+    assert "the server has it" in shown
+    assert len(facts(filled, "audit", "show")) == 3
+    assert facts(filled, "audit", "show", "--since", "2100-01-01") == []
+    assert len(facts(filled, "audit", "show", "--limit", "1")) == 1
+    report = facts(filled, "audit", "verify")
+    assert report == {"entries": 3, "signed_by_server": 1, "receipts": 1}
+    assert "the server signed for 1 of the entries" in ok(filled, "audit", "verify")
+    lines = ok(filled, "audit", "export").splitlines()
+    ok(filled, "audit", "export", str(tmp_path / "log.jsonl"))
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
+    assert [json.loads(line)["kind"] for line in lines] == ["sent", "sent", "received"]
+    assert SECRET not in "".join(lines)

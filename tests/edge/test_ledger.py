@@ -1,0 +1,260 @@
+"""The privacy ledger: what releases cost together, that none goes uncounted, and when learning is of no use."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from clawloop_edge.cli.root import app
+from clawloop_edge.config import EdgeConfig, PoolConfig, PrivacyConfig
+from clawloop_edge.errors import ConsentError, PoolError
+from clawloop_edge.home import EdgeHome
+from clawloop_edge.opening import open_pool
+from clawloop_edge.pool.keys import KnownKey
+from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.ledger import (
+    EntryState,
+    Ledger,
+    Noise,
+    epsilon_of,
+    keep_cohort,
+    part_used,
+    read_cohort,
+    sigma_for,
+    useful,
+)
+from clawloop_shared import config
+
+KEY = KnownKey.of(bytes(range(32)))
+RESERVE_FOR_EVER = """
+import sys
+from pathlib import Path
+from clawloop_edge.pool.keys import KnownKey
+from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.ledger import Ledger
+ledger = Ledger(Pool.open(Path(sys.argv[1]), KnownKey.of(bytes(range(32)))), epsilon=1e9)
+while True:
+    entry = ledger.reserve("line", sigma=1, clip=1, round_id="r")
+    print(entry, flush=True)
+    ledger.commit(entry)
+"""
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    """An empty open pool."""
+    with Pool.open(tmp_path, KEY) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("sigma", "releases", "epsilon", "digits"),
+    [(1, 1, 4.4, 1), (1, 10, 17.9, 1), (1, 50, 54, 0), (4, 1, 0.93, 2), (4, 10, 3.3, 1), (4, 50, 8.6, 1)],
+)
+def test_releases_cost_what_the_research_measured(sigma: float, releases: int, epsilon: float, digits: int) -> None:
+    assert round(epsilon_of([sigma] * releases), digits) == epsilon
+
+
+def test_unlike_releases_cost_what_a_numerical_composition_of_them_says() -> None:
+    from dp_accounting import GaussianDpEvent, NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
+    sigmas = [2.0, 3.5, 8.0]
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for sigma in sigmas:
+        accountant.compose(GaussianDpEvent(sigma))
+    assert epsilon_of(sigmas) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.3, 50), min_size=1, max_size=30))
+def test_one_more_release_always_costs_more(sigmas: list[float]) -> None:
+    assert 0 < epsilon_of(sigmas[:1]) <= epsilon_of(sigmas) < epsilon_of([*sigmas, 50.0])
+
+
+def test_no_release_costs_nothing(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    assert (ledger.spent("line").epsilon, ledger.spent_all().releases, ledger.lines()) == (0.0, 0, {})
+
+
+def test_a_reserved_release_counts_until_it_is_given_back(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    entry = ledger.reserve("line", sigma=4, clip=0.5, round_id="7")
+    assert ledger.spent("line").epsilon == pytest.approx(0.926, abs=0.001)
+    (kept,) = ledger.entries()
+    assert (kept.model_line, kept.mechanism, kept.sigma, kept.clip, kept.round_id, kept.delta) == (
+        "line", "gaussian", 4, 0.5, "7", 1e-5,
+    )  # fmt: skip
+    ledger.give_back(entry)
+    assert ledger.spent("line").releases == 0
+    with pytest.raises(PoolError, match="is returned, so it cannot become released"):
+        ledger.commit(entry)
+
+
+def test_a_release_that_left_is_never_taken_off_the_count(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    entry = ledger.reserve("line", sigma=4, clip=1, round_id="7")
+    ledger.commit(entry)
+    ledger.commit(entry)
+    with pytest.raises(PoolError, match="is released"):
+        ledger.give_back(entry)
+    with pytest.raises(PoolError, match="not in the ledger"):
+        ledger.give_back("nobody")
+    assert ledger.spent("line").releases == 1
+
+
+def test_no_release_passes_the_budget(pool: Pool) -> None:
+    ledger = Ledger(pool, epsilon=8.0)
+    sigma = sigma_for(8.0, rounds=5)
+    for round_id in range(5):
+        ledger.check("line", sigma=sigma, clip=1)
+        ledger.reserve("line", sigma=sigma, clip=1, round_id=str(round_id))
+    for ask in (
+        lambda: ledger.check("line", sigma=sigma, clip=1),
+        lambda: ledger.reserve("line", sigma=sigma, clip=1, round_id="5"),
+    ):
+        with pytest.raises(ConsentError, match=r"from 8\.00 to 8\.9\d, over the budget of 8"):
+            ask()
+    assert ledger.spent("line").epsilon == pytest.approx(8)
+
+
+def test_the_part_that_is_used_grows_by_the_same_with_each_release(pool: Pool) -> None:
+    ledger = Ledger(pool, epsilon=8.0)
+    used = [part_used(ledger.spent("line"), 8.0)]
+    for round_id in range(4):
+        ledger.reserve("line", sigma=sigma_for(8.0, rounds=4), clip=1, round_id=str(round_id))
+        used.append(part_used(ledger.spent("line"), 8.0))
+    assert used == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+
+
+def test_another_line_has_its_own_budget_and_the_sum_over_lines_is_shown(pool: Pool) -> None:
+    ledger = Ledger(pool, epsilon=5.0)
+    for line in ("one", "other"):
+        ledger.reserve(line, sigma=1, clip=1, round_id="1")
+    assert {line: spent.releases for line, spent in ledger.lines().items()} == {"one": 1, "other": 1}
+    assert ledger.spent("one").epsilon < 5 < ledger.spent_all().epsilon == pytest.approx(epsilon_of([1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "clip"), [(0, 1), (0.001, 1), (-1, 1), (math.inf, 1), (math.nan, 1), (1, 0), (1, math.inf)]
+)
+def test_a_release_without_noise_or_bound_is_refused(pool: Pool, sigma: float, clip: float) -> None:
+    with pytest.raises(ConsentError, match="is not private"):
+        Ledger(pool).reserve("line", sigma=sigma, clip=clip, round_id="1")
+
+
+def test_noise_that_drowns_everything_costs_nothing(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    ledger.reserve("line", sigma=1e200, clip=1, round_id="1")
+    assert (ledger.spent("line").epsilon, part_used(ledger.spent("line"), 8.0)) == (0.0, 0.0)
+
+
+def test_a_mechanism_that_cannot_be_accounted_for_is_refused(pool: Pool) -> None:
+    with pytest.raises(ConsentError, match="'laplace' cannot be accounted for"):
+        Ledger(pool).reserve("line", sigma=1, clip=1, round_id="1", mechanism="laplace")
+
+
+def test_two_ledgers_of_one_pool_together_stay_in_the_budget(tmp_path: Path) -> None:
+    with Pool.open(tmp_path, KEY) as one, Pool.open(tmp_path, KEY) as other:
+        Ledger(one, epsilon=5.0).reserve("line", sigma=1, clip=1, round_id="1")
+        with pytest.raises(ConsentError, match="over the budget"):
+            Ledger(other, epsilon=5.0).reserve("line", sigma=1, clip=1, round_id="1")
+
+
+def test_the_ledger_is_in_the_chain_and_a_missing_entry_is_seen(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    entry = ledger.reserve("line", sigma=4, clip=1, round_id="1")
+    ledger.commit(entry)
+    assert pool.verify().ok
+    pool.submit(lambda database: database.conn.execute("DELETE FROM ledger").rowcount).result()
+    assert any("ledger" in problem and entry in problem for problem in pool.verify().problems)
+
+
+def test_a_killed_edge_leaves_no_release_uncounted(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    for kill in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", RESERVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for _ in range(3 + kill):
+            acknowledged.append(child.stdout.readline().strip())
+        os.kill(child.pid, signal.SIGKILL)
+        acknowledged += child.stdout.read().split()  # printed before it died
+        child.wait()
+        child.stdout.close()
+    with Pool.open(tmp_path, KEY) as pool:
+        assert {entry.entry_id for entry in Ledger(pool).entries()} >= set(acknowledged)
+        assert pool.verify().ok
+
+
+def test_entries_survive_being_opened_again(tmp_path: Path) -> None:
+    with Pool.open(tmp_path, KEY) as pool:
+        entry = Ledger(pool).reserve("line", sigma=2, clip=1, round_id="1")
+    with Pool.open(tmp_path, KEY) as pool:
+        assert [kept.entry_id for kept in Ledger(pool).entries()] == [entry]
+        row = pool.submit(lambda database: database.conn.execute("SELECT state FROM ledger").fetchone()).result()
+        assert row == (EntryState.RESERVED,)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rounds", "parameters", "snr"),
+    [(20, 20, 10**4, 0.33), (100, 50, 10**4, 1.7), (100, 50, 10**5, 0.53), (100, 50, 10**6, 0.17)],
+)
+def test_usefulness_of_noise_added_once_is_that_of_the_research(
+    devices: int, rounds: int, parameters: int, snr: float
+) -> None:
+    found = useful(devices, parameters, rounds=rounds, epsilon=8, noise=Noise.TOGETHER)
+    assert found.snr == pytest.approx(snr, rel=0.03)
+    assert found.useful == (snr >= 1)
+
+
+def test_few_devices_are_told_that_they_learn_nothing() -> None:
+    found = useful(3, 10_000, rounds=50, epsilon=8, noise=Noise.TOGETHER)
+    assert not found.useful
+    assert found.devices == 60
+    assert found.words == (
+        "with 3 devices and a budget of epsilon 8, noise hides what 10,000 weights learn: "
+        "no use with fewer than ~60 devices"
+    )
+
+
+def test_devices_that_trust_nobody_need_many_more_of_them() -> None:
+    alone, together = useful(100, 10_000), useful(100, 10_000, noise=Noise.TOGETHER)
+    assert alone.snr == pytest.approx(together.snr / 10)
+    assert (alone.devices, useful(3_500, 10_000).useful, useful(3_700, 10_000).useful) == (3_600, False, True)
+
+
+def test_advice_waits_for_the_servers_word_on_how_many_there_are(pool: Pool) -> None:
+    ledger = Ledger(pool)
+    assert (read_cohort(pool), ledger.advice(10_000)) == (0, "")
+    keep_cohort(pool, 3)
+    assert ledger.advice(10_000).startswith("with 3 devices and a budget of epsilon 8, noise hides")
+
+
+def test_the_budget_is_shown_in_plain_words(tmp_path: Path) -> None:
+    home = EdgeHome(tmp_path)
+    config.save(home.config_file, EdgeConfig(pool=PoolConfig(key="file"), privacy=PrivacyConfig(epsilon=4.0)))
+    empty = CliRunner().invoke(app, ["--home", str(tmp_path), "privacy", "budget"])
+    assert empty.exit_code == 0, empty.output
+    assert "nothing noised has left: no privacy is spent" in empty.output
+    assert "no server has said yet how many devices learn together" in empty.output
+    with open_pool(home, writer=False) as pool:
+        Ledger(pool).reserve("one", sigma=4, clip=1, round_id="1")
+        Ledger(pool).reserve("other", sigma=4, clip=1, round_id="1")
+        keep_cohort(pool, 3)
+    shown = CliRunner().invoke(app, ["--home", str(tmp_path), "privacy", "budget"])
+    assert "all together" in shown.output
+    assert "no use with fewer than" in shown.output.replace("\n", " ")
+    facts = json.loads(CliRunner().invoke(app, ["--home", str(tmp_path), "privacy", "budget", "--json"]).output)
+    assert facts["lines"]["one"] == {"releases": 1, "epsilon": pytest.approx(0.926, abs=0.001), "delta": 1e-5}
+    assert (facts["epsilon"], facts["cohort"], facts["together"]["releases"]) == (4.0, 3, 2)
