@@ -97,8 +97,10 @@ def test_stats_tell_what_encrypts_it_where_the_key_is_and_how_far_the_anchor_is(
 
 def test_a_key_is_rotated_and_everything_verifies(home: EdgeHome) -> None:
     assert json.loads(done(home, "pool", "rotate-key", "--json"))["version"] == 2
-    assert "version 3 of the key is in force" in done(home, "pool", "rotate-key")
-    assert "2 steps in 2 sessions" in done(home, "pool", "verify")
+    rotated = done(home, "pool", "rotate-key")
+    assert "version 3 of the key is in force" in rotated
+    assert "pool backup FILE" in rotated
+    assert "2 steps in 2 sessions, 0 signals; all is as it was kept" in done(home, "pool", "verify")
     assert json.loads(done(home, "pool", "verify", "--json"))["problems"] == []
 
 

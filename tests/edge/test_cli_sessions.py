@@ -223,6 +223,17 @@ def test_sessions_are_listed_page_by_page_and_by_agent_and_time(home: EdgeHome) 
     assert "--app dog --before wed" in text
     assert "sessions list" in text
     assert "leave an option out" in shown(home, "sessions", "list", "--app", "cow")
+    assert "leave an option out" in shown(home, "sessions", "search", "on", "--app", "cow")
+
+
+def test_a_listed_session_has_its_id_and_its_agent_whole_at_80_columns(home: EdgeHome) -> None:
+    session, agent = "s-b51c5b86f84e728cd16c3fa85c458139", "AsyncAnthropic/Python"
+    with open_pool(home, writer=True) as pool:
+        keep(pool, say([user("x")], session=session, app=agent))
+    lines = shown(home, "sessions", "list", columns=80).splitlines()
+    assert any(session in line.split() for line in lines)
+    assert any(agent in line.split() for line in lines)
+    assert json.loads(run(home, "sessions", "list", "--app", agent, "--json").stdout)[0]["session_id"] == session
 
 
 def test_all_sessions_last_used_in_one_millisecond_are_listed(home: EdgeHome, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clawloop_edge.errors import PoolError
-from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.keys import KnownKey
+from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.sessions.classify import Kind, Traffic
 from clawloop_edge.sessions.identity import Identity

@@ -19,8 +19,8 @@ from clawloop_edge.engine.mlx import MlxEngine
 from clawloop_edge.engine.tool_calls import parse_reply
 from clawloop_edge.gateway.app import make_app, make_runner
 from clawloop_edge.gateway.settings import GatewaySettings
-from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.keys import KnownKey
+from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_shared.lora import LINEARS, LoraConfig, expected_tensors
 from clawloop_shared.model_line import read_shape

@@ -165,9 +165,14 @@ def when(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000).strftime("%Y-%m-%d %H:%M:%S") if time_ms else ""
 
 
+def count(number: int, what: str) -> str:
+    """So many things in words: `1 step`, `2 steps`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask, unless `yes`; leave with exit code 1 on a no."""
-    if not yes and not answered(lambda: typer.confirm(question), instead="--yes"):
+    """Ask on stderr, so that stdout holds facts alone, unless `yes`; leave with exit code 1 on a no."""
+    if not yes and not answered(lambda: typer.confirm(question, err=True), instead="--yes"):
         raise typer.Exit(1)
 
 
@@ -182,5 +187,5 @@ def answered(ask: Callable[[], T], *, instead: str) -> T:
     except typer.Abort as error:
         if sys.stdin.isatty():
             raise
-        typer.echo()
+        typer.echo(err=True)
         raise ConfigError(f"there is no terminal to ask at; give {instead}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from clawloop_edge.cli.context import (
     command,
     confirm,
     console,
+    count,
     home_of,
     opened_pool,
     print_json,
@@ -30,6 +32,7 @@ from clawloop_edge.cli.context import (
     time_range,
     when,
 )
+from clawloop_edge.cli.listing import listing
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +97,7 @@ def forget_sessions(
             raise typer.Exit(1)
         if not as_json:
             _print_preview(preview, adapters, keep_remote=keep_remote)
-        confirm(f"Forget {_count(len(preview.sessions), 'session')} for good?", yes=yes)
+        confirm(f"Forget {count(len(preview.sessions), 'session')} for good?", yes=yes)
         with _progress() as say:
             say("forgetting")
             done = forgetter.forget(preview, everything=everything, keep_remote=keep_remote)
@@ -195,19 +198,18 @@ class Say:
 @contextmanager
 def _progress() -> Iterator[Say]:
     columns = SpinnerColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=problems, transient=True) as progress:
+    with Progress(*columns, console=problems, transient=True, disable=not problems.is_terminal) as progress:
         yield Say(progress)
 
 
 def _print_preview(preview: Preview, adapters: Sequence[int], *, keep_remote: bool) -> None:
-    rows = [(s.session_id, s.title, s.app, s.steps, when(s.last_ms)) for s in preview.sessions[:_SHOWN]]
-    columns = ("session", "title", "app", "steps", "last")
-    print_table(columns, rows, empty="no session is kept", whole={"session"}, clipped={"title"})
+    shortened = preview.sessions[:_SHOWN]
+    console.print(listing(shortened, now=datetime.now()) if shortened else "no session is kept")
     if len(preview.sessions) > _SHOWN:
-        console.print(f"... and {_count(len(preview.sessions) - _SHOWN, 'session')} more")
+        console.print(f"... and {count(len(preview.sessions) - _SHOWN, 'session')} more")
     if preview.sessions:
         first, last = when(preview.first_ms), when(preview.last_ms)
-        counts = f"{_count(len(preview.sessions), 'session')} with {_count(preview.steps, 'step')}"
+        counts = f"{count(len(preview.sessions), 'session')} with {count(preview.steps, 'step')}"
         console.print(f"{counts}, from {first} to {last}")
     for gone in preview.left:
         where = gone.server.url or "a server that is not known any more"
@@ -222,7 +224,7 @@ def _print_preview(preview: Preview, adapters: Sequence[int], *, keep_remote: bo
 def _print_done(
     context: typer.Context, done: Done, *, deletions: Sequence[Deletion], unfinished: list[str], cannot: list[str]
 ) -> None:
-    counts = f"{_count(done.sessions, 'session')}, {_count(done.steps, 'step')}, {_count(done.signals, 'signal')}"
+    counts = f"{count(done.sessions, 'session')}, {count(done.steps, 'step')}, {count(done.signals, 'signal')}"
     console.print(f"forgotten: {counts} ({decimal(done.size_bytes)})")
     for deletion in deletions:
         console.print(shown(f"{deletion.server.url or 'a server'}: {_state(deletion)}"))
@@ -281,7 +283,3 @@ def _facts(
 def _told(deletion: Deletion) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.to_builtins(deletion)
     return facts | {"server": deletion.server.url}
-
-
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"

@@ -17,6 +17,7 @@ from clawloop_edge.cli.context import (
     command,
     confirm,
     console,
+    count,
     home_of,
     opened_pool,
     print_json,
@@ -51,13 +52,13 @@ def show_stats(context: typer.Context, as_json: Json = False) -> None:
         print_json({**msgspec.to_builtins(stats), "key": key, "anchor": anchor})
         return
     rows = [
-        ("steps", f"{stats.steps} in {stats.sessions} sessions, {stats.trainable} trainable"),
+        ("steps", f"{stats.steps} in {count(stats.sessions, 'session')}, {stats.trainable} trainable"),
         ("signals", stats.signals),
         ("content", size(stats.payload_bytes)),
         ("on the disk", size(stats.file_bytes)),
         ("encryption", stats.encryption),
         ("key", f"version {version}, {pool.store.name}"),
-        ("chain", f"{stats.last_seq} changes"),
+        ("chain", count(stats.last_seq, "change")),
         ("anchor", f"change {points[-1].seq}, {when(points[-1].at_ms)}" if points else "none yet"),
     ]
     print_table(("what", "is"), rows, empty="")
@@ -74,7 +75,10 @@ def verify(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(report)
     else:
-        console.print(f"{report.steps} steps in {report.sessions} sessions, {report.signals} signals")
+        counts = (
+            f"{count(report.steps, 'step')} in {count(report.sessions, 'session')}, {count(report.signals, 'signal')}"
+        )
+        console.print(f"{counts}; all is as it was kept" if report.ok else counts)
         for problem in report.problems:
             console.print("[red]wrong:[/red]", shown(problem))
     if not report.ok:
@@ -104,7 +108,9 @@ def rotate_key(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(done)
     else:
-        console.print(f"version {done.version} of the key is in force, and wraps {done.keys} keys")
+        console.print(f"version {done.version} of the key is in force, and wraps {count(done.keys, 'key')}")
+        console.print("backups from before open no more, unless their keys were sealed into them; make a new one:")
+        typer.echo(command(home_of(context), "pool backup FILE"))
 
 
 @group.command("backup")
@@ -134,7 +140,8 @@ def back_up(
     if as_json:
         print_json({**msgspec.to_builtins(done), "file": str(file), "with_keys": bool(passphrase)})
         return
-    console.print(f"{done.steps} steps of {done.sessions} sessions, {size(done.size_bytes)}:", shown(file))
+    counts = f"{count(done.steps, 'step')} of {count(done.sessions, 'session')}"
+    console.print(f"{counts}, {size(done.size_bytes)}:", shown(file))
     if passphrase:
         console.print("opens with its passphrase")
         return
@@ -183,9 +190,9 @@ def restore(
     if as_json:
         print_json(done)
         return
-    console.print(f"{done.steps} steps of {done.sessions} sessions are here")
+    console.print(f"restored: {count(done.steps, 'step')} of {count(done.sessions, 'session')}")
     if done.forgotten_again:
-        console.print(f"{done.forgotten_again} sessions that were forgotten since the backup are forgotten again")
+        console.print(f"forgotten again, as since the backup: {count(done.forgotten_again, 'session')}")
     console.print("the privacy level is [bold]off[/bold]; choose it anew with")
     typer.echo(command(home, "privacy set LEVEL"))
 
@@ -211,7 +218,7 @@ def accept(context: typer.Context, yes: Yes = False, as_json: Json = False) -> N
     if as_json:
         print_json({"accepted": bool(problem), "steps": stats.steps, "last_seq": stats.last_seq})
     elif problem:
-        console.print(f"accepted: {stats.steps} steps, {stats.last_seq} changes")
+        console.print(f"accepted: {count(stats.steps, 'step')}, {count(stats.last_seq, 'change')}")
     else:
         console.print("the pool is where its anchor says, or further; there is nothing to accept")
 

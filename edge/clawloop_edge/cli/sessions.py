@@ -5,12 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from clawloop_edge.cli.context import (
@@ -23,7 +21,6 @@ from clawloop_edge.cli.context import (
     command,
     console,
     home_of,
-    on_one_line,
     opened_pool,
     print_json,
     problems,
@@ -32,6 +29,7 @@ from clawloop_edge.cli.context import (
     time_range,
 )
 from clawloop_edge.cli.forget import forget_sessions
+from clawloop_edge.cli.listing import listing
 from clawloop_edge.cli.moments import told
 
 if TYPE_CHECKING:
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 
 group = typer.Typer(help="Look at what was kept.", no_args_is_help=True)
 _NOTHING = "nothing was kept yet; call the edge"
-_HEADS = ("last", "session", "agent", "steps", "trainable")
-_GAPS, _AGENT_CHARS, _TITLE_CHARS = 2 * len(_HEADS), 16, 20
 _PAGE = 200
 _TAKEN_IN = 1000
 _MANY = 2000
@@ -81,7 +77,7 @@ def list_sessions(
         narrowed = app or since or until or before
         console.print("no session is like that; leave an option out" if narrowed else _NOTHING)
         return
-    console.print(_listing(page, now=datetime.now()))
+    console.print(listing(page, now=datetime.now()))
     if more:
         again = " ".join(
             [
@@ -91,23 +87,6 @@ def list_sessions(
             ]
         )
         typer.echo(shown(f"more: {command(home_of(context), again)}"))
-
-
-def _listing(page: list[SessionSummary], *, now: datetime) -> RenderableType:
-    """Two lines a session: what it was about, and its id."""
-    lasts = [told(one.last_ms, now=now) for one in page]
-    agents = [one.app[:_AGENT_CHARS] for one in page]
-    taken = max(map(len, lasts)) + max(map(len, [*agents, _HEADS[2]])) + len(_HEADS[3]) + len(_HEADS[4]) + _GAPS
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in _HEADS:
-        justify: Literal["right", "left"] = "right" if head in _HEADS[3:] else "left"
-        table.add_column(head, no_wrap=head != _HEADS[1], overflow="fold", justify=justify)
-    table.columns[1].width = max(_TITLE_CHARS, console.width - taken)
-    for one, last, agent in zip(page, lasts, agents, strict=True):
-        title = on_one_line(one.title or "(no title)", style="bold")
-        table.add_row(last, title, shown(agent), str(one.steps), str(one.trainable))
-        table.add_row("", shown(one.session_id, style="dim"))
-    return table
 
 
 def _last_used(context: typer.Context, pool: Pool, start: str) -> int | None:
@@ -197,7 +176,11 @@ def search_sessions(
     for hit in page:
         _print_hit(hit, now)
     if not page:
-        console.print(shown(f"nothing found for {query}; fewer words find more, and so does a beginning like word*"))
+        narrowed = app or since or until or before
+        hint = ", or leave an option out" if narrowed else ""
+        console.print(
+            shown(f"nothing found for {query}; fewer words find more, and so does a beginning like word*{hint}")
+        )
     if len(found) > limit and not best:
         again = ["sessions search", *_given(app=app, since=since, until=until), f"--before {page[-1].place}"]
         typer.echo(shown(f"more: {command(home_of(context), ' '.join([*again, shlex.join(words)]))}"))

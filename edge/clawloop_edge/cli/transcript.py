@@ -16,7 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from clawloop_edge.cli.context import console, shown
+from clawloop_edge.cli.context import console, count, shown
 from clawloop_edge.cli.conversation import Message, View, text_shown, views
 from clawloop_edge.cli.moments import lasted, told
 from clawloop_edge.sessions.tree import text_of
@@ -60,7 +60,7 @@ def judged(signals: Sequence[Signal]) -> str:
 def header(session: SessionSummary, *, now: datetime) -> RenderableType:
     """What a transcript begins with."""
     span = f"{told(session.first_ms, now=now)} to {told(session.last_ms, now=now)}"
-    counts = f"{_count(session.steps, 'step')}, {session.trainable} trainable"
+    counts = f"{count(session.steps, 'step')}, {session.trainable} trainable"
     facts = " · ".join(filter(None, (session.app, span, counts)))
     return Group(shown(session.title or "(no title)", style="bold"), shown(session.session_id), shown(facts))
 
@@ -151,10 +151,6 @@ def _call(call: Any, *, full: bool) -> str:
 def _value(value: Any) -> str:
     text = value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
     return " ".join(text.split())
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def print_session(pool: Pool, session_id: str, *, full: bool, now: datetime) -> None:

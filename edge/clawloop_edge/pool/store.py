@@ -17,7 +17,7 @@ from clawloop_edge.pool import finishing, leftovers, schema
 from clawloop_edge.pool.anchor import Anchor
 from clawloop_edge.pool.crypt import INDEX_SCOPE, POOL_SCOPE, Keyring, encryption
 from clawloop_edge.pool.forgetting import Forgetting, GoesWith
-from clawloop_edge.pool.heads import Chained, chain_changes, chain_key_of
+from clawloop_edge.pool.heads import Chained, chain_changes, chain_key_of, current
 from clawloop_edge.pool.keeper import Keeper
 from clawloop_edge.pool.keys import DATABASE_NAME, KeyBundle, KeyStore, key_lock, open_keys
 from clawloop_edge.pool.lock import FileLock
@@ -63,6 +63,7 @@ class Pool:
         self._readers: LifoQueue[Database] = LifoQueue(_IDLE_READERS)
         self._writer = Writer(database, settle=self._keeper.settle, undone=self._keeper.forget_recent)
         self._database = database
+        self._opened_at = current(database)
 
     @classmethod
     def open(cls, folder: Path, store: KeyStore, *, writer: bool = False, accept: bool = False) -> "Pool":
@@ -120,12 +121,21 @@ class Pool:
             self.anchoring.follow(self)
 
     def close(self) -> None:
-        """Write what waits, then close all connections and let go of the lock."""
+        """Write what waits, then close all connections and let go of the lock.
+
+        A command that has changed anything moves the anchor too: what its owner has decided with it, such as a lower
+        level, must not be taken back by an older file while no edge runs.
+        """
         try:
-            if self._lock:
+            if self._lock or self._changed():
                 self.anchor()
         finally:
             self._close()
+
+    def _changed(self) -> bool:
+        """Whether anything was kept, by whichever process, since this one has opened the pool."""
+        with self.read() as database:
+            return current(database) != self._opened_at
 
     def _close(self) -> None:
         self._writer.close()

@@ -29,9 +29,9 @@ def adopt(pool: Pool) -> None:
 def come_back(pool: Pool, present: Pool | None) -> None:
     """Set the level to `off`: it may have been lowered since the backup, and what waited in it may have been dropped.
 
-    What `present`, the pool that was there, has asked servers to delete is asked on, the privacy that it has spent
-    stays spent, the lower levels that it has set for apps and sessions hold, and what had left it is known to have left: else
-    nobody could be asked to delete it.
+    What `present`, the pool that was there, has asked servers to delete is asked on, and the privacy that it has spent
+    stays spent. The lower levels that it has for apps and sessions hold, and what had left it is known to have left:
+    else nobody could be asked to delete it.
     """
     consent = ConsentLog(pool)
     if consent.state().chosen is not Level.OFF:

@@ -216,7 +216,7 @@ def test_what_another_command_does_meanwhile_is_not_undone_and_its_key_not_lost(
             else:
                 rotate(pool)
 
-    take_keys = restoring._take_keys
+    take_keys: Callable[..., object] = restoring._take_keys
 
     def late(*args: object, **keywords: object) -> object:
         done = take_keys(*args, **keywords)
@@ -244,7 +244,7 @@ def test_a_log_that_cannot_be_emptied_is_not_lost(home: Path, tmp_path: Path, mo
         (home / "pool.db-wal").write_bytes(log)
         raise engine().OperationalError("database or disk is full")
 
-    real = restoring._clear_log
+    real: Callable[..., None] = restoring._clear_log
 
     def clear(*args: object, **keywords: object) -> None:
         with monkeypatch.context() as patched:

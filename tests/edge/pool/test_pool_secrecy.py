@@ -14,6 +14,8 @@ from clawloop_edge.privacy.outbox import Outbox
 from clawloop_shared.levels import Level
 from clawloop_shared.records import Signal
 
+from .conftest import Acknowledging
+
 MakeKept = Callable[..., KeptStep]
 MakeSignal = Callable[..., Signal]
 
@@ -74,7 +76,7 @@ def plant(pool: Pool, make_kept: MakeKept, *, make_signal: MakeSignal) -> list[s
     outbox.approve(items[0])
     outbox.drop(items[1])
     outbox.mark_sent(items[2:4])
-    outbox.mark_received(items[2:3])
+    Acknowledging().acknowledge(outbox, items[2:3])
     AuditLog(pool).append("adapter", 10, sha256="0" * 64)
     return planted
 

@@ -1,6 +1,6 @@
 """A generated corpus: documents with planted secrets, and how much of them a search finds. No secret is anyone's.
 
-What it is made of stands in corpus/*.toml: kinds of secrets, lines that they stand in, and lines that hold nothing. The
+What it is made of stands in parts/*.toml: kinds of secrets, lines that they stand in, and lines that hold nothing. The
 pack was tuned until it found those of `TUNED`; `held` was written apart from it, and no pattern is chosen by what it
 shows: whoever does so writes a new one. In a template `{alnum:20}` is drawn, `{v}` is the secret, `{ENV}`, `{snake}`,
 `{camel}`, `{kebab}`, `{Pascal}` are its name as a program writes it, and `{spoken}` as a person says it.
@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from clawloop_edge.privacy.redact.spans import Span
 
-FOLDER = Path(__file__).parent / "corpus"
+FOLDER = Path(__file__).parent / "parts"
 TUNED = ("common", "more", "abroad")
 ALPHABETS = {
     "alnum": string.ascii_letters + string.digits,

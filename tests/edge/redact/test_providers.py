@@ -43,8 +43,15 @@ def test_every_provider_names_where_its_facts_come_from() -> None:
 
 def test_a_prefix_followed_by_words_is_no_key() -> None:
     detector = Detector(patterns())
-    for text in ("sk-your-api-key-goes-here-please", "ghp_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "AKIAIOSFODNN7EXAMPLE",
-                 "pat.match_some_long_identifier_of_a_program", "test_the_worker_keeps_what_it_has_been_told", "npm_config_registry_url"):  # fmt: skip
+    texts = (
+        "sk-your-api-key-goes-here-please",
+        "ghp_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+        "AKIAIOSFODNN7EXAMPLE",
+        "pat.match_some_long_identifier_of_a_program",
+        "test_the_worker_keeps_what_it_has_been_told",
+        "npm_config_registry_url",
+    )
+    for text in texts:
         assert detector.find(text) == [], text
 
 

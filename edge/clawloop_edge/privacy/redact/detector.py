@@ -41,7 +41,7 @@ class Searched(NamedTuple):
 
 
 class Detector:
-    """What one device redacts: `patterns`, the exact values that it `known`ly holds, and its owner's `words`."""
+    """What one device redacts: what `patterns` describe, values that are `known` to it, and its owner's `words`."""
 
     def __init__(self, patterns: Patterns, known: Iterable[Value] = (), *, words: Iterable[str] = ()) -> None:
         self._patterns = patterns

@@ -54,9 +54,11 @@ class Machine:
 
 def this_machine(token_files: Sequence[Path] = ()) -> Machine:
     """The machine that this runs on, as its user sees it."""
-    entry = pwd.getpwuid(os.getuid())
-    full_name = entry.pw_gecos.partition(",")[0]
-    return Machine(Path.home(), os.environ, entry.pw_name, full_name, socket.gethostname(), tuple(token_files))
+    user, full_name = os.environ.get("USER", ""), ""
+    with contextlib.suppress(KeyError):  # a container's user may have no entry
+        entry = pwd.getpwuid(os.getuid())
+        user, full_name = entry.pw_name, entry.pw_gecos.partition(",")[0]
+    return Machine(Path.home(), os.environ, user, full_name, socket.gethostname(), tuple(token_files))
 
 
 def known_values(machine: Machine, patterns: Patterns) -> list[Value]:
@@ -144,7 +146,7 @@ def _person(name: str) -> Iterator[Value]:
 def _host(host: str) -> Iterator[Value]:
     """The host's name, with and without its domain, if a person or a company gave it."""
     short = host.partition(".")[0]
-    for name in {host, short}:
+    for name in dict.fromkeys((host, short)):
         telling = "." in name or "-" in name or any(c.isdigit() for c in name)
         if len(name) >= 5 and telling and short.lower() not in words("generic_hosts"):
             yield Value(name, "host-name", any_case=True)

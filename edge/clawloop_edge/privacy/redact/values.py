@@ -53,16 +53,12 @@ class _Automaton:
 
 
 def is_whole(text: str, start: int, end: int) -> bool:
-    """Whether a stretch does not break a word: no letter or digit on both sides of either edge (`\\n` is no letter)."""
-    return not _joins(text, start, first=text[start]) and not (
-        end < len(text) and text[end].isalnum() and text[end - 1].isalnum()
-    )
-
-
-def _joins(text: str, start: int, *, first: str) -> bool:
-    if start == 0 or not first.isalnum() or not text[start - 1].isalnum():
+    """Whether a stretch breaks no word: no letter or digit on both sides of an edge; that of an escape is none."""
+    if end < len(text) and text[end].isalnum() and text[end - 1].isalnum():
         return False
-    return not (text[start - 1] in "nrtbf" and text[start - 2 : start - 1] == "\\")
+    if start == 0 or not text[start].isalnum() or not text[start - 1].isalnum():
+        return True
+    return text[start - 1] in "nrtbf" and text[start - 2 : start - 1] == "\\"
 
 
 def _forms(value: Value) -> Iterator[Value]:
