@@ -46,8 +46,10 @@ def key_store(home: EdgeHome, settings: PoolConfig) -> KeyStore:
     raise ConfigError(f"[pool] key = {settings.key!r} in {home.config_file}; it is `keychain`, `file` or `passphrase`")
 
 
-def ask_passphrase(*, new: bool, what: str = "the pool's key") -> str:
+def ask_passphrase(*, new: bool, what: str = "the pool's key", otherwise: str = "") -> str:
     """The passphrase of `what`: from the environment, else from whoever sits at the terminal (a `new` one twice).
+
+    `otherwise` is an option that gives it too, if there is one.
 
     Raises:
         ConfigError: there is no terminal, or the two differ.
@@ -56,7 +58,8 @@ def ask_passphrase(*, new: bool, what: str = "the pool's key") -> str:
     if found:
         return found
     if not sys.stdin.isatty():
-        raise ConfigError(f"a passphrase opens {what}, and there is no terminal to ask at; set {PASSPHRASE}")
+        ways = f"{PASSPHRASE}, or give {otherwise}" if otherwise else PASSPHRASE
+        raise ConfigError(f"a passphrase opens {what}, and there is no terminal to ask at; set {ways}")
     passphrase = getpass.getpass(f"{'New passphrase' if new else 'Passphrase'} for {what}: ")
     if new and getpass.getpass("Again: ") != passphrase:
         raise ConfigError("the two passphrases differ; nothing was made")

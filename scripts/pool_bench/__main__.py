@@ -19,7 +19,7 @@ from rich.table import Table
 
 from clawloop_edge.pool.store import Pool
 from pool_bench import measure
-from pool_bench.measure import Inserts, Mark, Read, Session
+from pool_bench.measure import PLAIN, POOL, UNSEALED, Inserts, Mark, Read, Session
 from pool_bench.openclaw import Agent
 from pool_bench.plain import tables_of_a_pool
 from pool_bench.steps import Words, small_steps
@@ -41,7 +41,7 @@ def main() -> int:
     given = parser.parse_args()
     say_where()
     words = Words(1)
-    show_inserts(inserts(given.folder, words, rounds=given.rounds))
+    show_inserts(inserts(given.folder, rounds=given.rounds))
     with measure.folder_in(given.folder) as folder:
         show_session(measure.session_bytes(folder, Agent(words), given.session))
     return long_pool(given.folder, words, steps=given.steps, calls=given.session, reads=given.reads)
@@ -56,22 +56,24 @@ def say_where() -> None:
     )
 
 
-def inserts(place: Path, words: Words, *, rounds: int) -> list[Inserts]:
+def inserts(place: Path, *, rounds: int) -> list[Inserts]:
     """The contenders' rounds, taken in turns."""
     with measure.folder_in(place) as folder:
         tables = tables_of_a_pool(folder)
     found: dict[str, list[Inserts]] = {}
-    for number in range(rounds):
-        made = list(small_steps(words, _ROUND_STEPS + _ROUND_SINGLES))
+    for seed in range(rounds):
+        made = list(small_steps(Words(seed), _ROUND_STEPS + _ROUND_SINGLES))
         steps, singles = made[:_ROUND_STEPS], made[_ROUND_STEPS:]
-        for contender in ("plain", "pool")[:: 1 if number % 2 else -1]:
+        for contender in (PLAIN, UNSEALED, POOL)[:: 1 if seed % 2 else -1]:
             with measure.folder_in(place) as folder:
-                if contender == "pool":
+                if contender == PLAIN:
+                    one = measure.plain_inserts(folder, steps, singles, tables=tables)
+                elif contender == POOL:
                     one = measure.pool_inserts(folder, steps, singles)
                 else:
-                    one = measure.plain_inserts(folder, steps, singles, tables=tables)
+                    one = measure.unsealed_inserts(folder, seed=seed, steps=len(steps), singles=len(singles))
             found.setdefault(contender, []).append(one)
-    return [measure.joined(found[contender]) for contender in ("plain", "pool")]
+    return [measure.joined(found[contender]) for contender in (PLAIN, UNSEALED, POOL)]
 
 
 def show_inserts(found: list[Inserts]) -> None:
@@ -88,14 +90,15 @@ def show_inserts(found: list[Inserts]) -> None:
             f"{commits.quantile(0.5):.2f}, {commits.quantile(0.95):.2f}",
         )
     console.print(table)
-    plain, pool = found
-    for what, shares in (
-        ("steps a second", [mine / its for mine, its in zip(pool.rates, plain.rates, strict=True)]),
-        ("steps a second of CPU", [its / mine for mine, its in zip(pool.cpu_us, plain.cpu_us, strict=True)]),
-    ):
-        console.print(f"pool / plain, {what}, by the round: median {median(shares):.2f}, best {max(shares):.2f}")
-    added = Read("", pool.commits_ms).quantile(0.5) - Read("", plain.commits_ms).quantile(0.5)
-    console.print(f"a commit's p50 over plain: {added:.2f} ms")
+    *others, pool = found
+    for other in others:
+        rates = [mine / its for mine, its in zip(pool.rates, other.rates, strict=True)]
+        cpu = [its / mine for mine, its in zip(pool.cpu_us, other.cpu_us, strict=True)]
+        over_ms = Read("", pool.commits_ms).quantile(0.5) - Read("", other.commits_ms).quantile(0.5)
+        console.print(
+            f"beside {other.name}: {median(rates):.2f}x the steps a second (best round {max(rates):.2f}),"
+            f" {median(cpu):.2f}x by CPU (best {max(cpu):.2f}); a commit's p50 {over_ms:+.2f} ms"
+        )
 
 
 def show_session(found: Session) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import psutil
 import zstandard
 
@@ -29,6 +32,8 @@ from pool_bench.plain import Plain
 BATCH = 256
 LONG_BATCH = 16
 """of steps with prompts of 15,000 tokens, of which the pool lets no more than 64 MiB wait"""
+PLAIN, UNSEALED, POOL = "plain", "the pool's code, nothing sealed", "the pool"
+"""the contenders"""
 KEY = KnownKey.of(bytes(range(32)))
 
 
@@ -69,12 +74,19 @@ def keep_all(pool: Pool, steps: Sequence[KeptStep], *, batch: int = BATCH) -> No
         future.result()
 
 
-def pool_inserts(folder: Path, steps: Sequence[KeptStep], singles: Sequence[KeptStep]) -> Inserts:
-    """One round of the pool."""
+def pool_inserts(folder: Path, steps: Sequence[KeptStep], singles: Sequence[KeptStep], *, name: str = POOL) -> Inserts:
+    """One round of the pool, as it is in this process."""
     with Pool.open(folder, KEY) as pool:
         rate, cpu = _timed(lambda: keep_all(pool, steps), len(steps))
         commits = [_wall_ms(partial(_keep_one, pool, kept)) for kept in singles]
-    return Inserts("pool", [rate], [cpu], commits)
+    return Inserts(name, [rate], [cpu], commits)
+
+
+def unsealed_inserts(folder: Path, *, seed: int, steps: int, singles: int) -> Inserts:
+    """One round of the pool's code with nothing sealed, in a process of its own."""
+    command = [sys.executable, "-m", "pool_bench.unsealed", *map(str, (seed, steps, singles)), str(folder)]
+    output = subprocess.run(command, check=True, capture_output=True).stdout
+    return msgspec.json.decode(output, type=Inserts)
 
 
 def _keep_one(pool: Pool, kept: KeptStep) -> None:
@@ -95,7 +107,7 @@ def plain_inserts(
     rate, cpu = _timed(fill, len(steps))
     commits = [_wall_ms(partial(plain.keep, [kept], [tag_of(kept)[:16]])) for kept in singles]
     plain.close()
-    return Inserts("plain", [rate], [cpu], commits)
+    return Inserts(PLAIN, [rate], [cpu], commits)
 
 
 def joined(rounds: Sequence[Inserts]) -> Inserts:

@@ -115,7 +115,7 @@ def test_a_backup_comes_back_at_level_off_and_what_was_spent_stays_spent(home: E
         Ledger(pool).reserve("line", sigma=5.0, clip=1.0, round_id="r")
     assert "give --replace" in fails(home, "pool", "restore", str(tmp_path / "b"), *words)
     shown = done(home, "pool", "restore", str(tmp_path / "b"), "--replace", "--yes", *words)
-    assert "2 steps of 2 sessions are here" in shown
+    assert "restored: 2 steps of 2 sessions" in shown
     assert "privacy set LEVEL" in shown
     with open_pool(home, writer=True) as pool:
         assert len(pool.step_ids()) == 2

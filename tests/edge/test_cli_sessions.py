@@ -17,12 +17,15 @@ from clawloop_edge.cli import main
 from clawloop_edge.cli.conversation import View, views
 from clawloop_edge.cli.moments import lasted, parse_moment, told
 from clawloop_edge.cli.root import app
+from clawloop_edge.cli.transcript import whereabouts
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import ConsentLog
+from clawloop_edge.privacy.items import OutboxItem
 from clawloop_edge.privacy.outbox import Outbox
+from clawloop_edge.privacy.schema import ItemState
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.ids import new_id, new_step_id
 from clawloop_shared.levels import Level
@@ -412,3 +415,37 @@ def test_times_are_told_in_few_words() -> None:
     assert found == ["today 14:03", "yesterday 09:12", "tomorrow 01:00", "2 Oct 18:01", "2025-12-01"]
     assert told(0, now=NOW) == ""
     assert [lasted(ms) for ms in (40, 9_900, 59_000, 200_000, -5)] == ["0.0 s", "9.9 s", "59 s", "3 min 20 s", "0.0 s"]
+
+
+@pytest.mark.parametrize(
+    ("state", "has_bytes", "expected"),
+    [
+        (ItemState.QUEUED, True, "queued, may leave tomorrow 15:30"),
+        (ItemState.APPROVED, True, "approved"),
+        (ItemState.SENT, True, "sent, not yet acknowledged"),
+        (ItemState.SENT, False, "sent in part or whole, then withdrawn"),
+        (ItemState.RECEIVED, True, "received by the server today 15:20"),
+        (ItemState.DROPPED, False, "dropped"),
+    ],
+)
+def test_where_a_step_went_has_the_time_that_belongs_to_it(state: ItemState, has_bytes: bool, expected: str) -> None:
+    made = parse_moment("2026-11-22 09:00", now=NOW)
+    item = OutboxItem(
+        item_id="i",
+        session_id="s",
+        level=Level.FULL,
+        state=state,
+        kind="steps.v1",
+        receipt_id="r",
+        created_ms=made,
+        release_ms=parse_moment("2026-11-23 15:30", now=NOW),
+        received_ms=parse_moment("2026-11-22 15:20", now=NOW) if state is ItemState.RECEIVED else 0,
+        size_bytes=1,
+        sha256="",
+        steps=1,
+        signals=0,
+        app="cat",
+        redacted_tokens=0,
+        has_bytes=has_bytes,
+    )
+    assert whereabouts([item], now=NOW) == expected

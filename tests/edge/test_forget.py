@@ -125,6 +125,8 @@ def test_it_shows_what_goes_and_asks(home: EdgeHome) -> None:
     for told in ("beta", "1 session with 1 step,", "nothing of it had left this device", "Forget 1 session for good?"):
         assert told in refused.output
     assert left(home) == ["alpha-1", "alpha-2", "beta"]
+    asked = run(home, "sessions", "forget", "beta", "--json", typed="n\n")
+    assert (asked.exit_code, asked.stdout) == (1, ""), "what is asked is no fact"
     done = run(home, "sessions", "forget", "beta", typed="y\n")
     assert done.exit_code == 0, done.output
     assert "forgotten: 1 session, 1 step, 0 signals (" in done.output
@@ -168,7 +170,7 @@ def test_a_server_is_asked_at_once_and_its_adapters_are_named(home: EdgeHome, hu
         join(pool, hub, tiny_model)
     hub.adapters = [4]
     shown = run(home, "sessions", "forget", "beta", typed="n\n").output
-    assert f"2 records had left for {hub.server.url}" in " ".join(shown.split())
+    assert f"2 names of steps, feedback and sessions had left for {hub.server.url}" in " ".join(shown.split())
     done = run(home, "sessions", "forget", "beta", "--yes", "--json")
     facts = json.loads(done.stdout)
     (deletion,) = facts["deletions"]
@@ -179,6 +181,19 @@ def test_a_server_is_asked_at_once_and_its_adapters_are_named(home: EdgeHome, hu
     assert (listed["state"], listed["adapters"]) == ("done", [4])
     table = run(home, "privacy", "deletions").output
     assert "deleted 2" in " ".join(table.split())
+
+
+def test_of_a_session_that_became_old_the_server_can_still_be_asked(home: EdgeHome, hub: Hub, tiny_model: Path) -> None:
+    with open_pool(home, writer=True) as pool:
+        join(pool, hub, tiny_model)
+        pool.submit(lambda database: pool.forgetting.let_go(database, ["beta", "alpha-1"])).result()
+    done = run(home, "sessions", "forget", "bet", "--yes")
+    assert done.exit_code == 0, done.output
+    assert "deleted" in done.output
+    assert len(hub.asked) == 1
+    assert run(home, "sessions", "forget", "bet", "--yes").exit_code == 1
+    run(home, "sessions", "forget", "alpha", "--yes")
+    assert left(home) == [], "only one that begins so is kept"
 
 
 def test_after_leaving_the_server_can_still_be_asked(home: EdgeHome, hub: Hub, tiny_model: Path) -> None:
@@ -196,7 +211,7 @@ def test_a_server_that_is_away_is_asked_again_by_the_edge(home: EdgeHome, hub: H
     hub.refusals = [(503, 0)]
     done = run(home, "sessions", "forget", "beta", "--yes")
     said = " ".join(done.output.split())
-    assert "waiting, asked 1 times" in said
+    assert "waiting, asked 1 time:" in said
     assert "it is asked again while the edge runs" in said
     assert "waiting" in run(home, "privacy", "deletions").output
 

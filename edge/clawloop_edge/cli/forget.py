@@ -33,7 +33,6 @@ from clawloop_edge.cli.context import (
     when,
 )
 from clawloop_edge.cli.listing import listing
-from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from clawloop_edge.home import EdgeHome
@@ -130,18 +129,17 @@ def list_deletions(context: typer.Context, as_json: Json = False) -> None:
         for deletion in found
     ]
     empty = "no server was ever asked to delete anything"
-    print_table(("asked", "server", "records", "state", "adapters that had learned"), rows, empty=empty)
+    print_table(("asked", "server", "names", "state", "adapters that had learned"), rows, empty=empty)
 
 
 def _session(context: typer.Context, pool: Pool, *, start: str, forgetter: Forgetter) -> str:
     """The session that begins so: one that is kept, or one that is not any more and of which something had left."""
-    try:
-        return the_session(context, pool, start)
-    except ConfigError:
-        left = forgetter.left_named(start)
-        if len(left) != 1:
-            raise
-        return left[0]
+    from clawloop_edge.pool.names import sessions_named
+
+    left = forgetter.left_named(start)
+    with pool.read() as database:
+        kept = sessions_named(database, start, limit=1)
+    return left[0] if len(left) == 1 and not kept else the_session(context, pool, start)
 
 
 def _wanted(sessions: Sequence[str], *, app: str, since: str, until: str) -> Wanted:
@@ -214,7 +212,8 @@ def _print_preview(preview: Preview, adapters: Sequence[int], *, keep_remote: bo
     for gone in preview.left:
         where = gone.server.url or "a server that is not known any more"
         asked = "it keeps them" if keep_remote else "it is asked to delete them"
-        console.print(shown(f"{gone.records} records had left for {where} since {when(gone.since_ms)}; {asked}"))
+        names = f"{count(gone.records, 'name')} of steps, feedback and sessions"
+        console.print(shown(f"{names} had left for {where} since {when(gone.since_ms)}; {asked}"))
     if not preview.left:
         console.print("nothing of it had left this device")
     if adapters:
@@ -257,13 +256,13 @@ def _cannot_be_undone(
 def _state(deletion: Deletion) -> str:
     """How far a request is, in words."""
     if deletion.state == "done":
-        unknown = f", {deletion.unknown} names were not known there" if deletion.unknown else ""
-        return f"deleted {deletion.deleted} records, signed {when(deletion.done_ms)}{unknown}"
+        unknown = f", {count(deletion.unknown, 'name')} not known there" if deletion.unknown else ""
+        return f"deleted {count(deletion.deleted, 'record')}, signed {when(deletion.done_ms)}{unknown}"
     if deletion.state == "gone":
         return f"deleted with this whole device: {deletion.problem}"
     if deletion.state == "stranded":
         return "this device left that server before it could remember where it is; ask its operator to delete it"
-    tried = f"asked {deletion.tries} times: {deletion.problem}" if deletion.tries else "not asked yet"
+    tried = f"asked {count(deletion.tries, 'time')}: {deletion.problem}" if deletion.tries else "not asked yet"
     return f"waiting, {tried}"
 
 

@@ -254,7 +254,7 @@ def _passphrase(file: Path | None, *, new: bool) -> str:
     from clawloop_edge.opening import ask_passphrase
 
     if file is None:
-        return ask_passphrase(new=new, what="the backup's keys")
+        return ask_passphrase(new=new, what="the backup's keys", otherwise="--passphrase-file")
     try:
         lines = file.expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

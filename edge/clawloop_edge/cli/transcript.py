@@ -41,14 +41,18 @@ def trainable(step: Step) -> str:
 
 def whereabouts(items: Iterable[OutboxItem], *, now: datetime) -> str:
     """Where a step went, from the outbox items that it is in."""
-    found = [f"{item.state}{_when(item, now)}" for item in items]
+    found = [f"{item.state}{_detail(item, now)}" for item in items]
     return "; ".join(found) if found else "stays on this device"
 
 
-def _when(item: OutboxItem, now: datetime) -> str:
+def _detail(item: OutboxItem, now: datetime) -> str:
     if item.state == "queued":
         return f", may leave {told(item.release_ms, now=now)}"
-    return f" ({told(item.created_ms, now=now)})"
+    if item.state == "received":
+        return f" by the server {told(item.received_ms, now=now)}"
+    if item.state == "sent":
+        return ", not yet acknowledged" if item.has_bytes else " in part or whole, then withdrawn"
+    return ""
 
 
 def judged(signals: Sequence[Signal]) -> str:

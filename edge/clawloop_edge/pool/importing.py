@@ -128,4 +128,5 @@ def _not_kept(pool: "Pool", record: Record) -> str:
             step = record.step
             known = run("SELECT 1 FROM steps WHERE step_id = ?", (step.step_id,)).fetchone()
             forgotten = pool.tombstones.forgot(database, step=step.step_id, session=step.session_id)
+            forgotten = forgotten or pool.tombstones.forgot(database, step=step.parent_id)
     return "known" if known else "forgotten" if forgotten else ""

@@ -80,7 +80,7 @@ class Keeper:
     def keep_step(self, database: "Database", kept: KeptStep, *, index: dict[str, bytes]) -> None:
         """Insert a step with its parts and look-ups; one that is there already stays as it is. Needs `settle`.
 
-        One that was forgotten, or is of a forgotten session, is not kept.
+        One that was forgotten, is of a forgotten session, or goes on from a forgotten step, is not kept.
         """
         step = kept.step
         pending = self._pending_in(database)
@@ -156,7 +156,10 @@ class Keeper:
     def _forgot(self, database: "Database", step: Step) -> bool:
         if not self._pending_in(database).any_forgotten:
             return False
-        return self.tombstones.forgot(database, step=step.step_id, session=step.session_id)
+        forgot = self.tombstones.forgot
+        if forgot(database, step=step.step_id, session=step.session_id):
+            return True
+        return bool(step.parent_id) and forgot(database, step=step.parent_id)
 
     def _lists_of(self, database: "Database", seq: int) -> Lists:
         found = self._lists.get(seq)

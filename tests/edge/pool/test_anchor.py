@@ -136,6 +136,20 @@ def test_an_anchor_that_others_can_read_is_refused(home: Path, make_kept: MakeKe
     assert "mode 0644" in outcome(home)
 
 
+def test_what_a_command_decides_while_no_edge_runs_is_not_taken_back_by_an_older_file(
+    home: Path, tmp_path: Path, make_kept: MakeKept
+) -> None:
+    keep(home, make_kept, steps=1)
+    older = copy_home(home, tmp_path / "older")
+    with Pool.open(home, store_of(home)) as command:
+        command.keep_step(make_kept(session="other")).result()
+    written = (home / "pool.key.anchor").read_bytes()
+    assert outcome(home) == ""
+    assert (home / "pool.key.anchor").read_bytes() == written, "a command that only looks moves nothing"
+    shutil.copy(older / "pool.db", home)
+    assert "the pool is older than it was" in outcome(home)
+
+
 def test_what_commands_keep_beside_the_edge_needs_no_anchor_of_its_own(home: Path, make_kept: MakeKept) -> None:
     with Pool.open(home, store_of(home), writer=True) as serving:
         serving.keep_step(make_kept()).result()

@@ -95,6 +95,18 @@ def test_what_was_forgotten_is_never_kept_again(pool: Pool, make_kept: MakeKept,
     assert pool.verify().problems == []
 
 
+def test_what_goes_on_from_a_forgotten_step_in_another_session_is_not_kept(pool: Pool, make_kept: MakeKept) -> None:
+    begun = make_kept(session="s1")
+    pool.keep_step(begun).result()
+    forget(pool, "s1")
+    goes_on = make_kept(session="s2", parent=begun.step.step_id, words="and what was said in s1")
+    pool.keep_step(goes_on).result()
+    assert pool.get_step(goes_on.step.step_id) is None
+    anew = make_kept(session="s2")
+    pool.keep_step(anew).result()
+    assert pool.get_step(anew.step.step_id) == anew
+
+
 def test_what_waits_to_be_written_before_and_after_a_forgetting_does_not_survive_it(
     pool: Pool, make_kept: MakeKept
 ) -> None:

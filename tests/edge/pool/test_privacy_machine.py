@@ -37,7 +37,7 @@ from .conftest import Acknowledging, Blotter
 SECRET = 666
 HOLD_MS = 1_000
 MEMORY = "/dev/shm"  # where there is one: thousands of commits need not wait for a disk
-SESSIONS = {"a": "mail", "b": "mail", "c": "code", "d": "code", "e": "talk"}
+SESSIONS = {f"session-{number}": ("mail", "code", "talk")[number % 3] for number in range(9)}
 levels = st.sampled_from([Level.FULL, Level.REDACTED, Level.FULL, Level.REDACTED, Level.METRICS, Level.OFF])
 handles = st.integers(0, 1)
 names = st.sampled_from(sorted({*SESSIONS, *SESSIONS.values()}))
@@ -45,7 +45,7 @@ moves = st.one_of(
     st.tuples(st.just("level"), st.just(""), levels),
     st.tuples(st.just("limit"), names, levels),
     st.tuples(st.just("pause"), st.just(""), st.sampled_from([0, 0, HOLD_MS // 2, 2 * HOLD_MS])),
-    st.tuples(st.just("time"), st.just(""), st.sampled_from([HOLD_MS, HOLD_MS, VALID_MS])),
+    st.tuples(st.just("time"), st.just(""), st.sampled_from([*[HOLD_MS] * 9, VALID_MS])),
 )
 """what an owner, or time, may do at any moment"""
 Move = tuple[str, str, Any]
@@ -217,9 +217,9 @@ class Privacy(RuleBasedStateMachine):
 
     @rule(
         handle=handles,
-        sessions=st.sets(st.sampled_from(sorted(SESSIONS)), min_size=1),
+        sessions=st.sets(st.sampled_from(sorted(SESSIONS)), min_size=1, max_size=3),
         secret=st.booleans(),
-        paused=st.sampled_from([False, False, False, True]),
+        paused=st.sampled_from([*[False] * 7, True]),
     )
     def keep(self, handle: int, sessions: set[str], secret: bool, paused: bool) -> None:
         if paused:
@@ -264,10 +264,17 @@ class Privacy(RuleBasedStateMachine):
         self.pools[handle].keep_signal(signal).result()
         self.model.keep(signal.signal_id, target.session, target)
 
-    @rule(handle=handles, filling=interruptions, sending=interruptions, received=st.booleans())
-    def sync(self, handle: int, filling: Move | None, sending: Move | None, received: bool) -> None:
-        """Fill and send, while another process does something in the midst of each; the server may have it at once."""
+    @rule(
+        handle=handles,
+        session=st.sampled_from(sorted(SESSIONS)),
+        filling=interruptions,
+        sending=interruptions,
+        received=st.booleans(),
+    )
+    def sync(self, handle: int, session: str, filling: Move | None, sending: Move | None, received: bool) -> None:
+        """Keep, fill and send, while another process does something in the midst; the server may have it at once."""
         outbox = self.outboxes[handle]
+        self._keep(1 - handle, session, secret=True)
         if filling:
             self.redactor.meanwhile = partial(self._move, 1 - handle, filling)
         outbox.fill()

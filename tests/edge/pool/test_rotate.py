@@ -123,7 +123,8 @@ def test_an_earlier_copy_and_todays_key_open_nothing(
     shutil.copy(home / "pool.db", copy)
     with Pool.open(home, store) as pool:
         rotate(pool)
-    shutil.copy(store.path, copy)
+    for path in (store.path, store.path.with_name(f"{store.path.name}.anchor")):
+        shutil.copy(path, copy)
     before = (copy / "pool.db").read_bytes()
     with pytest.raises(PoolError, match=r"needs version 1 of its key, and there is version 2; .*from before"):
         Pool.open(copy, FileKeyStore(copy / "pool.key"))
