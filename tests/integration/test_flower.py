@@ -212,8 +212,9 @@ class Device:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     hub = Hub(create(tmp_path_factory.mktemp("server")))
+    others = psutil.Process().children(recursive=True)
     hub.start()
-    children = psutil.Process().children(recursive=True)
+    children = [child for child in psutil.Process().children(recursive=True) if child not in others]
     yield hub
     hub.stop()
     left = [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

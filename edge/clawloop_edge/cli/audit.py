@@ -1,4 +1,4 @@
-"""`audit`: what has left and what has come, without content."""
+"""`audit`: what has left, and what was forgotten, without content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ _KINDS = {
     "received": "the server has it",
     "forget": "forgotten here",
     "forgotten": "the server has deleted it",
-    "adapter": "an adapter came",
 }
 
 

@@ -14,6 +14,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,27 @@ def _forgetting(home: EdgeHome, pool: Pool) -> Iterator[Finding]:
         yield _warn(name, reason, mend=command(home, "privacy deletions"))
 
 
+def check_privacy(home: EdgeHome) -> Iterator[Finding]:
+    """What may leave, and why that is less than was chosen; what stayed at home though its level lets it out."""
+    from clawloop_edge.opening import open_pool
+    from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.outbox import Outbox
+
+    with open_pool(home, writer=False) as pool:
+        consent = ConsentLog(pool)
+        state, left_out = consent.state(), Outbox(pool, consent).left_out()
+    name, facts = "privacy", {"level": state.level, "chosen": state.chosen, "left_out": left_out}
+    with suppress(ClawloopError):  # whether the edge can be asked is the service's check
+        if redaction := ask(home).get("redaction"):
+            yield _warn(name, redaction, mend=f"{_LOG}; or choose another level", facts=facts)
+    if state.level is not state.chosen and not state.paused_until_ms:
+        reason = f"{state.chosen} was chosen, but {state.reason}: nothing leaves"
+        yield _warn(name, reason, mend=command(home, f"privacy set {state.chosen}"), facts=facts)
+        return
+    stayed = "".join(f"; stayed at home: {count} {reason}" for reason, count in left_out.items())
+    yield _ok(name, f"level {state.level}{f', {state.reason}' if state.paused_until_ms else ''}{stayed}", facts=facts)
+
+
 def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
     name, counted = "steps", sum(count.steps for count in counts)
     trainable = sum(count.steps for count in counts if not count.untrainable)
@@ -272,7 +294,15 @@ def _at(value: object, *names: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-CHECKS: tuple[Check, ...] = (check_home, check_token, check_model, check_pool, check_service, check_openclaw)
+CHECKS: tuple[Check, ...] = (
+    check_home,
+    check_token,
+    check_model,
+    check_pool,
+    check_privacy,
+    check_service,
+    check_openclaw,
+)
 """All that `doctor` looks at, in this order."""
 
 

@@ -1,5 +1,5 @@
-"""What has left and what has come, without content: a chain of hashes, so that no entry can be taken out unseen. What
-the server signed for is kept with it. Format: docs/formats/outbox.md.
+"""What has left, and what was forgotten, without content: a chain of hashes, so that no entry can be taken out unseen.
+What the server signed for is kept with it. Format: docs/formats/outbox.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ class Proof(msgspec.Struct, frozen=True):
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One thing that left or came. `sha256` is that of the bytes; `previous_sha256` that of the entry before."""
+    """One thing that left or was forgotten. `sha256` is of its bytes; `previous_sha256` of the entry before."""
 
     seq: int
     at_ms: int
@@ -73,7 +73,7 @@ class AuditLog:
         prepare(pool)
 
     def append(self, kind: str, size_bytes: int, *, sha256: str, receipt_id: str = "", item_id: str = "") -> AuditEntry:
-        """Write down that `size_bytes` bytes left or came. Waits for the disk.
+        """Write down that `size_bytes` bytes left or were forgotten. Waits for the disk.
 
         The outbox writes its own entries (`sent`, `received`, `stopped`) in the transactions that change its items.
         """

@@ -331,3 +331,23 @@ def test_the_audit_log_is_shown_filtered_verified_and_exported(filled: EdgeHome,
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
     assert [json.loads(line)["kind"] for line in lines] == ["sent", "sent", "received"]
     assert SECRET not in "".join(lines)
+
+
+def test_doctor_says_why_less_leaves_than_was_chosen(home: EdgeHome, keep: Keep) -> None:
+    def finding() -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(run(home, "doctor", "--json").stdout)["findings"]
+        return next(each for each in found if each["check"] == "privacy")
+
+    assert finding()["reason"] == "level off"
+    ok(home, "privacy", "set", "redacted", "--yes")
+    with open_pool(home, writer=False) as pool:
+        keep(pool, "hello")
+        search = TurnSearch(TokenTable.of(Path(home.load_config().model.path)), detector(home))
+        Outbox(pool, redactor=LineRedactor("another line", Redactor(search))).fill()  # type: ignore[arg-type]
+    assert "stayed at home: 1 steps of another model" in finding()["reason"]
+    ok(home, "privacy", "pause", "--for", "1h")
+    assert "everything is paused until" in finding()["reason"]
+    ok(home, "privacy", "resume")
+    with open_pool(home, writer=False) as pool:
+        ConsentLog(pool).set_recipient(Recipient("https://other", b"o"))
+    assert (finding()["state"], "given for another server" in finding()["reason"]) == ("warn", True)
