@@ -280,6 +280,7 @@ class Allowance:
     def __init__(self, database: "Database", state: ConsentState, *, limits: Limits) -> None:
         self._database, self.state, self._limits = database, state, limits
         self._found: dict[tuple[Subject, str], Limit | None] = {}
+        self._apps: dict[str, frozenset[str]] = {}
 
     def level(self, session_id: str, *, app: str) -> Level:
         """The level of a session now: the device's, or a lower one of its app or its own."""
@@ -306,10 +307,17 @@ class Allowance:
         return found if touched_seq is None else found.followed_by(Level.OFF, after_seq=touched_seq)
 
     def _cap(self, session_id: str, app: str) -> Ladder:
+        """The least of a session's limit and those of `app` and of every app that has spoken in it."""
+        apps = sorted({app, *self._apps_in(session_id)})
         found = EVERYTHING
-        for limit in (self._limit(Subject.SESSION, session_id), self._limit(Subject.APP, app)):
+        for limit in (self._limit(Subject.SESSION, session_id), *(self._limit(Subject.APP, name) for name in apps)):
             found = found.least(limit.ladder) if limit else found
         return found
+
+    def _apps_in(self, session_id: str) -> frozenset[str]:
+        if session_id not in self._apps:
+            self._apps[session_id] = self._limits.apps_in(self._database, session_id)
+        return self._apps[session_id]
 
     def _limit(self, subject: Subject, name: str) -> Limit | None:
         if (subject, name) not in self._found:

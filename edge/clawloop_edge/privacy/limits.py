@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from clawloop_edge.pool.crypt import POOL_SCOPE
+from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.ladder import Ladder
 from clawloop_shared.levels import Level
@@ -61,6 +62,13 @@ class Limits:
         """All limits, also those that were lifted."""
         for limit_id, body in database.conn.execute("SELECT limit_id, body FROM limits ORDER BY limit_id"):
             yield self._open(database, limit_id, body)
+
+    def apps_in(self, database: "Database", session_id: str) -> frozenset[str]:
+        """The apps that the steps of a session came from. Opens them all, so only where an app has a limit; else none:
+        nobody needs to know."""
+        if not any(limit.subject is Subject.APP for limit in self.all(database)):
+            return frozenset()
+        return frozenset(app for _, app, _ in Reading(database, self._pool.keyring).labels(session_id))
 
     def put(self, database: "Database", limit: Limit) -> None:
         """Keep a limit in the place of the one before. Needs a write transaction."""

@@ -232,13 +232,15 @@ class Outbox:
 
         Raises:
             PoolError: there is no such item.
-            ConsentError: it was dropped.
+            ConsentError: it was dropped, or the server has it already.
         """
 
         def operation(database: "Database") -> OutboxItem:
             item = self._items.find(database, item_id)
             if item.state is ItemState.DROPPED:
                 raise ConsentError(f"item {item.item_id} was dropped, and its bytes are destroyed")
+            if item.state is ItemState.RECEIVED:
+                raise ConsentError(f"item {item.item_id} has left already: the server has it")
             if item.state is ItemState.QUEUED:
                 _set_state(database, item.item_id, state=ItemState.APPROVED)
             return item

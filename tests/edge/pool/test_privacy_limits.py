@@ -78,6 +78,18 @@ def test_an_app_with_a_lower_level_takes_all_its_sessions_along(
     assert listed(outbox) == [("three", Level.FULL)]
 
 
+def test_a_limit_of_an_app_holds_for_every_session_that_it_spoke_in(
+    pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept
+) -> None:
+    pool.keep_step(make_kept(session="mixed", app="")).result()
+    outbox.fill()
+    pool.keep_step(make_kept(session="mixed", app="diary")).result()
+    pool.keep_step(make_kept(session="apart", app="")).result()
+    consent.set_limit(Subject.APP, "diary", level=Level.OFF)
+    outbox.fill()
+    assert listed(outbox) == [("apart", Level.FULL)]
+
+
 def test_the_lowest_of_device_app_and_session_holds(
     pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept
 ) -> None:
