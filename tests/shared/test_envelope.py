@@ -1,11 +1,12 @@
 """Sealed bytes open only with their key, at their place, and unchanged."""
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_shared.envelope import derive_key, new_data_key, seal, unseal, unwrap_key, wrap_key
-from clawloop_shared.errors import StorageError
+from clawloop_shared.envelope import Dictionary, derive_key, new_data_key, seal, unseal, unwrap_key, wrap_key
+from clawloop_shared.errors import StorageError, WireError
 
 KEY = bytes(range(32))
 
@@ -63,3 +64,24 @@ def test_in_buckets_a_size_tells_no_more_than_how_many_they_are(plain: bytes) ->
     sealed = seal(key, plain, aad=b"here", bucket_bytes=512)
     assert (len(sealed) - len(seal(key, b"", aad=b"here", bucket_bytes=512))) % 512 == 0
     assert unseal(key, sealed, aad=b"here") == plain
+
+
+@given(st.binary(max_size=200), st.binary(max_size=2000))
+def test_what_has_much_in_common_with_a_dictionary_is_sealed_smaller_and_comes_back(own: bytes, common: bytes) -> None:
+    plain, dictionary = common + own + common, Dictionary(common)
+    sealed = seal(KEY, plain, aad=b"here", dictionary=dictionary)
+    assert unseal(KEY, sealed, aad=b"here", dictionary=Dictionary(common)) == plain
+    assert unseal(KEY, seal(KEY, plain, aad=b"here"), aad=b"here", dictionary=dictionary) == plain
+
+
+def test_what_was_sealed_with_a_dictionary_does_not_open_without_it() -> None:
+    common = bytes(range(256)) * 4
+    sealed = seal(KEY, common, aad=b"here", dictionary=Dictionary(common))
+    assert len(sealed) < 100
+    with pytest.raises(WireError, match="do not unpack"):
+        unseal(KEY, sealed, aad=b"here")
+
+
+def test_a_cipher_made_beforehand_does_what_its_key_does() -> None:
+    assert unseal(KEY, seal(AESGCM(KEY), b"plain", aad=b""), aad=b"") == b"plain"
+    assert unseal(AESGCM(KEY), seal(KEY, b"plain" * 10_000, aad=b""), aad=b"") == b"plain" * 10_000

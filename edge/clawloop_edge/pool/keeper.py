@@ -108,6 +108,7 @@ class Keeper:
         row = (*names, *on_base, shared_ids, shared_texts, size, sealed[1], sealed[0])
         pending.add(kept, row, tags=[self.lookup_tag(name, value) for name, value in index.items()])
         session.add(kept, place, size=size)
+        texts[:shared_texts] = on.texts[:shared_texts]  # the same texts, once in memory
         ids = b"" if prompt is None or response is None else prompt + response
         remember(self._lists, seq, Lists(ids, len(step.prompt_ids), texts), most=_CACHED_STEPS)
         if base is None:

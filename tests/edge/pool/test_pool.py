@@ -335,6 +335,18 @@ def test_reads_do_not_wait_for_a_write_in_progress(pool: Pool, make_kept: MakeKe
     held.result()
 
 
+def test_a_reader_cannot_write_also_after_another_room_brought_its_tables(pool: Pool, make_kept: MakeKept) -> None:
+    def table(database: "Database") -> None:
+        database.execute("CREATE TABLE IF NOT EXISTS of_another_room (x)")
+
+    pool.keep_step(make_kept()).result()
+    for name in ("first", "second"):
+        pool.adopt(name, (table,))
+        with pytest.raises(StorageError, match="readonly"), pool.read() as database:
+            database.execute("DELETE FROM lookups")
+    assert pool.stats().steps == 1
+
+
 def test_two_edges_on_one_home_are_refused_and_other_commands_are_not(
     tmp_path: Path, key: bytes, make_kept: MakeKept
 ) -> None:
