@@ -1,15 +1,26 @@
-"""Times as people write and read them, in their own zone. The present is given."""
+"""Times and durations as people write and read them, in their own zone. The present is given."""
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 
 import typer
 
-from clawloop_edge.cli.times import duration_ms
-
 FORMS = "`2h`, `3d` or `1w` ago, `today`, `yesterday`, `2026-11-20` or `2026-11-20 14:30`"
 _DATE_CHARS = len("2026-11-20")
+_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+_PART = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_MAX_S = 100 * 366 * 86_400
+
+
+def duration_ms(text: str) -> int:
+    """Milliseconds of `2h`, `30m`, `1d12h`. Raises BadParameter: something else, or nothing."""
+    parts = _PART.findall(text)
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds <= _MAX_S:
+        raise typer.BadParameter(f"{text!r} is no duration; write it like 30m, 2h or 1d12h")
+    return int(seconds * 1000)
 
 
 def parse_moment(text: str, *, now: datetime, end: bool = False) -> int:
@@ -47,9 +58,9 @@ def told(time_ms: int, *, now: datetime) -> str:
     return f"{at.day} {at:%b %H:%M}" if at.year == now.year else f"{at:%Y-%m-%d}"
 
 
-def lasted(duration_ms: int) -> str:
+def lasted(time_ms: int) -> str:
     """How long something took: `0.4 s`, `12 s`, `3 min 20 s`."""
-    seconds = max(0, duration_ms) / 1000
+    seconds = max(0, time_ms) / 1000
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -26,7 +26,7 @@ from clawloop_edge.cli.context import (
 )
 from clawloop_edge.cli.forget import list_deletions
 from clawloop_edge.cli.ledger import show_budget
-from clawloop_edge.cli.times import duration_ms
+from clawloop_edge.cli.moments import duration_ms
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
