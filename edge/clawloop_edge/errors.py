@@ -21,6 +21,7 @@ ClawloopError
 ├── NodeError                node/transport.py: the server and this device cannot work together
 │   ├── ServerAway           the server cannot be reached now
 │   └── NodeRefused          the server does not know this device's key
+├── ScorerFailed             a scorer could not judge this time
 └── ConsentError             the privacy level does not allow it
 """
 
@@ -89,3 +90,7 @@ class ConsentError(ClawloopError):
 
 class RedactionError(UncheckedError):
     """What must not leave could not be looked for, so nothing leaves."""
+
+
+class ScorerFailed(ClawloopError):
+    """A scorer could not judge this time; no signal comes of it."""

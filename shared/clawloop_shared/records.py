@@ -16,6 +16,7 @@ from clawloop_shared.errors import RecordError
 
 SCHEMA = 1
 MAX_STEP_TOKENS = 1 << 20
+MAX_HINT_TOKENS = 4096
 
 
 class Channel(StrEnum):
@@ -66,6 +67,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One model call, token-exact. All lists of the response have one entry a sampled token, end token included.
 
+    `group_size` is how many trajectories its group will have; 0: not known.
     `redacted` are spans (start, length) of prompt and response ids whose tokens were replaced before the step left its
     device. A logprob is None where the token was replaced, or where what came before it was and it could not be scored
     anew. A step that its device keeps has every logprob and no such span.
@@ -84,6 +86,7 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     parent_id: str = ""
     trajectory_id: str = ""
     group_id: str = ""
+    group_size: int = 0
     channel: Channel = Channel.TRAIN
     untrainable: str = ""
     redacted: list[tuple[int, int]] = []
@@ -111,8 +114,20 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         return self.prompt_ids + self.response_ids
 
 
+class Hint(msgspec.Struct, frozen=True):
+    """What a step should have known, as tokens: with `token_ids` put before position `at` of its prompt ids, the policy
+    is its own teacher. Text that reached no model before; the step's own ids stay as they are."""
+
+    step_id: str
+    at: int
+    token_ids: list[int]
+
+
 class Signal(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One judgement. Rewards are computed from signals and never stored over them."""
+    """One judgement. Rewards are computed from signals and never stored over them.
+
+    `evidence` says what shows it (a rule, an exit code, the step that followed), `comment` what the judge said of it.
+    """
 
     signal_id: str
     target: Target
@@ -122,6 +137,18 @@ class Signal(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     created_ms: int
     weight: float = 1.0
     comment: str = ""
+    evidence: str = ""
+    hint: Hint | None = None
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """The owner's word on whether a step may be learned from; the latest counts. It never makes trainable what is not
+    token-exact."""
+
+    mark_id: str
+    step_id: str
+    trainable: bool
+    created_ms: int
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,10 +164,11 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepBatch(msgspec.Struct, frozen=True, tag="steps.v1"):
-    """What an outbox item holds: steps and signals in the order in which they were kept."""
+    """What an outbox item holds: steps, signals and marks in the order in which they were kept."""
 
     steps: list[Step] = []
     signals: list[Signal] = []
+    marks: list[Mark] = []
 
 
 def check_step(step: Step) -> Step:
@@ -197,7 +225,7 @@ def check_signal(signal: Signal) -> Signal:
     """Return `signal` if it keeps the rules of its record.
 
     Raises:
-        RecordError: a value outside [-1, 1], a weight outside (0, 1], or no target.
+        RecordError: a value outside [-1, 1], a weight outside (0, 1], no target, or a hint of no use.
     """
     where = f"signal {signal.signal_id}"
     if not math.isfinite(signal.value) or not -1.0 <= signal.value <= 1.0:
@@ -206,4 +234,13 @@ def check_signal(signal: Signal) -> Signal:
         raise RecordError(f"{where}: weight {signal.weight} is outside (0, 1]")
     if not signal.target_id:
         raise RecordError(f"{where}: no {signal.target} is named")
+    if signal.hint is not None:
+        _check_hint(signal.hint, where)
     return signal
+
+
+def _check_hint(hint: Hint, where: str) -> None:
+    if not hint.step_id or not 0 < hint.at <= MAX_STEP_TOKENS:
+        raise RecordError(f"{where}: its hint is for position {hint.at} of step {hint.step_id!r}")
+    if not 0 < len(hint.token_ids) <= MAX_HINT_TOKENS or min(hint.token_ids) < 0:
+        raise RecordError(f"{where}: its hint has {len(hint.token_ids)} ids; 1 to {MAX_HINT_TOKENS}, none negative")
