@@ -13,6 +13,7 @@ import msgspec
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.advantages import AdvantageState, Rewarded, advantage_named, rescale
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
+from clawloop_server.trainer.hindsight import latest_hints, with_hindsight
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
 from clawloop_server.trainer.settings import TrainSettings
@@ -75,7 +76,7 @@ def run_round(
     random.Random(f"{settings.seed} round {state.rounds}").shuffle(usable)
     set_aside, metrics, learned = dict(screened.rejected_trajectories), [], list[Trajectory]()
     for batch in _batches(usable, settings):
-        done = run_update(engine, batch, state=state)
+        done = run_update(engine, batch, state=state, max_tokens=limits.max_tokens)
         state = done.state
         set_aside |= dict.fromkeys(done.poisoned, NOT_FINITE)
         learned += done.learned
@@ -119,12 +120,23 @@ class UpdateResult(msgspec.Struct, frozen=True):
     poisoned: list[str]
 
 
-def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: TrainState) -> UpdateResult:
-    """One optimizer step on screened trajectories. Those with logprobs that are not finite are left out and named."""
+def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: TrainState, max_tokens: int) -> UpdateResult:
+    """One optimizer step on screened trajectories. Those with logprobs that are not finite are left out and named.
+
+    Hints are used as far as a step with its hint has at most `max_tokens`.
+    """
     settings, learned, poisoned = engine.settings, list(batch), list[str]()
-    sums, tracked = Sums(), state.advantages
+    sums, tracked, hinted = Sums(), state.advantages, 0
     while learned:
         samples, tracked = _samples(learned, settings, state=state)
+        samples, hinted = with_hindsight(
+            samples,
+            latest_hints(learned),
+            logprobs=engine.logprobs,
+            weight=settings.hindsight,
+            clip=settings.hindsight_clip,
+            max_tokens=max_tokens,
+        )
         try:
             sums = engine.forward_backward(samples, settings.loss)
             break
@@ -140,6 +152,7 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
         "gradient_norm": norm,
         "reward": sum(t.reward for t in learned) / max(1, len(learned)),
         "trajectories": float(len(learned)),
+        "hinted_steps": float(hinted if learned else 0),
     }
     after = msgspec.structs.replace(
         state,

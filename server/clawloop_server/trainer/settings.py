@@ -63,6 +63,10 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     reward_low: float = -1.0
     """rewards in [reward_low, reward_high] become [0, 1] for the baseline"""
     reward_high: float = 1.0
+    hindsight: float = 0.5
+    """how much the advantage of a token gains for each nat by which a hint makes it likelier; 0: hints are not used"""
+    hindsight_clip: float = 1.0
+    """the most nats that count"""
     row_tokens: int = 1024
     """token budget of a packed row"""
     max_sample_tokens: int = 32768
@@ -107,6 +111,8 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         f"advantage {settings.advantage!r}: known are {sorted(ADVANTAGES)}": settings.advantage in ADVANTAGES,
         f"batch_trajectories {settings.batch_trajectories} is below 1": settings.batch_trajectories >= 1,
         f"updates_per_round {settings.updates_per_round} is below 1": settings.updates_per_round >= 1,
+        f"hindsight {settings.hindsight} is below 0": 0 <= settings.hindsight < math.inf,
+        f"hindsight_clip {settings.hindsight_clip} is not above 0": 0 < settings.hindsight_clip < math.inf,
         f"reward_low {settings.reward_low} is not below reward_high": settings.reward_low < settings.reward_high,
         f"row_tokens {settings.row_tokens} is below 1": settings.row_tokens >= 1,
         f"max_sample_tokens {settings.max_sample_tokens} is below 2": settings.max_sample_tokens >= 2,

@@ -1,0 +1,70 @@
+"""Hindsight: what a step's answer should have known, turned into an advantage of each of its tokens.
+
+The policy is its own teacher. With h the hint's tokens put into the prompt c, a token y_t of the answer gets
+
+    A_t += w clip(log pi(y_t | c + h, y_<t) - log pi(y_t | c, y_<t), -C, C)
+
+both under the current policy and without gradient: what the hint makes likelier is encouraged, what it makes unlikelier
+is discouraged, and the loss stays as it is. Sources: OpenClaw-RL, https://arxiv.org/abs/2603.10165 (hints written in
+hindsight); SDPO, https://arxiv.org/abs/2601.20802 (the policy as its own teacher).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from clawloop_server.trainer.rows import Sample
+from clawloop_shared.records import Hint, Trajectory
+
+Logprobs = Callable[[Sequence[Sample]], list[list[float]]]
+"""of each sample's trained tokens, under the current policy"""
+
+
+def latest_hints(trajectories: Iterable[Trajectory]) -> dict[str, Hint]:
+    """The newest hint of each step, by its id."""
+    signals = sorted((s for t in trajectories for s in t.signals), key=lambda s: (s.created_ms, s.signal_id))
+    return {signal.hint.step_id: signal.hint for signal in signals if signal.hint is not None}
+
+
+def with_hint(sample: Sample, hint: Hint, *, max_tokens: int) -> Sample | None:
+    """The sample as its policy would have answered with the hint in its prompt; None if that does not fit: the hint is
+    not within the prompt, or there is no room for it."""
+    size = len(hint.token_ids)
+    if not 0 < hint.at <= sample.trained[0] or len(sample.token_ids) + size > max_tokens:
+        return None
+    return replace(
+        sample,
+        token_ids=[*sample.token_ids[: hint.at], *hint.token_ids, *sample.token_ids[hint.at :]],
+        trained=[at + size for at in sample.trained],
+    )
+
+
+def with_hindsight(
+    samples: Sequence[Sample],
+    hints: dict[str, Hint],
+    *,
+    logprobs: Logprobs,
+    weight: float,
+    clip: float,
+    max_tokens: int,
+) -> tuple[list[Sample], int]:
+    """Samples whose advantages know what the hints say, and for how many of them there was one to use.
+
+    A hint under which the policy gives no finite number teaches nothing.
+    """
+    found = {
+        index: hinted
+        for index, sample in enumerate(samples)
+        if sample.step_id in hints
+        and (hinted := with_hint(sample, hints[sample.step_id], max_tokens=max_tokens)) is not None
+    }
+    if not found or not weight:
+        return list(samples), 0
+    plain, taught = logprobs([samples[index] for index in found]), logprobs(list(found.values()))
+    told, used = list(samples), 0
+    for index, before, after in zip(found, plain, taught, strict=True):
+        gains = [weight * min(clip, max(-clip, b - a)) for a, b in zip(before, after, strict=True)]
+        if all(map(math.isfinite, [*before, *after])):
+            advantages = [a + gain for a, gain in zip(samples[index].advantages, gains, strict=True)]
+            told[index], used = replace(samples[index], advantages=advantages), used + 1
+    return told, used
