@@ -24,8 +24,10 @@ RunTool = Callable[[str, Mapping[str, object]], str]
 
 @dataclass(frozen=True)
 class Episode:
-    """What happened: the tool calls that were made, the last answer, and each completion's id and duration (s)."""
+    """What happened: the conversation with the last answer in it, the tool calls that were made, and each completion's
+    id and duration (s)."""
 
+    messages: tuple[Any, ...]
     calls: tuple[Call, ...]
     answer: str
     completion_ids: tuple[str, ...]
@@ -60,9 +62,9 @@ async def play(
         message = completion.choices[0].message
         ids.append(completion.id)
         wanted = message.tool_calls or []
-        if not wanted or len(calls) >= MAX_CALLS:
-            return Episode(tuple(calls), message.content or "", tuple(ids), tuple(seconds))
         history.append(message.model_dump(exclude_none=True))
+        if not wanted or len(calls) >= MAX_CALLS:
+            return Episode(tuple(history), tuple(calls), message.content or "", tuple(ids), tuple(seconds))
         for call in wanted:
             name, arguments = _read(call)
             calls.append((name, arguments))

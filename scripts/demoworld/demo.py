@@ -1,6 +1,6 @@
 """The demo: one server, one or two edges, an agent that only knows `openai`, and a user who says what was good.
 
-    python -m demoworld.demo [--devices 2] [--control] [--kill] [--folder DIR]
+    python -m demoworld.demo [--devices 2] [--talk [--flip 0.2]] [--control] [--kill] [--folder DIR]
 
 Everything real: the edge's MLX engine and encrypted pool, Flower over TLS, the torch update, signed adapters swapped in
 while the agent goes on. Ends with a table and report.html; exits 1 if the loop did not do what it promises.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from demoworld import report, world
 from demoworld.stage import Part, StageError, make_edge, make_server
+from demoworld.talk import Talker
 from demoworld.user import Office, Score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,8 @@ MAX_ROUNDS, CONTROL_ROUNDS = 40, 12
 MAX_SECONDS = 480
 PAUSE_S = 5.0
 BEFORE_AT_MOST, AFTER_AT_LEAST, CONTROL_GAIN_AT_MOST, ADAPTERS_AT_LEAST = 0.35, 0.75, 0.1, 3
+TALKED_AT_LEAST, FLIPPED_GAIN_AT_LEAST = 0.7, 0.2
+"""of a user who only talks, and of one whose words are the opposite of what is meant in a part of the cases"""
 
 EDGE_SETTINGS: Mapping[str, Mapping[str, object]] = {
     "privacy": {"hold_s": 0.0, "fill_every_s": 0.25},
@@ -222,8 +226,8 @@ def broken_promises(show: Show, *, before: Score, after: Score, options: argpars
     if options.control:
         if after.reward - before.reward > CONTROL_GAIN_AT_MOST:
             found.append(f"shuffled rewards gained {after.reward - before.reward:.3f}")
-    elif after.reward < AFTER_AT_LEAST:
-        found.append(f"held-out reward after is {after.reward:.3f}, under {AFTER_AT_LEAST}")
+    elif after.reward < (least := wanted_after(before, options)):
+        found.append(f"held-out reward after is {after.reward:.3f}, under {least:.3f}")
     if min(len(c.swaps) for c in show.curves) < ADAPTERS_AT_LEAST and not options.control:
         found.append(f"only {[len(c.swaps) for c in show.curves]} adapters were swapped in")
     if len(set(show.versions)) > 1:
@@ -237,6 +241,13 @@ def broken_promises(show: Show, *, before: Score, after: Score, options: argpars
             f"an agent call took {near:.1f} s while an adapter was swapped in, at most {apart:.1f} s otherwise"
         )
     return found
+
+
+def wanted_after(before: Score, options: argparse.Namespace) -> float:
+    """What held-out reward the demo promises in the end."""
+    if options.flip:
+        return before.reward + FLIPPED_GAIN_AT_LEAST
+    return TALKED_AT_LEAST if options.talk else AFTER_AT_LEAST
 
 
 def lost_steps(show: Show, edges: list[Part]) -> int:
@@ -260,10 +271,7 @@ async def play(options: argparse.Namespace, console: Console) -> int:
         server.start()
         for n in range(options.devices):
             edges.append(join_edge(folder, server, name=f"edge{n + 1}", model=options.model, console=console))
-        offices = [
-            Office(f"http://127.0.0.1:{e.port}/v1", e.token(), seed=options.seed + n, shuffle=options.control)
-            for n, e in enumerate(edges)
-        ]
+        offices = [make_office(e, seed=options.seed + n, options=options) for n, e in enumerate(edges)]
         show = Show(console, offices, [report.Curve(e.name) for e in edges], versions=[0] * len(edges))
         console.print("measuring the held-out questions before anything was learned")
         before = await measure(offices)
@@ -276,6 +284,12 @@ async def play(options: argparse.Namespace, console: Console) -> int:
     finally:
         for part in [*edges, server]:
             part.stop()
+
+
+def make_office(edge: Part, *, seed: int, options: argparse.Namespace) -> Office:
+    """The users of an edge, as the options want them."""
+    talks = Talker(random.Random(seed), flip=options.flip) if options.talk else None
+    return Office(f"http://127.0.0.1:{edge.port}/v1", edge.token(), seed=seed, shuffle=options.control, talks=talks)
 
 
 def join_edge(folder: Path, server: Part, *, name: str, model: Path, console: Console) -> Part:
@@ -300,7 +314,8 @@ def finish(
     """Print the table, write the report, and say what did not hold."""
     final = rows(show, edges, before=before, after=after)
     lost = lost_steps(show, edges)
-    final.append(("acknowledged steps lost", str(lost)))
+    if not options.talk:  # who only talks is told of no step
+        final.append(("acknowledged steps lost", str(lost)))
     table = Table(show_header=False, title="shuffled rewards (control)" if options.control else "the loop closed")
     for row in final:
         table.add_row(*row)
@@ -320,6 +335,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1, help="how many edges (default 1)")
     parser.add_argument("--control", action="store_true", help="shuffle the rewards: nothing should be learned")
+    parser.add_argument(
+        "--talk", action="store_true", help="the user never rates: thanks, corrections, repeated questions teach"
+    )
+    parser.add_argument(
+        "--flip",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="with --talk: say the opposite of what is meant so often",
+    )
     parser.add_argument("--kill", action="store_true", help="kill -9 the first edge on the way and check what it kept")
     parser.add_argument("--rounds", type=int, help="stop after this many (default 40, with --control 12)")
     parser.add_argument("--model", type=Path, default=MODEL, help="the model folder (default: the demo's own)")
@@ -328,6 +353,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where everything lies (default .demo)")
     options = parser.parse_args(arguments)
+    if options.flip and not options.talk:
+        parser.error("--flip needs --talk")
     options.rounds = options.rounds or (CONTROL_ROUNDS if options.control else MAX_ROUNDS)
     return options
 

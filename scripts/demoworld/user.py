@@ -1,4 +1,4 @@
-"""The user of the demo: asks questions, judges the answers, and tells the edge what was good through /v1/feedback.
+"""The user of the demo: asks questions, and tells what was good, by `/v1/feedback` or by what is said next.
 
 `Office` keeps a bounded number of conversations going against one edge, forever, and counts what happened. With
 `shuffle` the judgements go to the wrong conversations: the control that shows that the reward is what teaches.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import uuid
 from collections import deque
 from dataclasses import dataclass, field
 
 from openai import APIError, AsyncOpenAI
 
 from demoworld import agent, world
+from demoworld.talk import SILENCE, Talker
 
 RECENT = 320
+HEARD_TOKENS = 4
+"""what the model may say to a user who only wanted to be heard"""
 
 
 @dataclass
@@ -46,17 +50,34 @@ class Score:
     called: float
 
 
+@dataclass(frozen=True)
+class Played:
+    """A conversation that waits for the user's judgement."""
+
+    task: world.Task
+    session: str
+    episode: agent.Episode
+
+
 class Office:
-    """People at one edge. Knows its base URL and token."""
+    """People at one edge. Knows its base URL and token. With `talks` nobody rates: they only say something next."""
 
     def __init__(
-        self, base_url: str, token: str, *, seed: int, temperature: float = 1.0, shuffle: bool = False
+        self,
+        base_url: str,
+        token: str,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        shuffle: bool = False,
+        talks: Talker | None = None,
     ) -> None:
+        self._talks = talks
         self.client = AsyncOpenAI(base_url=base_url, api_key=token, max_retries=0, timeout=120)
         self.temperature, self.shuffle = temperature, shuffle
         self.tally = Tally()
         self._rng = random.Random(seed)
-        self._unjudged: list[tuple[str, float]] = []
+        self._unjudged: list[tuple[Played, float]] = []
         self._progress = asyncio.Event()
 
     async def __aenter__(self) -> Office:
@@ -79,9 +100,9 @@ class Office:
 
     async def _desk(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            task = world.draw_task(self._rng)
+            task, session = world.draw_task(self._rng), uuid.uuid4().hex if self._talks else ""
             try:
-                episode = await self._play(task, temperature=self.temperature, channel="train")
+                episode = await self._play(task, temperature=self.temperature, channel="train", session=session)
             except APIError:
                 self.tally.failed += 1
                 await asyncio.sleep(0.2)
@@ -89,35 +110,56 @@ class Office:
             now = time.monotonic()
             self.tally.timings.extend((now, seconds) for seconds in episode.call_seconds)
             value = world.reward(task.kind, task.city, calls=episode.calls, answer=episode.answer)
-            await self._judge(episode.completion_ids[-1], value)
+            await self._judge(Played(task, session, episode), value)
             self.tally.episodes += 1
             self.tally.recent.append(value)
             self._progress.set()
 
-    async def _play(self, task: world.Task, *, temperature: float, channel: str) -> agent.Episode:
+    async def _play(self, task: world.Task, *, temperature: float, channel: str, session: str = "") -> agent.Episode:
         return await agent.play(
             self.client,
             task.messages(),
             tools=world.TOOL_SPECS,
             run_tool=world.tool_result,
             temperature=temperature,
-            headers={"X-Clawloop-Channel": channel},
+            headers={"X-Clawloop-Channel": channel} | ({"X-Clawloop-Session": session} if session else {}),
         )
 
-    async def _judge(self, completion_id: str, value: float) -> None:
+    async def _judge(self, played: Played, value: float) -> None:
         if not self.shuffle:
-            await self._send(completion_id, value)
+            await self._tell(played, value)
             return
-        self._unjudged.append((completion_id, value))
+        self._unjudged.append((played, value))
         if len(self._unjudged) < 64:
             return
         batch, self._unjudged = self._unjudged, []
         values = [v for _, v in batch]
         self._rng.shuffle(values)
         for (one, _), other in zip(batch, values, strict=True):
-            await self._send(one, other)
+            await self._tell(one, other)
 
-    async def _send(self, completion_id: str, value: float) -> None:
+    async def _tell(self, played: Played, value: float) -> None:
+        if self._talks is None:
+            await self._rate(played.episode.completion_ids[-1], value)
+            return
+        words = self._talks.reaction(played.task, right=value > 0)
+        if words != SILENCE:
+            await self._say(played, words)
+
+    async def _say(self, played: Played, words: str) -> None:
+        """The user's next message, in the same conversation."""
+        try:
+            await self.client.chat.completions.create(
+                model="clawloop",
+                messages=[*played.episode.messages, {"role": "user", "content": words}],
+                tools=list(world.TOOL_SPECS),  # type: ignore[arg-type]
+                max_tokens=HEARD_TOKENS,
+                extra_headers={"X-Clawloop-Session": played.session},
+            )
+        except APIError:
+            self.tally.failed += 1
+
+    async def _rate(self, completion_id: str, value: float) -> None:
         body = {"step_id": completion_id, "value": 2 * value - 1, "source": "demo-user"}
         try:
             await self.client.post("/feedback", body=body, cast_to=object)
