@@ -25,7 +25,7 @@ from clawloop_edge.adapters.verify import AdapterLimits
 from clawloop_edge.config import EdgeConfig
 from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.errors import RedactionError
-from clawloop_edge.gateway.app import DRAIN, DROPPER, STATS, make_app, make_runner
+from clawloop_edge.gateway.app import DRAIN, DROPPER, METRICS, STATS, make_app, make_runner
 from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
@@ -44,6 +44,7 @@ from clawloop_edge.privacy.deletions import Deletions
 from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.waiting import waiting_sessions
+from clawloop_edge.signals.watch import HealthWatch
 from clawloop_shared.database import encrypts
 from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.levels import Level
@@ -94,7 +95,7 @@ class Edge:
         self._redaction = ""
         self.drop_forgotten: Callable[[], Awaitable[None]] = _nothing
         self._forgotten, self._finish_at_s = "", 0.0
-        self.search = SearchIndex(pool)
+        self.search, self.health = SearchIndex(pool), HealthWatch(pool)
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
         self.activator: Activator | None = None
@@ -109,6 +110,7 @@ class Edge:
             asyncio.create_task(self._every(self.config.privacy.fill_every_s, self._fill)),
             asyncio.create_task(self._every(ANCHOR_S, self._anchor)),
             asyncio.create_task(self._every(INDEX_S, self._index)),
+            asyncio.create_task(self._every(INDEX_S, self._count_signals)),
             asyncio.create_task(self._every(WATCH_S, self._follow_forgetting)),
             asyncio.create_task(self._every(DELETIONS_S, self._ask_deletions)),
             asyncio.create_task(self._every(RETAIN_S, self._retain)),
@@ -149,11 +151,13 @@ class Edge:
                 "not_kept": request.app[STATS]().keep_failures,
                 "outbox_waiting": sent.waiting,
                 "left_out": await asyncio.to_thread(self.outbox.left_out),
+                "deletions_waiting": await asyncio.to_thread(self.deletions.count_waiting),
                 "redaction": self._redaction,
                 "sent_items": sent.items,
                 "sent_bytes": sent.bytes,
                 "server": self.member.url if self.member else "",
                 "server_state": self._server_state(),
+                "rewards": self.health.report(),
             }
         )
 
@@ -197,6 +201,9 @@ class Edge:
 
     async def _index(self) -> None:
         await asyncio.to_thread(self.search.catch_up)
+
+    async def _count_signals(self) -> None:
+        await asyncio.to_thread(self.health.catch_up)
 
     async def _anchor(self) -> None:
         await asyncio.to_thread(self.pool.anchor)
@@ -327,6 +334,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     app = make_app(engine, pool, settings=config.gateway, token=home.token())
     app.router.add_get("/v1/status", edge.status)
     edge.drop_forgotten = app[DROPPER]
+    app[METRICS].watch(edge.health)
     runner = make_runner(app)
     try:
         await runner.setup()

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from clawloop_edge.cli import adapters, doctor, explain, exporting, pool, privacy, redact, server, service, sessions
+from clawloop_edge.cli import (
+    adapters,
+    doctor,
+    explain,
+    exporting,
+    pool,
+    privacy,
+    redact,
+    rewards,
+    server,
+    service,
+    sessions,
+)
 from clawloop_edge.home import ENVIRONMENT, EdgeHome
 
 app = typer.Typer(
@@ -30,5 +42,18 @@ def root(context: typer.Context, home: Home = None) -> None:
     context.obj = EdgeHome.at(home)
 
 
-for module in (service, doctor, sessions, explain, privacy, redact, server, adapters, pool, exporting):
+for module in (
+    service,
+    doctor,
+    sessions,
+    explain,
+    rewards,
+    privacy,
+    redact,
+    rewards,
+    server,
+    adapters,
+    pool,
+    exporting,
+):
     module.register(app)

@@ -90,6 +90,8 @@ DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
 """`await app[DRAIN]()` before the runner is cleaned up"""
 STATS: web.AppKey[StatsReader] = web.AppKey("stats", StatsReader)
 """`app[STATS]()` counts since the start"""
+METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
+"""what `/metrics` tells; `watch` adds to it"""
 DROPPER: web.AppKey[Dropper] = web.AppKey("dropper", Dropper)
 """`await app[DROPPER]()` after something was forgotten"""
 
@@ -151,6 +153,7 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
     app[DRAIN], app[STATS] = drain, StatsReader(recorder, source, drain=drain, memory=memory)
     app[DROPPER] = Dropper(pool, memory=memory, trajectories=store, retries=retries, engine=engine)
     metrics.watch(StateCollector(engine, app[STATS]))
+    app[METRICS] = metrics
     app.on_cleanup.append(close)
     return app
 

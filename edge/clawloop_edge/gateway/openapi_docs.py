@@ -279,11 +279,15 @@ _STATUS = _object(
     not_kept=_COUNT,
     outbox_waiting=_COUNT,
     left_out={"type": "object", "additionalProperties": _COUNT},
+    deletions_waiting=_COUNT,
     redaction=_TEXT,
     sent_items=_COUNT,
     sent_bytes=_COUNT,
     server=_TEXT,
     server_state=_TEXT,
+    rewards=_object(
+        sources={"type": "object", "additionalProperties": _ANY}, agreement=_list(_ANY), warnings=_list(_TEXT)
+    ),
 )
 
 

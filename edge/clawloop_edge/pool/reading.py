@@ -10,7 +10,7 @@ import msgspec
 
 from clawloop_edge.pool.codec import Talk, facts_of, from_json, join_kept
 from clawloop_edge.pool.crypt import Keyring
-from clawloop_edge.pool.records import Change, KeptStep, SessionSummary, StepLine, Turn
+from clawloop_edge.pool.records import Change, Judged, KeptStep, SessionSummary, StepLine, StepLink, Turn
 from clawloop_edge.pool.rows import STEPS, TALKS, Row, Rows
 from clawloop_edge.pool.summary import read_summary
 from clawloop_shared.records import Signal, Step, Target
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 _MAIN = "main"
 _SIDE_STEPS = 200
 _RUN_SESSIONS = 16
+_JUDGED_STEPS = 64
+_TARGETS = {
+    Target.STEP: "step_id",
+    Target.RUN: "run_id",
+    Target.SESSION: "session_id",
+    Target.TRAJECTORY: "trajectory_id",
+}
 _END = 1 << 62
 
 
@@ -95,6 +102,32 @@ class Reading:
         query = f"{TALKS} WHERE seq > ? ORDER BY seq LIMIT ?"
         return [self._turn(row) for row in self._rows.select(query, (after_seq, limit))]
 
+    def links(self, after_seq: int, limit: int) -> list[StepLink]:
+        """The places of up to `limit` steps kept after `after_seq`, oldest first. Opens no tokens."""
+        query = f"{TALKS} WHERE seq > ? ORDER BY seq LIMIT ?"
+        return [self._link(row) for row in self._rows.select(query, (after_seq, limit))]
+
+    def link(self, step_id: str) -> StepLink | None:
+        """The place of a step; None if it is not here."""
+        found = self._rows.select(f"{TALKS} WHERE step_id = ?", (step_id,))
+        return self._link(found[0]) if found else None
+
+    def main_before(self, link: StepLink, *, within: int) -> StepLink | None:
+        """The latest main-line step of a session before this one, if it is among the `within` steps before."""
+        query = f"{TALKS} WHERE session_id = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+        found = map(self._link, self._rows.select(query, (link.session_id, link.seq, within)))
+        return next((each for each in found if each.kind == _MAIN), None)
+
+    def may_learn(self, link: StepLink) -> bool:
+        """Whether anything may be learned from the run of this step, or from its trajectory."""
+        query = "SELECT 1 FROM steps WHERE run_id = ? AND session_id = ? AND trainable LIMIT 1"
+        return self._run(query, (link.run_id, link.session_id)).fetchone() is not None
+
+    def trajectory_step_ids(self, trajectory_id: str, *, limit: int) -> list[str]:
+        """The last steps of a trajectory, latest first."""
+        query = "SELECT step_id FROM steps WHERE trajectory_id = ? ORDER BY seq DESC LIMIT ?"
+        return [row[0] for row in self._run(query, (trajectory_id, limit)).fetchall()]
+
     def signals(self, steps: Iterable[Step]) -> list[Signal]:
         """The signals that judge these steps, or their runs, sessions or trajectories, oldest first."""
         wanted = list(steps)
@@ -117,6 +150,26 @@ class Reading:
         """The signals on a session, its steps, runs and trajectories, oldest first."""
         query = "SELECT signal_id, session_id, body FROM signals WHERE session_id = ? ORDER BY seq"
         return [self._signal(*row) for row in self._run(query, (session_id,)).fetchall()]
+
+    def signals_after(self, after_seq: int, limit: int) -> list[tuple[int, Signal]]:
+        """The signals kept after `after_seq`, oldest first, each with its `seq`."""
+        query = "SELECT seq, signal_id, session_id, body FROM signals WHERE seq > ? ORDER BY seq LIMIT ?"
+        return [(seq, self._signal(*row)) for seq, *row in self._run(query, (after_seq, limit)).fetchall()]
+
+    def judged(self, signal: Signal) -> Judged | None:
+        """What a signal is about, by the latest `_JUDGED_STEPS` steps of it; None if it is gone. Opens no tokens."""
+        query = f"{TALKS} WHERE {_TARGETS[signal.target]} = ? ORDER BY seq DESC LIMIT ?"
+        rows = self._rows.select(query, (signal.target_id, _JUDGED_STEPS))
+        if not rows:
+            return None
+        names = self._run(
+            "SELECT trajectory_id, run_id, session_id FROM steps WHERE seq = ?", (rows[0].seq,)
+        ).fetchone()
+        return Judged(
+            trajectory=names[0] or "/".join(names[1:]),
+            steps=len(rows),
+            response_tokens=sum(self._rows.talk(row).response_tokens for row in rows),
+        )
 
     def sessions(self, limit: int, before_ms: int | None) -> list[SessionSummary]:
         """The sessions last used before `before_ms`, latest first."""
@@ -156,6 +209,23 @@ class Reading:
             policy_version=facts.policy.version,
             prompt_tokens=talk.prompt_tokens,
             response_tokens=talk.response_tokens,
+        )
+
+    def _link(self, row: Row) -> StepLink:
+        talk = self._rows.talk(row)
+        step = talk.step
+        if step is None:  # of the first layout
+            whole = self._rows.at(row.seq, STEPS)
+            step = facts_of(self._rows.tokens(whole), talk)
+        return StepLink(
+            seq=row.seq,
+            step_id=row.step_id,
+            session_id=row.session_id,
+            run_id=step.run_id,
+            trajectory_id=step.trajectory_id,
+            parent_id=step.parent_id,
+            kind=from_json(talk.rest)["kind"],
+            trainable=step.trainable,
         )
 
     def _turn(self, row: Row) -> Turn:

@@ -66,6 +66,19 @@ class StepLine(msgspec.Struct, frozen=True, kw_only=True):
     response_tokens: int
 
 
+class StepLink(msgspec.Struct, frozen=True, kw_only=True):
+    """A step's place in the tree of its session, without what was said. `seq` is its place among the changes."""
+
+    seq: int
+    step_id: str
+    session_id: str
+    run_id: str
+    trajectory_id: str
+    parent_id: str
+    kind: str
+    trainable: bool
+
+
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """What a step adds to the transcript of its session: the messages that came since its base, and what was said."""
 
@@ -73,6 +86,14 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     messages: list[Json]
     reply: Json
     text: str
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """What a signal is about, in numbers: its trajectory, how many steps, and how many tokens were sampled for them."""
+
+    trajectory: str
+    steps: int
+    response_tokens: int
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
