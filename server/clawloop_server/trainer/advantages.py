@@ -72,17 +72,20 @@ def tracker(batch: Sequence[Rewarded], state: AdvantageState) -> Result:
             node = nodes.get(name, Node())
             alpha = rho * node.alpha + one.confidence * one.reward
             nodes[name] = Node(alpha, rho * node.beta + one.confidence * (1.0 - one.reward))
-    scaled, scale = _scaled(raw, state.scale)
+    scaled, scale = _scaled(raw, batch, before=state.scale)
     return scaled, msgspec.structs.replace(state, nodes=nodes, scale=scale)
 
 
 def ema(batch: Sequence[Rewarded], state: AdvantageState) -> Result:
-    """A_i = r_i - m, m the running mean of earlier batches (at the beginning the first batch's own mean); scaled."""
+    """A_i = r_i - m, m the running mean of earlier batches (at the beginning the first batch's own mean); scaled.
+
+    A reward counts as far as it can be trusted: what was hardly judged does not move what the rest is compared with.
+    """
     if not batch:
         return [], state
-    own = sum(one.reward for one in batch) / len(batch)
+    own = sum(one.confidence * one.reward for one in batch) / sum(one.confidence for one in batch)
     before = own if state.mean is None else state.mean
-    scaled, scale = _scaled([one.reward - before for one in batch], state.scale)
+    scaled, scale = _scaled([one.reward - before for one in batch], batch, before=state.scale)
     return scaled, msgspec.structs.replace(state, mean=EMA_DECAY * before + (1 - EMA_DECAY) * own, scale=scale)
 
 
@@ -123,11 +126,15 @@ def _path(key: Key) -> list[str]:
     return ["/".join(key[:depth]) for depth in range(len(key) + 1)]
 
 
-def _scaled(raw: Sequence[float], before: float | None) -> tuple[list[float], float | None]:
-    """Advantages over their RMS (at least RMS_FLOOR), clipped to +-CLIP. A small batch uses the running RMS."""
+def _scaled(
+    raw: Sequence[float], batch: Sequence[Rewarded], *, before: float | None
+) -> tuple[list[float], float | None]:
+    """Advantages over their RMS by confidence (at least RMS_FLOOR), clipped to +-CLIP; a small batch uses the running
+    RMS."""
     if not raw:
         return [], before
-    own = math.sqrt(sum(a * a for a in raw) / len(raw))
+    total = sum(one.confidence for one in batch)
+    own = math.sqrt(sum(one.confidence * a * a for a, one in zip(raw, batch, strict=True)) / total)
     running = own if before is None else EMA_DECAY * before + (1 - EMA_DECAY) * own
     scale = max(own if len(raw) >= LARGE_BATCH else running, RMS_FLOOR)
     return [min(CLIP, max(-CLIP, a / scale)) for a in raw], running

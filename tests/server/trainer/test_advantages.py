@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawloop_server.trainer import advantages
-from clawloop_server.trainer.advantages import ADVANTAGES, AdvantageState, Node, Rewarded, tracker, value_of
+from clawloop_server.trainer.advantages import ADVANTAGES, AdvantageState, Node, Rewarded, ema, tracker, value_of
 from clawloop_shared.errors import ConfigError
 
 rewarded = st.builds(
@@ -104,3 +104,12 @@ def test_rewards_are_brought_to_one_scale() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="magic"):
         advantages.advantage_named("magic")
+
+
+def test_what_was_hardly_judged_moves_neither_the_mean_nor_the_scale_of_the_others() -> None:
+    sure = [Rewarded(0.0), Rewarded(1.0), Rewarded(0.0), Rewarded(1.0)]
+    alone, after = ema(sure, AdvantageState())
+    faint = [Rewarded(1.0, confidence=1e-6)] * 40
+    beside, mixed = ema([*sure, *faint], AdvantageState())
+    assert beside[:4] == pytest.approx(alone, abs=1e-4)
+    assert mixed.mean == pytest.approx(after.mean, abs=1e-4)
