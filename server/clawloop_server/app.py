@@ -98,8 +98,9 @@ class ServerApp:
     async def _start(self) -> None:
         home, config = self.home, self.config
         self._open.enter_context(sole_server(home))
-        self._vault = Vault.open(home, self._keys.master)
+        self._vault = Vault.open(home, self._keys.master, settings=config.reward)
         self._open.callback(self._vault.close)
+        self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
         self._members = HubMembers(self._vault.database, line_id=self._base.line_id)
         self._releases = HubReleases(self._registry, line_id=self._base.line_id)

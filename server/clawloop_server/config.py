@@ -14,7 +14,8 @@ import msgspec
 import tomli_w
 
 from clawloop_server.release.gate import GateSettings
-from clawloop_server.trainer.settings import TrainSettings, check_settings
+from clawloop_server.trainer.settings import ClassifierSettings, TrainSettings, check_classifier, check_settings
+from clawloop_server.vault.settings import RewardSettings
 from clawloop_shared import config as shared_config
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import publish_secret
@@ -64,7 +65,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     hub: HubSettings = HubSettings()
     fleet: FleetSettings = FleetSettings()
+    reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
+    classifier: ClassifierSettings = ClassifierSettings()
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
 
@@ -106,7 +109,7 @@ def save_config(path: Path, config: ServerConfig) -> None:
 
 
 def _changes(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    pairs = {name: value for name, value in fields.items() if value != defaults[name]}
+    pairs = {name: value for name, value in fields.items() if value != defaults.get(name)}
     return {n: _changes(value, defaults[n]) if isinstance(value, dict) else value for n, value in pairs.items()}
 
 
@@ -137,6 +140,7 @@ def check_config(config: ServerConfig) -> ServerConfig:
     if broken:
         raise ConfigError("; ".join(broken))
     check_settings(config.train)
+    check_classifier(config.classifier)
     return config
 
 

@@ -1,5 +1,8 @@
 """Typed TOML configuration: unknown keys are refused by name, and a missing file means the defaults."""
 
+import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +37,44 @@ def save(path: Path, config: msgspec.Struct) -> None:
     """Write `config` as TOML; fields that are None are left out."""
     fields = msgspec.to_builtins(config)
     publish(path, tomli_w.dumps(_without_none(fields)).encode(), mode=0o600)
+
+
+def change(path: Path, table: str, *, values: Mapping[str, str]) -> None:
+    """Set texts in one table of the file, and leave every other line as it is, comments too.
+
+    Raises:
+        ConfigError: the file is written in a way in which that cannot be done by itself; the text says what to write.
+    """
+    try:
+        text = path.read_text()
+        wanted = tomllib.loads(text)
+        changed = _changed(text, table, values=values)
+        wanted[table] = {**wanted.get(table, {}), **values}
+        done = tomllib.loads(changed) == wanted
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be changed: {error}") from error
+    if not done:
+        lines = "; ".join(f"{key} = {msgspec.json.encode(value).decode()}" for key, value in values.items())
+        raise ConfigError(f"{path} cannot be changed by itself; write into its [{table}]: {lines}; then do this again")
+    publish(path, changed.encode(), mode=0o600)
+
+
+def _changed(text: str, table: str, *, values: Mapping[str, str]) -> str:
+    lines = text.splitlines()
+    heads = [at for at, line in enumerate(lines) if re.fullmatch(rf"\s*\[\s*{table}\s*\]\s*(#.*)?", line)]
+    if not heads:
+        lines += ["", f"[{table}]"]
+        heads = [len(lines) - 1]
+    for key, value in values.items():
+        line = f"{key} = {msgspec.json.encode(value).decode()}"
+        tail = lines[heads[0] + 1 :]
+        end = next((at for at, each in enumerate(tail) if each.lstrip().startswith("[")), len(tail))
+        known = [at for at, each in enumerate(tail[:end]) if re.match(rf"\s*{key}\s*=", each)]
+        if known:
+            lines[heads[0] + 1 + known[0]] = line
+        else:
+            lines.insert(heads[0] + 1, line)
+    return "\n".join(lines) + "\n"
 
 
 def _without_none(value: object) -> dict[str, object]:

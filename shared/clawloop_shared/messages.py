@@ -152,6 +152,7 @@ class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1
     """What was done at a `ForgetRequest`: how many steps and signals were deleted, how many of the ids were not known.
 
     `adapters` are the versions that had learned from any of it, or went on from one that had: they cannot unlearn.
+    `device_deleted`: the operator deleted the whole device, so nothing of it is there, nor known which adapters it taught.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1
     unknown: int
     adapters: list[int]
     at_ms: int
+    device_deleted: bool = False
 
 
 class SignedRequest(msgspec.Struct, frozen=True, tag="signed-request.v1"):

@@ -60,6 +60,15 @@ def claimed_device(signed: SignedRequest) -> str:
     return _parse(signed.payload, _Claim, name="forget request").device_id
 
 
+def claimed_forget(signed: SignedRequest) -> ForgetRequest:
+    """What a request says, unproven: for a device whose key is gone together with all that it had sent.
+
+    Raises:
+        WireError: it is no request of ours, or out of its bounds.
+    """
+    return _parse(signed.payload, ForgetRequest, name="forget request")
+
+
 def open_forget(signed: SignedRequest, public_key: bytes) -> ForgetRequest:
     """What a device asks to be forgotten.
 

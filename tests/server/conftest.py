@@ -12,6 +12,7 @@ from clawloop_server.bases import Base
 from clawloop_server.home import Home
 from clawloop_server.hub.devices import Device, Devices, DeviceState
 from clawloop_server.release.keys import ServerKeys, create_keys
+from clawloop_server.vault.settings import RewardSettings
 from clawloop_server.vault.store import Vault
 from clawloop_shared import signing
 from clawloop_shared.ids import new_id, new_step_id
@@ -56,8 +57,8 @@ def base(home: Home, model_folder: Path) -> Base:
 
 @pytest.fixture
 def vault(home: Home, keys: ServerKeys, base: Base) -> Iterator[Vault]:
-    """Its vault."""
-    vault = Vault.open(home, keys.master)
+    """Its vault; what is judged does not wait for more."""
+    vault = Vault.open(home, keys.master, settings=RewardSettings(settle_s=0))
     yield vault
     vault.close()
 
@@ -110,6 +111,7 @@ def make_step(base: Base) -> MakeStep:
         step_id: str | None = None,
         trajectory_id: str = "",
         group_id: str = "",
+        group_size: int = 0,
         channel: Channel = Channel.TRAIN,
         created_ms: int = 1,
         untrainable: str = "",
@@ -128,6 +130,7 @@ def make_step(base: Base) -> MakeStep:
             created_ms=created_ms,
             trajectory_id=trajectory_id,
             group_id=group_id,
+            group_size=group_size,
             channel=channel,
             untrainable=untrainable,
             redacted=redacted or [],
@@ -145,7 +148,7 @@ def make_signal() -> MakeSignal:
             signal_id=new_id(),
             target=target,
             target_id=target_id,
-            source="feedback",
+            source="user",
             value=value,
             created_ms=created_ms,
         )

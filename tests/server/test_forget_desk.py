@@ -182,15 +182,19 @@ async def test_a_device_that_asks_too_often_waits_and_the_others_do_not(
     assert (await world.told(world.asking(*many))).unknown == 0 + len(many)
 
 
-async def test_a_revoked_device_is_heard_and_a_deleted_one_is_told_that_all_is_gone(
-    world: World, make_step: Make
-) -> None:
+async def test_a_revoked_device_is_heard(world: World, make_step: Make) -> None:
     sent(world.vault, world.device, make_step)
-    devices = Devices(world.vault.database)
-    devices.revoke(world.device)
+    Devices(world.vault.database).revoke(world.device)
     assert (await world.told(world.asking(everything=True))).deleted == 1
-    devices.bury(world.device)
-    assert (await world.refused(sign_forget(world.asking("x"), world.key)))[0] == 410
+
+
+async def test_of_a_deleted_device_it_is_signed_that_nothing_is_here(world: World, make_step: Make) -> None:
+    sent(world.vault, world.device, make_step)
+    Devices(world.vault.database).bury(world.device)
+    receipt = await world.told(world.asking("x", "y"))
+    assert (receipt.deleted, receipt.unknown, receipt.device_deleted) == (0, 2, True)
+    assert world.vault.stats().steps == 0, "it is so before it is signed, also if the deletion ended halfway"
+    assert (await world.refused(sign_forget(world.asking("x", at_ms=1), world.key)))[0] == 400
 
 
 async def test_what_is_not_gone_from_the_disk_is_not_acknowledged(

@@ -234,7 +234,7 @@ def test_adapters_are_named_that_learned_from_it_or_went_on_from_one_that_had(
         found = vault.ready(base.line_id, 9)
         round_id = registry.start_round(base.line_id, base_version=base_version, trajectories=1, steps=1)
         with registry.within() as database:
-            vault.consume(round_id, [t.trajectory_id for t in found], database)
+            vault.consume(round_id, found, database)
             version = released(registry, base, round_id=round_id)
             registry.finish_round(round_id, RoundState.PASSED, version=version)
         return version
@@ -255,16 +255,16 @@ def test_a_round_under_way_may_finish_and_the_next_one_does_not_see_it(
     registry = Registry(vault.database, home.adapters)
     step, judged = make_step(run_id="r"), make_signal(Target.RUN, "r")
     vault.receive(device, [item([step], [judged])])
-    ids = [t.trajectory_id for t in vault.ready(base.line_id, 9)]
+    found = vault.ready(base.line_id, 9)
     round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1)
     names = {"steps": [step.step_id], "signals": [judged.signal_id], "everything": []}
     vault.forget(asking(device, *names[what], everything=what == "everything"))
     assert vault.ready(base.line_id, 9) == []
-    vault.consume(round_id, ids)
+    vault.consume(round_id, found)
     registry.finish_round(round_id, RoundState.FAILED)
-    assert vault.lineage(round_id) == ids
+    assert vault.lineage(round_id) == [t.trajectory_id for t in found]
     with pytest.raises(VaultError, match="not ready any more"):
-        vault.consume("another", ids)
+        vault.consume("another", found)
 
 
 def test_without_a_round_under_way_nothing_of_it_is_left_to_consume(
@@ -272,11 +272,11 @@ def test_without_a_round_under_way_nothing_of_it_is_left_to_consume(
 ) -> None:
     step = make_step(run_id="r")
     vault.receive(device, [item([step], [make_signal(Target.RUN, "r")])])
-    ids = [t.trajectory_id for t in vault.ready(base.line_id, 9)]
+    found = vault.ready(base.line_id, 9)
     vault.forget(asking(device, step.step_id))
     assert vault.database.count("SELECT count(*) FROM trajectories") == 0
     with pytest.raises(VaultError, match="not ready any more"):
-        vault.consume("round", ids)
+        vault.consume("round", found)
 
 
 def test_no_row_of_a_forgotten_record_is_left_in_any_table(

@@ -213,9 +213,11 @@ def test_what_a_device_asked_to_forget_is_shown_without_what_it_was(run: Run, ma
 def test_data_stats_counts_and_says_what_was_set_aside(run: Run, made: Home, opened: Vault) -> None:
     base = find_base(made)
     send(opened, join(opened, base), base)
+    with made.config.open("a") as config:
+        config.write("[reward]\nsettle_s = 0.0\n")
     stats = run("data", "stats", "--json")
     assert (stats["steps"], stats["signals"], stats["items"]) == (1, 1, 2)
-    assert stats["trajectories"] == {"train": {"ready": 1}}
+    assert stats["trajectories"] == {"train": {"judged": 1}}
     assert stats["set_aside"] == {"unreadable": 1}
     assert "unreadable" in run("data", "stats")
     status = run("status", "--json")
@@ -251,6 +253,23 @@ def test_rounds_are_listed_and_shown(run: Run, made: Home, opened: Vault) -> Non
     assert "better" in " ".join(run("rounds", "list").split())
     assert run("train", "status", "--json")["last_round"] == found
     assert "rounds list" in run("rounds", "show", "nothing", code=1)
+
+
+def test_a_round_is_explained_by_the_voices_that_made_its_rewards(run: Run, made: Home, opened: Vault) -> None:
+    base = find_base(made)
+    device = join(opened, base)
+    send(opened, device, base)
+    round_id = Registry(opened.database, made.adapters).start_round(
+        base.line_id, base_version=0, trajectories=1, steps=1
+    )
+    opened.consume(round_id, opened.ready(base.line_id, 9, now_ms=1 << 50))
+    (found,) = run("rounds", "explain", round_id, "--json")["trajectories"]
+    assert (found["device_id"], found["account"]["reward"]) == (device, {"value": 1.0, "weight": 0.5})
+    assert [(v["source"], v["factor"], v["share"]) for v in found["account"]["voices"]] == [("f", 0.5, 1.0)]
+    assert "f +1.00 (100%)" in run("rounds", "explain", round_id)
+    opened.delete_device(device)
+    assert "forgotten since" in run("rounds", "explain", round_id)
+    assert "rounds list" in run("rounds", "explain", "nothing", code=1)
 
 
 def test_bases_are_imported_and_listed(run: Run, made: Home, model_folder: Path) -> None:

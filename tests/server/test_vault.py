@@ -211,10 +211,11 @@ def test_consuming_is_all_or_nothing_and_happens_once(
     steps = [make_step(run_id=f"run {n}") for n in range(3)]
     vault.receive(device, [item(steps, [make_signal(Target.SESSION, "session")])])
     line = steps[0].policy.line
-    ids = [t.trajectory_id for t in vault.ready(line, 9)]
-    vault.consume("round 1", ids[:1])
+    found = vault.ready(line, 9)
+    ids = [t.trajectory_id for t in found]
+    vault.consume("round 1", found[:1])
     with pytest.raises(VaultError, match="not ready any more"):
-        vault.consume("round 2", list(reversed(ids)))
+        vault.consume("round 2", list(reversed(found)))
     assert [t.trajectory_id for t in vault.ready(line, 9)] == ids[1:]
     assert vault.lineage("round 1") == ids[:1]
     assert lineage_root(ids) == lineage_root(reversed(ids)) != lineage_root(ids[:1])
@@ -225,7 +226,7 @@ def test_late_signals_and_steps_are_kept_but_make_no_consumed_trajectory_ready_a
 ) -> None:
     step = make_step(run_id="run")
     vault.receive(device, [item([step], [make_signal(Target.RUN, "run")])])
-    vault.consume("round", [t.trajectory_id for t in vault.ready(step.policy.line, 9)])
+    vault.consume("round", vault.ready(step.policy.line, 9))
     vault.receive(device, [item([make_step(run_id="run")], [make_signal(Target.RUN, "run", -1.0)])])
     assert (vault.stats().steps, vault.stats().signals, vault.count_ready(step.policy.line)) == (2, 2, 0)
 
@@ -235,13 +236,14 @@ import sys
 from pathlib import Path
 from clawloop_server.home import open_home
 from clawloop_server.release.keys import load_master_key
+from clawloop_server.vault.settings import RewardSettings
 from clawloop_server.vault.store import Vault
 home = open_home(Path(sys.argv[1]))
-vault = Vault.open(home, load_master_key(home))
+vault = Vault.open(home, load_master_key(home), settings=RewardSettings(settle_s=0))
 taken = 0
 for line in sys.stdin:
     found = vault.ready(sys.argv[2], 100)
-    vault.consume("round " + line.strip(), [t.trajectory_id for t in found])
+    vault.consume("round " + line.strip(), found)
     taken += len(found)
     print(taken, flush=True)
 """
@@ -384,7 +386,7 @@ def test_deleting_a_device_shreds_what_it_sent_and_says_which_rounds_had_learned
     for name in (gone, stays):
         vault.receive(name, [item([make_step(run_id="a"), make_step(run_id="b")], [make_signal(Target.RUN, "a")])])
     line = make_step().policy.line
-    vault.consume("round", [t.trajectory_id for t in vault.ready(line, 9)])
+    vault.consume("round", vault.ready(line, 9))
     row = vault.database.row("SELECT wrapped FROM device_secrets WHERE device_id = ?", [gone])
     assert row is not None
 

@@ -1,11 +1,15 @@
-"""Rewards: the latest word of each source counts, silence is no reward, and every kind of target is found."""
+"""Rewards: each source has one voice, silence is no reward, and every kind of target is found."""
+
+import math
+from random import Random
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clawloop_shared.records import Channel, Policy, Sampling, Signal, Step, Target
-from clawloop_shared.signals import assemble, reward_of
+from clawloop_shared.signals import FACTORS, OWNER, RewardRules, account_of, assemble, reward_of
 
 
 def step(step_id: str, *, run: str = "r1", session: str = "s1", trajectory: str = "", at: int = 0) -> Step:
@@ -49,22 +53,106 @@ def test_a_later_word_of_the_same_source_replaces_the_earlier() -> None:
     assert reward.value == -1.0
 
 
-def test_sources_are_weighed_and_the_surest_sets_the_weight() -> None:
-    reward = reward_of(
-        [signal(Target.STEP, "a", 1.0, weight=0.9), signal(Target.STEP, "a", -1.0, source="judge", weight=0.3)]
-    )
+def value_of(*signals: Signal, rules: RewardRules | None = None) -> float:
+    reward = reward_of(signals, rules or RewardRules())
     assert reward is not None
-    assert abs(reward.value - 0.5) < 1e-12
-    assert reward.weight == 0.9
+    return reward.value
 
 
-@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.01, 1)), min_size=1, max_size=6))
-def test_a_reward_stays_within_its_signals(judgements: list[tuple[float, float]]) -> None:
-    reward = reward_of(
-        signal(Target.STEP, "a", value, source=f"s{n}", weight=weight) for n, (value, weight) in enumerate(judgements)
+def test_sources_are_weighed_by_how_sure_they_are_and_how_far_they_are_believed() -> None:
+    account = account_of(
+        [
+            signal(Target.STEP, "a", 1.0, source="rule", weight=0.9),
+            signal(Target.STEP, "a", -1.0, source="judge", weight=0.6),
+        ]
     )
-    assert reward is not None
-    assert min(v for v, _ in judgements) - 1e-9 <= reward.value <= max(v for v, _ in judgements) + 1e-9
+    assert account.reward is not None
+    assert [(v.source, v.words, v.value, v.weight, v.factor) for v in account.voices] == [
+        ("judge", 1, -1.0, 0.6, 0.5),
+        ("rule", 1, 1.0, 0.9, 1.0),
+    ]
+    assert [v.share for v in account.voices] == pytest.approx([0.25, 0.75])
+    assert account.reward.value == pytest.approx(0.5)
+    assert account.reward.weight == 0.9
+
+
+def test_a_source_has_one_voice_however_often_it_spoke() -> None:
+    tools = [signal(Target.STEP, f"s{n}", 1.0, source="tool-outcome") for n in range(20)]
+    one = value_of(signal(Target.RUN, "r", -1.0, source="judge"), tools[0])
+    many = value_of(signal(Target.RUN, "r", -1.0, source="judge"), *tools)
+    assert many == pytest.approx(one)
+    assert value_of(*tools[:3], signal(Target.STEP, "x", 0.0, source="tool-outcome")) == pytest.approx(0.75)
+
+
+def test_where_the_owner_spoke_the_others_together_weigh_at_most_the_cap() -> None:
+    others = [signal(Target.RUN, "r", -1.0, source=source) for source in FACTORS if source not in OWNER]
+    user = signal(Target.STEP, "a", 1.0, weight=0.1)
+    assert value_of(user, *others) == pytest.approx(0.6 - 0.4)
+    assert value_of(user, *others, rules=RewardRules(cap=0.0)) == 1.0
+    assert value_of(user, *others, rules=RewardRules(cap=1.0)) < -0.9
+    assert value_of(user, signal(Target.RUN, "r", -1.0, source="tool-outcome", weight=0.1)) == pytest.approx(2 / 3)
+
+
+def test_a_source_with_factor_zero_is_left_out_and_alone_it_is_no_reward() -> None:
+    rules = RewardRules(weights={"judge": 0.0, "other": 0.0, "mine": 1.0})
+    judge, unknown = (signal(Target.STEP, "a", -1.0, source=source) for source in ("judge", "who"))
+    assert reward_of([judge, unknown], rules) is None
+    assert assemble([step("a")], [judge], rules=rules) == []
+    assert value_of(judge, unknown, signal(Target.STEP, "a", 0.5, source="mine"), rules=rules) == 0.5
+    assert [v.share for v in account_of([judge, unknown], rules).voices] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text", ["cap = nan", "cap = 1.1", "[weights]\njudge = -1.0", "[weights]\nx = nan", "cups = 1"]
+)
+def test_rules_out_of_bounds_are_refused(text: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.toml.decode(text, type=RewardRules)
+
+
+SOURCES = st.sampled_from([*FACTORS, "someone"])
+SAID = st.builds(
+    lambda source, run, value, weight, at: signal(Target.RUN, run, value, source=source, weight=weight, at=at),
+    SOURCES,
+    st.sampled_from(["r1", "r2", "r3"]),
+    st.floats(-1, 1),
+    st.floats(0, 1, exclude_min=True),
+    st.integers(0, 3),
+)
+RULES = st.builds(
+    RewardRules,
+    weights=st.dictionaries(SOURCES, st.just(0.0) | st.floats(0, 1), max_size=4),
+    cap=st.floats(0, 1),
+)
+
+
+@given(st.lists(SAID, max_size=8), RULES, st.randoms())
+def test_a_reward_is_finite_within_its_signals_and_the_same_in_any_order(
+    said: list[Signal], rules: RewardRules, random: Random
+) -> None:
+    said = [msgspec.structs.replace(one, signal_id=str(n)) for n, one in enumerate(said)]
+    account = account_of(said, rules)
+    heard = [one.value for one in said if rules.counts(one.source)]
+    assert (account.reward is None) == (not heard)
+    shuffled = [*said, *said]
+    random.shuffle(shuffled)
+    assert account_of(shuffled, rules) == account
+    if account.reward is not None:
+        assert min(heard) <= account.reward.value <= max(heard)
+        assert 0 < account.reward.weight <= 1
+        assert math.isclose(sum(v.share for v in account.voices), 1.0)
+
+
+@given(st.lists(SAID, max_size=6), st.lists(SAID, max_size=6))
+def test_what_is_said_of_one_trajectory_changes_the_reward_of_no_other(said: list[Signal], more: list[Signal]) -> None:
+    steps = [step(run, run=run, session=run) for run in ("r1", "r2", "r3")]
+    said = [msgspec.structs.replace(one, signal_id=f"a{n}") for n, one in enumerate(said)]
+    more = [msgspec.structs.replace(one, signal_id=f"b{n}", target_id="r1") for n, one in enumerate(more)]
+
+    def others(signals: list[Signal]) -> dict[str, tuple[float, float]]:
+        return {t.trajectory_id: (t.reward, t.weight) for t in assemble(steps, signals) if t.steps[0].run_id != "r1"}
+
+    assert others(said) == others([*more, *said])
 
 
 def test_a_signal_on_one_step_rewards_its_whole_run() -> None:
@@ -95,3 +183,9 @@ def test_the_channels_are_never_in_one_trajectory() -> None:
     steps = [step("a", at=1), msgspec.structs.replace(step("b", at=2), channel=Channel.VAL)]
     found = assemble(steps, [signal(Target.RUN, "r1", 1.0)])
     assert [(t.channel, [s.step_id for s in t.steps]) for t in found] == [(Channel.TRAIN, ["a"]), (Channel.VAL, ["b"])]
+
+
+def test_steps_that_are_left_out_still_tell_how_their_run_went() -> None:
+    (found,) = assemble([step("a"), step("b", at=1)], [signal(Target.STEP, "a", -1.0)], left_out={"a"})
+    assert ([s.step_id for s in found.steps], found.reward) == (["b"], -1.0)
+    assert assemble([step("a")], [signal(Target.STEP, "a", -1.0)], left_out={"a"}) == []

@@ -73,7 +73,7 @@ def open_server(home: Path | None) -> Iterator[OpenServer]:
 
     found = home_of(home)
     config = load_config(found.config)
-    vault = Vault.open(found, load_master_key(found))
+    vault = Vault.open(found, load_master_key(found), settings=config.reward)
     try:
         registry = Registry(vault.database, found.adapters)
         yield OpenServer(found, vault, registry, Devices(vault.database), config)

@@ -27,6 +27,7 @@ def stats(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "items": f"{found.items} ({found.received_bytes / 1e6:.1f} MB as sent)",
         "steps": f"{found.steps} ({found.tokens} tokens)",
         "signals": found.signals,
+        "marks": found.marks,
     }
     for channel, states in sorted(found.trajectories.items()):
         facts[f"trajectories ({channel})"] = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))

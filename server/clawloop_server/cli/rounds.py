@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from clawloop_server.cli.common import (
     print_table,
     when,
 )
+
+if TYPE_CHECKING:
+    from clawloop_server.vault.store import Lesson
 
 app = group("Updates of the server, and what came of them.")
 train = group("The trainer.")
@@ -92,3 +95,29 @@ def show(
     }
     facts |= {name: value for name, value in found.metrics.items() if not isinstance(value, list | dict)}
     print_facts("round", facts)
+
+
+@app.command()
+def explain(
+    round_id: Annotated[str, typer.Argument(metavar="ROUND", help="Round id, as `rounds list` shows it.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which trajectories moved a round's adapter, and how the reward of each came about. Never content."""
+    with open_server(home) as server:
+        found = server.registry.round(round_id)
+        lessons = server.vault.lessons(round_id)
+    if as_json:
+        print_json({"round_id": found.round_id, "version": found.version, "trajectories": lessons})
+        return
+    columns = ("trajectory", "device", "group", "reward", "weight", "how it came about")
+    print_table(f"round {found.round_id}", columns, rows=[_lesson_row(lesson) for lesson in lessons])
+
+
+def _lesson_row(lesson: Lesson) -> tuple[object, ...]:
+    named = (lesson.trajectory_id[:12], lesson.device_id[-8:], lesson.group_id[:12])
+    if lesson.account is None or lesson.account.reward is None:
+        return (*named, "", "", "forgotten since" if lesson.state == "shredded" else "not kept, or forgotten since")
+    reward = lesson.account.reward
+    voices = (f"{v.source[:32]} {v.value:+.2f} ({v.share:.0%})" for v in lesson.account.voices)
+    return (*named, f"{reward.value:+.3f}", f"{reward.weight:.2f}", ", ".join(voices))

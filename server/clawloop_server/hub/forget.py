@@ -1,7 +1,8 @@
 """Forgetting at a device's word: whose request it is, how fresh it is and how many came is checked; the vault deletes.
 
-A device that may sync no more may still ask: what it sent is its owner's. Answers are signed by the release key, so
-that the owner can prove them. Knows no HTTP beyond the status that an answer should have.
+A device that may sync no more may still ask: what it sent is its owner's. Of one that was deleted no key is left to
+check a request with, so whoever asks is told that nothing of it is here. Answers are signed by the release key, so that
+the owner can prove them. Knows no HTTP beyond the status that an answer should have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from clawloop_server.hub.devices import Device, DeviceState
 from clawloop_shared import wire
 from clawloop_shared.errors import ClawloopError, SignatureInvalid, WireError
 from clawloop_shared.messages import MAX_FORGET_BYTES, ForgetReceipt, ForgetRequest, SignedRequest
-from clawloop_shared.receipts import claimed_device, open_forget, sign_forgotten
+from clawloop_shared.receipts import claimed_device, claimed_forget, open_forget, sign_forgotten
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class Records(Protocol):
         Raises:
             VaultError: another request of this device had this id.
             StorageError: it is not all gone from the disk; ask again.
+        """
+        ...
+
+    def delete_device(self, device_id: str) -> object:
+        """Shred all that a device sent; harmless where nothing of it is left.
+
+        Raises:
+            StorageError: it is not all gone from the disk.
         """
         ...
 
@@ -87,14 +96,13 @@ class ForgetDesk:
         try:
             signed = wire.decode(body, SignedRequest, max_bytes=MAX_FORGET_BYTES)
             device = await asyncio.to_thread(self._device, claimed_device(signed))
-            if device.state is DeviceState.DELETED:
-                return DeskAnswer(410, message="this device was deleted here, and with it all that it had sent")
-            request = open_forget(signed, device.device_key)
+            deleted = device.state is DeviceState.DELETED
+            request = claimed_forget(signed) if deleted else open_forget(signed, device.device_key)
         except (DeviceError, SignatureInvalid):
             return DeskAnswer(403, message=_UNPROVEN)
         except (WireError, RecursionError) as error:
             return DeskAnswer(400, message=str(error))
-        return self._refusal(request) or await self._forget(request)
+        return self._refusal(request) or await self._forget(request, device_deleted=deleted)
 
     def _refusal(self, request: ForgetRequest) -> DeskAnswer | None:
         """Why a request that is the device's own is not done; None if it is."""
@@ -109,11 +117,11 @@ class ForgetDesk:
             return DeskAnswer(429, message="too many forget requests of this device", retry_after_s=wait_s)
         return None
 
-    async def _forget(self, request: ForgetRequest) -> DeskAnswer:
-        device_id = request.device_id
+    async def _forget(self, request: ForgetRequest, *, device_deleted: bool) -> DeskAnswer:
+        device_id, do = request.device_id, self._nothing_left if device_deleted else self._records.forget
         try:
             async with self._one:
-                receipt = await asyncio.to_thread(self._records.forget, request)
+                receipt = await asyncio.to_thread(do, request)
         except VaultError as error:
             return DeskAnswer(409, message=str(error))
         except ClawloopError as error:
@@ -129,3 +137,16 @@ class ForgetDesk:
             ", ".join(map(str, receipt.adapters)) or "none",
         )
         return DeskAnswer(200, wire.encode(sign_forgotten(receipt, self._release_key)))
+
+    def _nothing_left(self, request: ForgetRequest) -> ForgetReceipt:
+        """The word that nothing of a deleted device is here, once that is so: its deletion may have ended halfway."""
+        self._records.delete_device(request.device_id)
+        return ForgetReceipt(
+            request_id=request.request_id,
+            device_id=request.device_id,
+            deleted=0,
+            unknown=len(request.record_ids),
+            adapters=[],
+            at_ms=self._now_ms(),
+            device_deleted=True,
+        )

@@ -11,40 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
+from clawloop_server.trainer.settings import ClassifierSettings
 from clawloop_shared.errors import ConfigError
-
-
-class ClassifierSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model judges what devices sent, and how sure its word is. Without a path none does."""
-
-    path: str = ""
-    label: int = 1
-    """the label that means good, where there are several"""
-    weight: float = 0.5
-    max_tokens: int = 2048
-    """of a prompt with its answer; the prompt loses its beginning"""
-    batch: int = 8
-
-
-def check_classifier(settings: ClassifierSettings) -> ClassifierSettings:
-    """Return `settings` if a classifier can be run with them.
-
-    Raises:
-        ConfigError: a value is out of bounds; the message names it.
-    """
-    rules = {
-        f"label {settings.label} is below 0": settings.label >= 0,
-        f"weight {settings.weight} is not in (0, 1]": 0 < settings.weight <= 1,
-        f"max_tokens {settings.max_tokens} is below 16": settings.max_tokens >= 16,
-        f"batch {settings.batch} is below 1": settings.batch >= 1,
-    }
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
-        raise ConfigError(f"[classifier] {'; '.join(broken)}")
-    return settings
 
 
 class Classifier:

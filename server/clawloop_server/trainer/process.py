@@ -60,6 +60,8 @@ def serve(home: Home, *, rounds: int = 0) -> None:
             _emit({"ready": True, "missing": worker.missing})
             done = 0
             while (not rounds or done < rounds) and os.getppid() == parent:
+                if worker.judge():
+                    continue
                 if worker.missing:
                     time.sleep(POLL_S)
                     continue

@@ -1,4 +1,4 @@
-"""What an operator can set about training: the `[train]` table of the server's configuration.
+"""What an operator can set about training: the `[train]` and `[classifier]` tables of the server's configuration.
 
 A limit is switched off by the value that can never bite (`inf`, or 0 for a lower bound), not by a flag beside it.
 Defaults of the loss: docs/training.md. Knows no torch, so that reading a configuration costs nothing.
@@ -131,3 +131,33 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
 
 def _are_decays(settings: TrainSettings) -> bool:
     return 0 <= settings.beta1 < 1 and 0 <= settings.beta2 < 1
+
+
+class ClassifierSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model judges what devices sent, and how sure its word is. Without a path none does."""
+
+    path: str = ""
+    label: int = 1
+    """the label that means good, where there are several"""
+    weight: float = 0.5
+    max_tokens: int = 2048
+    """of a prompt with its answer; the prompt loses its beginning"""
+    batch: int = 8
+
+
+def check_classifier(settings: ClassifierSettings) -> ClassifierSettings:
+    """Return `settings` if a classifier can be run with them.
+
+    Raises:
+        ConfigError: a value is out of bounds; the message names it.
+    """
+    rules = {
+        f"label {settings.label} is below 0": settings.label >= 0,
+        f"weight {settings.weight} is not in (0, 1]": 0 < settings.weight <= 1,
+        f"max_tokens {settings.max_tokens} is below 16": settings.max_tokens >= 16,
+        f"batch {settings.batch} is below 1": settings.batch >= 1,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ConfigError(f"[classifier] {'; '.join(broken)}")
+    return settings

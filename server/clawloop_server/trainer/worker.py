@@ -27,6 +27,7 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Reply, Sampling
+from clawloop_server.trainer.judge import Judge
 from clawloop_server.trainer.loop import Report, RoundResult, TrainState, run_round, unhealthy
 from clawloop_server.trainer.rows import Limits, Sample
 from clawloop_server.trainer.settings import TrainSettings
@@ -99,8 +100,9 @@ class Worker:
         registry: Registry,
         gate: Gate,
         probe_ids: list[int],
+        judge: Judge | None = None,
     ) -> None:
-        self.vault = vault
+        self.vault, self._judges = vault, judge
         self._home, self._base, self._engine, self._registry, self._gate = home, base, engine, registry, gate
         self._probe_ids = probe_ids
         self._state = TrainState()
@@ -120,12 +122,14 @@ class Worker:
         base = find_base(home, config.hub.line)
         folder = base_folder(home, base.line_id)
         engine, tokenizer = TrainEngine.open(folder, config.train), load_tokenizer(folder)
+        judge = Judge.open(config.classifier, tokenizer) if config.classifier.path else None
         database = ServerDatabase.open(home.database, load_master_key(home))
         return cls(
             home=home,
             base=base,
             engine=engine,
-            vault=Vault(database, home=home, master_key=load_master_key(home)),
+            vault=Vault(database, home=home, master_key=load_master_key(home), settings=config.reward),
+            judge=judge,
             registry=Registry(database, home.adapters),
             gate=_open_gate(config, home, tokenizer=tokenizer, eos_ids=_eos_ids(engine, tokenizer)),
             probe_ids=_probe_ids(tokenizer),
@@ -134,6 +138,10 @@ class Worker:
     def close(self) -> None:
         """Close the database."""
         self.vault.close()
+
+    def judge(self) -> int:
+        """Have the classifier look at some answers that it has not seen; how many. 0 also without a classifier."""
+        return self._judges.judge(self.vault, self._base.line_id) if self._judges else 0
 
     @property
     def missing(self) -> int:
@@ -277,7 +285,7 @@ class Worker:
         with self.vault.database.write() as database:
             decision = self._unless_rolled_back(decision, went_on_from)
             refused = decision.verdict is Verdict.REFUSED
-            self.vault.consume(round_id, [t.trajectory_id for t in trajectories], database)
+            self.vault.consume(round_id, trajectories, database)
             if not refused:
                 version = self._registry.record_candidate(self._candidate(round_id, result, decision=decision))
             if version is not None and decision.verdict is Verdict.HELD:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import msgspec
 
 from clawloop_server.errors import VaultError
+from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest
-from clawloop_shared.records import Signal, Step
+from clawloop_shared.records import Mark, Signal, Step
 
 _KINDS = ("step", "signal", "item")
 _NAMES = ("step_key", "run_key", "session_key", "named_key")
@@ -62,11 +63,11 @@ class Graves:
         named = database.row("SELECT 1 FROM tombstones WHERE device_id = ? LIMIT 1", own) is not None
         return cls(database, seal, before_ms, named)
 
-    def hold(self, record: Step | Signal) -> bool:
-        """Whether a record was forgotten, or judges a step that was."""
+    def hold(self, record: Step | Signal | Mark) -> bool:
+        """Whether a record was forgotten, or is about a step that was."""
         if self.before_ms and record.created_ms <= self.before_ms:
             return True
-        if isinstance(record, Step):
+        if not isinstance(record, Signal):
             return self.hold_name("step", record.step_id)
         return self.hold_name("signal", record.signal_id) or self.hold_name(record.target, record.target_id)
 
@@ -173,6 +174,7 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
         run(f"INSERT OR IGNORE INTO temp.doomed {select}", device)
     _note_touched(database, device)
     steps = run("DELETE FROM steps WHERE device_id = ? AND step_key IN temp.doomed", device)
+    run("DELETE FROM marks WHERE device_id = ? AND step_key IN temp.doomed", device)
     _doom_idle_signals(database, device)
     signals = run("DELETE FROM signals WHERE device_id = ? AND signal_key IN temp.doomed", device)
     _doom_empty_items(database)
@@ -194,7 +196,7 @@ def erase_device(database: ServerDatabase, device_id: str, *, keep_under_way: bo
     database.run("INSERT INTO temp.touched SELECT trajectory_id FROM trajectories WHERE device_id = ?", [device_id])
     steps, signals, items, set_aside, *_ = (
         database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
-        for table in ("steps", "signals", "items", "set_aside", "device_secrets", "tombstones")
+        for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
     )
     rounds = _settle(database, keep_under_way=keep_under_way)
     return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds)
@@ -275,21 +277,19 @@ def _settle(database: ServerDatabase, *, keep_under_way: bool) -> list[str]:
     One that a round consumed stays as a row, so that the round is explained. So may one that a round under way has
     read: it can still be consumed, and leads no further round.
     """
-    touched = "FROM trajectories WHERE trajectory_id IN temp.touched AND round_id IS NOT NULL"
-    rounds = [row[0] for row in database.rows(f"SELECT DISTINCT round_id {touched} ORDER BY 1")]
+    touched = "FROM trajectories WHERE trajectory_id IN temp.touched"
+    consumed = f"SELECT DISTINCT round_id {touched} AND round_id IS NOT NULL ORDER BY 1"
+    rounds = [row[0] for row in database.rows(consumed)]
+    groups = [row[0] for row in database.rows(f"SELECT DISTINCT group_id {touched}")]
     empty = "(SELECT key FROM temp.touched WHERE NOT EXISTS (SELECT 1 FROM steps WHERE trajectory_id = key))"
     read = "EXISTS (SELECT 1 FROM rounds r WHERE r.line_id = trajectories.line_id AND r.state = 'running')"
+    database.run("UPDATE trajectories SET account = NULL WHERE trajectory_id IN temp.touched")
     database.run(
         f"UPDATE trajectories SET state = 'shredded' WHERE trajectory_id IN {empty}"  # noqa: S608 constant text
-        f" AND (round_id IS NOT NULL OR (? AND state = 'ready' AND {read}))",
+        f" AND (round_id IS NOT NULL OR (? AND state = 'judged' AND {read}))",
         [keep_under_way],
     )
     database.run(f"DELETE FROM trajectories WHERE trajectory_id IN {empty} AND state != 'shredded'")  # noqa: S608
-    database.run(
-        "UPDATE trajectories SET state = 'open', ready_order = NULL"
-        " WHERE trajectory_id IN temp.touched AND state = 'ready' AND NOT EXISTS ("
-        " SELECT 1 FROM steps s JOIN signals g ON g.device_id = s.device_id"
-        " AND g.target_key IN (s.step_key, s.run_key, s.session_key, s.named_key)"
-        " WHERE s.trajectory_id = trajectories.trajectory_id)"
-    )
+    standing.update(database, [row[0] for row in database.rows("SELECT key FROM temp.touched")])
+    standing.update_groups(database, groups)
     return rounds

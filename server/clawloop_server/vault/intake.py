@@ -14,12 +14,19 @@ import msgspec
 from clawloop_shared import wire
 from clawloop_shared.errors import RecordError, WireError
 from clawloop_shared.messages import UploadItem
-from clawloop_shared.records import Signal, Step, StepBatch, check_signal, check_step
+from clawloop_shared.records import Mark, Signal, Step, StepBatch, check_signal, check_step
 
 MAX_ITEM_BYTES = 8 << 20
 MAX_NAME_CHARS = 256
 MAX_TARGET_SIGNALS = 256
 """of one step, run, session or trajectory; a reward reads them all"""
+MAX_GROUP = 4096
+"""trajectories of one group, and the largest size that may be told of one"""
+MAX_COMMENT_CHARS = 16_384
+"""four times what a device takes: redaction may lengthen it"""
+MAX_EVIDENCE_CHARS = 1024
+
+Record = Step | Signal | Mark
 
 
 class Reason(StrEnum):
@@ -28,13 +35,15 @@ class Reason(StrEnum):
     TOO_LARGE = "too large"
     """the item is over the limit"""
     UNREADABLE = "unreadable"
-    """the item is no batch of steps and signals"""
+    """the item is no batch of steps, signals and marks"""
     BAD_STEP = "bad step"
     """a step breaks the rules of its record"""
     BAD_LOGPROB = "bad logprob"
     """a step has a logprob that is not a finite number"""
     BAD_SIGNAL = "bad signal"
     """a signal breaks the rules of its record"""
+    BAD_MARK = "bad mark"
+    """a mark breaks the rules of its record"""
     OTHER_LINE = "other model line"
     """sampled by a model that this server does not train"""
     NO_SUCH_TOKEN = "token outside the vocabulary"
@@ -45,13 +54,15 @@ class Reason(StrEnum):
     """the device itself says that it must not be learned from"""
     TOO_MANY = "too many signals"
     """its target was judged by so many before that one more tells nothing"""
+    LARGE_GROUP = "group too large"
+    """its group has so many trajectories that one more is not taken"""
     CHANGED = "changed"
     """the same id was sent before with other content"""
 
 
 class Refused(msgspec.Struct, frozen=True):
     """A record (or a whole item) that is set aside: why, in words, and its bytes. `kind` (`step`, `signal`) and `name`
-    tell which record it is; an item that is refused whole has none."""
+    tell which record it is, or is about; an item that is refused whole has none."""
 
     reason: Reason
     detail: str
@@ -65,6 +76,7 @@ class Intake(msgspec.Struct, frozen=True):
 
     steps: list[Step] = []
     signals: list[Signal] = []
+    marks: list[Mark] = []
     refused: list[Refused] = []
 
 
@@ -72,7 +84,7 @@ def sort_item(
     item: UploadItem,
     vocabularies: Mapping[str, int],
     *,
-    forgotten: Callable[[Step | Signal], bool] = lambda record: False,
+    forgotten: Callable[[Record], bool] = lambda record: False,
 ) -> Intake:
     """Decode and check an item. `vocabularies`: each line that is trained with its number of tokens (0: unknown).
     Records that are `forgotten` are neither kept nor set aside."""
@@ -83,13 +95,16 @@ def sort_item(
         batch = wire.decode(item.body, StepBatch)
     except (WireError, RecursionError) as error:
         return Intake(refused=[Refused(Reason.UNREADABLE, str(error), item.body)])
-    intake = Intake([], [], [])
+    intake = Intake([], [], [], [])
     for step in (step for step in batch.steps if not forgotten(step)):
         refused = _judge_step(step, vocabularies)
         intake.refused.append(refused) if refused else intake.steps.append(step)
     for signal in (signal for signal in batch.signals if not forgotten(signal)):
-        refused = _judge_signal(signal)
+        refused = _judge_signal(signal, vocabularies)
         intake.refused.append(refused) if refused else intake.signals.append(signal)
+    for mark in (mark for mark in batch.marks if not forgotten(mark)):
+        refused = _judge_mark(mark)
+        intake.refused.append(refused) if refused else intake.marks.append(mark)
     return intake
 
 
@@ -105,6 +120,7 @@ def _judge_step(step: Step, vocabularies: Mapping[str, int]) -> Refused | None:
     try:
         check_step(step)
         _check_names(step.step_id, step.session_id, step.run_id, step.trajectory_id, step.group_id)
+        _check_size(step)
     except RecordError as error:
         return refuse(Reason.BAD_STEP, str(error), record=step)
     if vocabulary and max(max(step.prompt_ids), max(step.response_ids)) >= vocabulary:
@@ -114,21 +130,49 @@ def _judge_step(step: Step, vocabularies: Mapping[str, int]) -> Refused | None:
     return None
 
 
-def _judge_signal(signal: Signal) -> Refused | None:
+def _judge_signal(signal: Signal, vocabularies: Mapping[str, int]) -> Refused | None:
     try:
         check_signal(signal)
         _check_names(signal.signal_id, signal.target_id, signal.source)
+        _check_length("comment", signal.comment, limit=MAX_COMMENT_CHARS)
+        _check_length("evidence", signal.evidence, limit=MAX_EVIDENCE_CHARS)
+        if signal.hint is not None:
+            _check_names(signal.hint.step_id)
     except RecordError as error:
         return refuse(Reason.BAD_SIGNAL, str(error), record=signal)
+    if signal.hint is not None and vocabularies and all(vocabularies.values()):
+        # Its step, which may not be here yet, says of which line it is: the trainer looks again.
+        largest = max(vocabularies.values())
+        if max(signal.hint.token_ids) >= largest:
+            return refuse(Reason.NO_SUCH_TOKEN, f"a token of its hint; the vocabulary has {largest}", record=signal)
     return None
 
 
-def refuse(reason: Reason, detail: str, *, record: Step | Signal) -> Refused:
-    """`record`, set aside."""
-    kind, name = ("step", record.step_id) if isinstance(record, Step) else ("signal", record.signal_id)
+def _judge_mark(mark: Mark) -> Refused | None:
+    try:
+        _check_names(mark.mark_id)
+        _check_names(mark.step_id)
+    except RecordError as error:
+        return refuse(Reason.BAD_MARK, str(error), record=mark)
+    return None
+
+
+def refuse(reason: Reason, detail: str, *, record: Record) -> Refused:
+    """`record`, set aside; a mark under the name of its step, so that it is forgotten with it."""
+    kind, name = ("signal", record.signal_id) if isinstance(record, Signal) else ("step", record.step_id)
     return Refused(reason, detail[:500], msgspec.msgpack.encode(record), kind, name)
 
 
 def _check_names(required: str, *names: str) -> None:
     if not required or max(len(name) for name in (required, *names)) > MAX_NAME_CHARS:
         raise RecordError(f"an id is empty or longer than {MAX_NAME_CHARS} characters")
+
+
+def _check_length(what: str, text: str, *, limit: int) -> None:
+    if len(text) > limit:
+        raise RecordError(f"its {what} has {len(text)} characters, the limit is {limit}")
+
+
+def _check_size(step: Step) -> None:
+    if not 0 <= step.group_size <= MAX_GROUP:
+        raise RecordError(f"group_size {step.group_size} is not in 0..{MAX_GROUP}")

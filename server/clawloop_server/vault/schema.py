@@ -74,6 +74,38 @@ CREATE TABLE forgotten (
   PRIMARY KEY (device_id, request_id)) WITHOUT ROWID;
 """
 
+_GROUPS = """
+ALTER TABLE steps ADD COLUMN left_out INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE signals ADD COLUMN counts INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE marks (
+  device_id TEXT NOT NULL, step_key BLOB NOT NULL, left_out INTEGER NOT NULL, sealed BLOB NOT NULL,
+  PRIMARY KEY (device_id, step_key)) WITHOUT ROWID;
+DROP INDEX trajectories_ready;
+DROP INDEX trajectories_by_order;
+ALTER TABLE trajectories RENAME COLUMN ready_order TO place;
+ALTER TABLE trajectories ADD COLUMN group_id TEXT NOT NULL DEFAULT '';
+ALTER TABLE trajectories ADD COLUMN account BLOB;
+UPDATE trajectories SET group_id = trajectory_id;
+UPDATE trajectories SET state = 'judged' WHERE state = 'ready';
+CREATE INDEX trajectories_by_group ON trajectories (group_id, state);
+CREATE TABLE trajectory_groups (
+  group_id TEXT PRIMARY KEY, device_id TEXT NOT NULL, line_id TEXT NOT NULL, channel TEXT NOT NULL,
+  size INTEGER NOT NULL, stage TEXT NOT NULL, judged INTEGER NOT NULL, arrived_ms INTEGER NOT NULL,
+  arrival INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX trajectory_groups_ready ON trajectory_groups (line_id, channel, stage, arrived_ms, arrival, judged);
+CREATE INDEX trajectory_groups_by_arrival ON trajectory_groups (arrival);
+CREATE INDEX trajectory_groups_by_device ON trajectory_groups (device_id);
+INSERT INTO trajectory_groups
+  SELECT trajectory_id, device_id, line_id, channel, 0, iif(state = 'judged', 'quiet', 'waiting'), state = 'judged',
+  created_ms, coalesce(place, 0) FROM trajectories WHERE state IN ('open', 'judged');
+"""
+
+_CLASSIFIED = """
+ALTER TABLE trajectories ADD COLUMN classified INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX trajectories_unclassified ON trajectories (line_id, channel, created_ms)
+  WHERE NOT classified AND state IN ('open', 'judged');
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -82,6 +114,14 @@ def _tables(database: Database) -> None:
 
 def _forgetting(database: Database) -> None:
     _run(database, _FORGETTING)
+
+
+def _groups(database: Database) -> None:
+    _run(database, _GROUPS)
+
+
+def _classified(database: Database) -> None:
+    _run(database, _CLASSIFIED)
 
 
 def _run(database: Database, statements: str) -> None:
@@ -96,4 +136,4 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    shared_migrate(database, "server", migrations=[_tables, _forgetting])
+    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
-from clawloop_server.trainer.classifier import Classifier, ClassifierSettings, check_classifier
+from clawloop_server.trainer.classifier import Classifier
+from clawloop_server.trainer.settings import ClassifierSettings, check_classifier
 from clawloop_shared.errors import ConfigError
 
 SIZES: dict[str, Any] = {

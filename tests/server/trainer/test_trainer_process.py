@@ -52,7 +52,7 @@ TASK = {
 
 
 def configure(home: Home, **tables: dict[str, object]) -> None:
-    home.config.write_text(tomli_w.dumps({"train": TRAIN} | tables))
+    home.config.write_text(tomli_w.dumps({"train": TRAIN, "reward": {"settle_s": 0}} | tables))
 
 
 @pytest.fixture
