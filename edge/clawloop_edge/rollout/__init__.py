@@ -1,0 +1,1 @@
+"""Black-box offline mode: any program, run many times a task through the gateway, grouped, scored and completed."""
