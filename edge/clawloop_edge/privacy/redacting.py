@@ -99,6 +99,13 @@ class Redactor:
         """A text without what must not leave. Raises RedactionError."""
         return self._search.text(text, session_id=session_id) if text else text
 
+    def is_clean(self, ids: Sequence[int], *, session_id: str) -> bool:
+        """Whether nothing would be taken out of tokens that are no step. Raises RedactionError."""
+        try:
+            return not self._search.redact(ids, session_id=session_id, also=()).spans
+        except JobFailed:
+            return False
+
     def close(self) -> None:
         """End what searches."""
         self._search.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import Json, KeptStep, StepLink
-from clawloop_edge.sessions import tree
+from clawloop_edge.sessions import openclaw, tree
 from clawloop_edge.sessions.classify import Kind
 from clawloop_edge.signals.docket import Entry, Taken
 from clawloop_edge.signals.protocol import Case, Moment
@@ -27,21 +27,24 @@ ReadMetadata = Callable[[Reading, str], Json]
 """what a caller said of a trajectory"""
 
 
-def take(reading: Reading, links: Sequence[StepLink], *, ended_ms: int) -> Taken:
-    """The cases that these new steps make. `ended_ms` is when their runs count as left alone."""
-    entries: list[Entry] = []
-    followed: list[tuple[str, str]] = []
-    for link in links:
-        if link.kind != Kind.MAIN:
-            continue
-        before = _before(reading, link)
-        for done in _followed(reading, link, before=before):
-            followed.append((done.session_id, done.run_id))
-            entries += _run_entries(reading, done, moment=Moment.FOLLOWED, next_id=link.step_id)
-        if before is not None and before.run_id == link.run_id and before.trainable:
-            entries.append(_entry(before, Moment.CONTINUED, Target.STEP, before.step_id, next_id=link.step_id))
-        entries += _run_entries(reading, link, moment=Moment.ENDED, due_ms=ended_ms)
-    return Taken(seq=links[-1].seq, entries=entries, followed=followed)
+def take(reading: Reading, link: StepLink, *, ended_ms: int, untrainable: bool) -> Taken:
+    """The cases that a new step makes. `ended_ms` is when its run counts as left alone; with `untrainable` runs are
+    judged too of which nothing may be learned."""
+    taken = Taken(seq=link.seq)
+    if link.kind != Kind.MAIN:
+        return taken
+    before = _before(reading, link)
+    for done in _followed(reading, link, before=before):
+        taken.followed.append((done.session_id, done.run_id))
+        if untrainable or reading.may_learn(done):
+            taken.entries.append(_run_entry(done, Moment.FOLLOWED, next_id=link.step_id))
+    if before is not None and before.run_id == link.run_id and (untrainable or before.trainable):
+        taken.entries.append(
+            _entry(before, Moment.CONTINUED, target=Target.STEP, target_id=before.step_id, next_id=link.step_id)
+        )
+    if untrainable or reading.may_learn(link):
+        taken.entries.append(_run_entry(link, Moment.ENDED, due_ms=ended_ms))
+    return taken
 
 
 def build(reading: Reading, entry: Entry, *, metadata_of: ReadMetadata) -> Case | None:
@@ -61,6 +64,8 @@ def build(reading: Reading, entry: Entry, *, metadata_of: ReadMetadata) -> Case 
         if after is None:
             return None
         following, next_id = messages_after(last, after), entry.next_id
+    if entry.moment is not Moment.CONTINUED:
+        following = [*_told_beside(reading, last), *following]
     return Case(
         moment=entry.moment,
         target=entry.target,
@@ -71,6 +76,23 @@ def build(reading: Reading, entry: Entry, *, metadata_of: ReadMetadata) -> Case 
         earlier=earlier_turns(steps[0].messages),
         metadata=metadata_of(reading, trajectory_id) if trajectory_id else {},
     )
+
+
+def _told_beside(reading: Reading, last: KeptStep) -> list[Json]:
+    """What wake-ups between a step and the next turn told the agent of, as its own context: a reaction wakes it."""
+    link = reading.link(last.step.step_id)
+    found: list[Json] = []
+    for each in reading.links_after(link, limit=_NEIGHBOURS) if link else ():
+        if each.kind == Kind.MAIN:
+            break
+        woken = reading.kept(each.step_id) if each.kind == Kind.HEARTBEAT else None
+        found += [m for m in woken.messages[-2:] if _is_context(m)] if woken else []
+    return found
+
+
+def _is_context(message: Json) -> bool:
+    parts = tree.parts_of(message.get("content")) if message.get("role") == "user" else []
+    return bool(parts) and openclaw.is_internal(parts[0])
 
 
 def messages_after(step: KeptStep, after: KeptStep) -> list[Json]:
@@ -139,20 +161,17 @@ def _followed(reading: Reading, link: StepLink, *, before: StepLink | None) -> I
         yield beside
 
 
-def _run_entries(
-    reading: Reading, last: StepLink, *, moment: Moment, next_id: str = "", due_ms: int = 0
-) -> Iterator[Entry]:
-    """The case of a step's trajectory, or else its run, if anything can be learned from that."""
-    if not reading.may_learn(last):
-        return
+def _run_entry(last: StepLink, moment: Moment, *, next_id: str = "", due_ms: int = 0) -> Entry:
+    """The case of a step's trajectory, or else of its run."""
     if last.trajectory_id:
-        yield _entry(last, moment, Target.TRAJECTORY, last.trajectory_id, next_id=next_id, due_ms=due_ms)
-    else:
-        yield _entry(last, moment, Target.RUN, last.run_id, next_id=next_id, due_ms=due_ms)
+        return _entry(
+            last, moment, target=Target.TRAJECTORY, target_id=last.trajectory_id, next_id=next_id, due_ms=due_ms
+        )
+    return _entry(last, moment, target=Target.RUN, target_id=last.run_id, next_id=next_id, due_ms=due_ms)
 
 
 def _entry(
-    last: StepLink, moment: Moment, target: Target, target_id: str, *, next_id: str = "", due_ms: int = 0
+    last: StepLink, moment: Moment, *, target: Target, target_id: str, next_id: str = "", due_ms: int = 0
 ) -> Entry:
     return Entry(
         moment=moment,

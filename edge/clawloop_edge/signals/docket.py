@@ -64,7 +64,7 @@ class Waiting(Entry, frozen=True, kw_only=True, array_like=True):
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
-    """What the steps up to `seq` gave: entries, and the (session, run) pairs of which nothing more is waited for."""
+    """What the step `seq` gave: entries, and the (session, run) pairs of which nothing more is waited for."""
 
     seq: int
     entries: list[Entry] = []
@@ -115,19 +115,27 @@ class Docket:
 
         return self._pool.submit(operation).result()
 
-    def add(self, taken: Taken, *, wanted: Iterable[tuple[str, Collection[Moment]]]) -> None:
-        """Add entries for each scorer (its name and moments) that wants them, and move the cursor. Waits for the disk."""
-        rows = [
-            (name, *msgspec.to_builtins(entry))
-            for entry in taken.entries
-            for name, moments in wanted
-            if entry.moment in moments
+    def add(self, found: Iterable[Taken], *, seq: int, wanted: Collection[tuple[str, Collection[Moment]]]) -> None:
+        """Add entries for each scorer (name and moments) that wants them, and move the cursor to `seq`. Waits for the
+        disk."""
+        steps = [
+            (
+                [
+                    (name, *msgspec.to_builtins(entry))
+                    for entry in taken.entries
+                    for name, moments in wanted
+                    if entry.moment in moments
+                ],
+                taken.followed,
+            )
+            for taken in found
         ]
 
         def operation(database: "Database") -> None:
-            database.conn.executemany(_INSERT, rows)
-            database.conn.executemany(_DROP_ENDED, taken.followed)
-            self._move(database, taken.seq)
+            for rows, followed in steps:
+                database.conn.executemany(_DROP_ENDED, followed)
+                database.conn.executemany(_INSERT, rows)
+            self._move(database, seq)
 
         self._pool.submit(operation).result()
 

@@ -30,13 +30,14 @@ class Budget:
     def __init__(self, per_hour: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_hour, self._clock = per_hour, clock
         self._spent: deque[float] = deque(maxlen=per_hour or None)
+        self._turn = asyncio.Lock()
 
     async def spend(self) -> None:
         """Wait until one more may go."""
-        while (wait_s := self.wait_s()) > 0:
-            await asyncio.sleep(wait_s)
-        if self._per_hour:
-            self._spent.append(self._clock())
+        async with self._turn:
+            await asyncio.sleep(max(0.0, self.wait_s()))
+            if self._per_hour:
+                self._spent.append(self._clock())
 
     def wait_s(self) -> float:
         """How long until one more may go."""

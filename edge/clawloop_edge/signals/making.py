@@ -17,9 +17,7 @@ def settings_digest(settings: msgspec.Struct) -> str:
     return sha256(msgspec.json.encode(settings, order="sorted")).hexdigest()[:16]
 
 
-def signals_of(
-    source: str, case: Case, verdicts: Sequence[Verdict], *, digest: str, now_ms: int
-) -> list[Signal]:
+def signals_of(source: str, case: Case, verdicts: Sequence[Verdict], *, digest: str, now_ms: int) -> list[Signal]:
     """The signals of a case's verdicts; one of no weight makes none.
 
     Raises:

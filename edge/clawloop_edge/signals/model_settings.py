@@ -66,13 +66,13 @@ class JudgeSettings(AskedSettings, frozen=True, forbid_unknown_fields=True, kw_o
 class RewardModelSettings(EndpointSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A classifier behind HTTP (vLLM's `/classify`).
 
-    `value` says how its answer is read: `probability` of the class `positive` (its label, or its number), or `score`: a
-    raw number, of which `tanh(score / scale)` is taken.
+    `value` says how the number of the class `positive` is read (where there is one class, its number): a `probability`,
+    or a raw `score`, of which `tanh(score / scale)` is taken.
     """
 
     timeout_s: Annotated[float, Meta(gt=0, le=3_600)] = 30.0
     value: Literal["probability", "score"] = "probability"
-    positive: str = "1"
+    positive: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
     scale: Annotated[float, Meta(gt=0, le=1_000)] = 1.0
     weight: Annotated[float, Meta(gt=0, le=1)] = 0.5
 

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clawloop_edge.engine.protocol import Engine, TextEngine
+    from clawloop_edge.signals.asking import Border
     from clawloop_edge.signals.protocol import Scorer
     from clawloop_edge.signals.settings import SignalsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deps:
-    """What scorers are made of. `engine` is the local model, if one is served here; `folder` is the edge's home.
+    """What scorers are made of. `engine` is the local model, if one is served here; `folder` is the edge's home;
+    `border` is what may go to other machines: without one nothing may. `port` is the gateway's: no model is asked
+    through it, since what goes there is kept as an agent's call.
 
     Factories run on the event loop's thread, must not block, and connect to nothing: that is for the first `score`.
     """
@@ -24,6 +27,8 @@ class Deps:
     settings: SignalsSettings
     engine: Engine | TextEngine | None
     folder: Path
+    border: Border | None = None
+    port: int = 0
 
 
 def _rule(deps: Deps) -> Scorer:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,12 +19,15 @@ import msgspec
 
 from clawloop_edge.errors import NotScorable, ScorerFailed, UnknownTarget
 from clawloop_edge.signals import cases
-from clawloop_edge.signals.docket import Docket, Waiting
+from clawloop_edge.signals.counts import Counts, ScorerCounts
+from clawloop_edge.signals.docket import Docket, Taken, Waiting
 from clawloop_edge.signals.limits import Budget
 from clawloop_edge.signals.making import settings_digest, signals_of
 from clawloop_shared.errors import ClawloopError, RecordError
 
 if TYPE_CHECKING:
+    from clawloop_edge.pool.reading import Reading
+    from clawloop_edge.pool.records import StepLink
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.signals.protocol import Case, Scorer
     from clawloop_edge.signals.settings import SignalsSettings
@@ -35,7 +37,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 TICK_S = 0.5
 """how often it is looked for what is new"""
-BITE = 200
+BITE = 50
 """steps that are looked at in one snapshot"""
 ROUND = 32
 """cases of one scorer that are in memory at once, and their tokens together but for the first"""
@@ -44,19 +46,8 @@ GRACE_MS = 60_000
 """how long the end of a completed trajectory waits for steps that were begun and are not on disk"""
 RETRY_FACTOR, RETRY_MOST_S = 3, 3_600.0
 STOP_S = 5.0
-_LOG_EVERY_S = 60.0
 _REST = 3.0
 _REST_MOST_S = 1.0
-
-
-class ScorerCounts(msgspec.Struct, kw_only=True):
-    """Since the start: cases judged, signals made, failures by reason, cases given up. `problem`: of the last asking."""
-
-    judged: int = 0
-    made: int = 0
-    failed: Counter[str] = msgspec.field(default_factory=Counter)
-    given_up: int = 0
-    problem: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -91,11 +82,10 @@ class SignalWorker:
         self._docket = Docket(pool)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="signals")
         self._wake = {scorer.name: asyncio.Event() for scorer in scorers}
+        self._budgets = {name: Budget(settings.of(name).per_hour) for name, _ in self._wanted}
         self._tasks: list[asyncio.Task[None]] = []
         self._cursor = 0
-        self._waiting: dict[str, int] = {}
-        self._logged_at = {scorer.name: -_LOG_EVERY_S for scorer in scorers}
-        self.counts = {scorer.name: ScorerCounts() for scorer in scorers}
+        self.counts = Counts(scorer.name for scorer in scorers)
 
     async def start(self) -> None:
         """Go on where the last one stopped."""
@@ -119,20 +109,6 @@ class SignalWorker:
                 if error := task.exception():
                     _log.error("a scorer did not close: %s", type(error).__name__)
         await asyncio.to_thread(self._thread.shutdown)
-
-    def status(self) -> dict[str, dict[str, object]]:
-        """Of each scorer what it did since the start, and how many cases wait for it."""
-        return {
-            name: {
-                "judged": counts.judged,
-                "made": counts.made,
-                "failed": counts.failed.total(),
-                "given_up": counts.given_up,
-                "waiting": self._waiting.get(name, 0),
-                "problem": counts.problem,
-            }
-            for name, counts in self.counts.items()
-        }
 
     async def _forever(self, turn: Callable[[], object]) -> None:
         while True:
@@ -162,13 +138,21 @@ class SignalWorker:
         now_ms = self._clock_ms()
         with self._pool.reading() as reading:
             links = reading.links(self._cursor, BITE)
-            taken = cases.take(reading, links, ended_ms=now_ms + int(self._settings.idle_s * 1000)) if links else None
-        if taken is not None:
-            self._docket.add(taken, wanted=self._wanted)
-            self._cursor = taken.seq
+            found = [taken for link in links if (taken := self._taken(reading, link, now_ms=now_ms)) is not None]
+        if links:
+            self._docket.add(found, seq=links[-1].seq, wanted=self._wanted)
+            self._cursor = links[-1].seq
         self._hasten_ends(now_ms)
-        self._waiting = self._docket.counts()
+        self.counts.wait(self._docket.counts())
         return len(links)
+
+    def _taken(self, reading: Reading, link: StepLink, *, now_ms: int) -> Taken | None:
+        try:
+            ended_ms = now_ms + int(self._settings.idle_s * 1000)
+            return cases.take(reading, link, ended_ms=ended_ms, untrainable=self._settings.untrainable)
+        except Exception as error:  # noqa: BLE001 - one step that cannot be read must not hold up all after it
+            _log.error("step %s makes no case: %s", link.step_id, type(error).__name__)
+            return None
 
     def _hasten_ends(self, now_ms: int) -> None:
         waiting = self._docket.open_trajectories(now_ms=now_ms)
@@ -192,7 +176,7 @@ class SignalWorker:
             self._wake[scorer.name].clear()
             return
         await self._rest(began)
-        places = asyncio.Semaphore(self._settings.limits_of(scorer.name).at_once)
+        places = asyncio.Semaphore(self._settings.of(scorer.name).at_once)
         asked = {asyncio.create_task(self._ask(scorer, row, case, places=places)) for row, case in loaded}
         try:
             while asked:
@@ -210,19 +194,26 @@ class SignalWorker:
             return loaded
         with self._pool.reading() as reading:
             for row in rows:
-                case = cases.build(reading, row, metadata_of=self._metadata_of)
+                case = self._built(reading, row)
                 loaded.append((row, case))
                 tokens += sum(len(kept.step.prompt_ids) for kept in case.steps) if case else 0
                 if tokens > ROUND_TOKENS:
                     break
         return loaded
 
+    def _built(self, reading: Reading, row: Waiting) -> Case | None:
+        try:
+            return cases.build(reading, row, metadata_of=self._metadata_of)
+        except Exception as error:  # noqa: BLE001 - one case that cannot be read must not hold up all after it
+            _log.error("what is known of step %s makes no case: %s", row.step_id, type(error).__name__)
+            return None
+
     async def _ask(self, scorer: Scorer, row: Waiting, case: Case | None, *, places: asyncio.Semaphore) -> Outcome:
         if case is None:
             return Outcome(row, failure="gone")
-        limits = self._settings.limits_of(scorer.name)
+        limits = self._settings.of(scorer.name)
         async with places:
-            await self._budget(scorer.name).spend()
+            await self._budgets[scorer.name].spend()
             try:
                 async with asyncio.timeout(limits.timeout_s):
                     verdicts = await scorer.score(case)
@@ -244,8 +235,7 @@ class SignalWorker:
     async def _settle(self, scorer: Scorer, outcomes: Sequence[Outcome]) -> None:
         """Keep the signals, then let go of the rows: after a crash between the two the same signals are made again."""
         counts = self.counts[scorer.name]
-        for outcome in outcomes:
-            await self._keep(outcome, counts)
+        await self._keep([signal for outcome in outcomes for signal in outcome.signals], counts)
         again = [each for each in outcomes if each.again and each.row.tries + 1 < self._settings.tries]
         put_off = [(each.row, self._clock_ms() + self._delay_ms(each.row.tries)) for each in again]
         done = [each.row for each in outcomes if each not in again]
@@ -254,8 +244,8 @@ class SignalWorker:
         for outcome in outcomes:
             self._count(scorer.name, outcome)
 
-    async def _keep(self, outcome: Outcome, counts: ScorerCounts) -> None:
-        kept = [asyncio.wrap_future(self._pool.keep_signal(signal)) for signal in outcome.signals]
+    async def _keep(self, signals: Sequence[Signal], counts: ScorerCounts) -> None:
+        kept = [asyncio.wrap_future(self._pool.keep_signal(signal)) for signal in signals]
         for result in await asyncio.gather(*kept, return_exceptions=True):
             if isinstance(result, UnknownTarget):
                 counts.failed["gone"] += 1
@@ -266,14 +256,10 @@ class SignalWorker:
 
     def _count(self, name: str, outcome: Outcome) -> None:
         counts = self.counts[name]
-        counts.judged += not outcome.failure
         if outcome.failure:
-            counts.failed[outcome.failure] += 1
-        if outcome.failure != "gone":
-            counts.problem = outcome.problem
-        if outcome.problem and time.monotonic() - self._logged_at[name] >= _LOG_EVERY_S:
-            self._logged_at[name] = time.monotonic()
-            _log.warning("scorer %s, %d failures so far: %s", name, counts.failed.total(), outcome.problem)
+            counts.failure(name, outcome.failure, problem=outcome.problem)
+        else:
+            counts.judged, counts.problem = counts.judged + 1, ""
 
     def _delay_ms(self, tries: int) -> int:
         return int(1000 * min(RETRY_MOST_S, self._settings.retry_after_s * RETRY_FACTOR**tries))
