@@ -18,6 +18,7 @@ from clawloop_edge.gateway.chat_writer import ChatApi
 from clawloop_edge.gateway.claw_r1 import ClawR1Pool, claw_r1_routes, guards_itself
 from clawloop_edge.gateway.completions import CompletionsApi
 from clawloop_edge.gateway.connections import TIMEOUT_S, GatewayRunner
+from clawloop_edge.gateway.curation import CurationHandler, StepsPool
 from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.dropping import Dropper, ForgettingPool
 from clawloop_edge.gateway.errors import Shape, failure_of
@@ -38,6 +39,8 @@ from clawloop_edge.sessions.kept import KeptSteps, StepSource
 from clawloop_edge.sessions.memory import StepMemory
 from clawloop_edge.sessions.names import SessionNames
 from clawloop_edge.sessions.tracker import Decode, Tracker
+from clawloop_edge.signals.protocol import Scorer
+from clawloop_shared.signals import DEFAULT_RULES, RewardRules
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ready"})
 _MESSAGES = MessagesApi()
@@ -50,7 +53,7 @@ APIS: dict[str, Api] = {
 """the APIs that answer calls, by path"""
 
 
-class PoolSide(ClawR1Pool, StepSource, ForgettingPool, Protocol):
+class PoolSide(ClawR1Pool, StepSource, ForgettingPool, StepsPool, Protocol):
     """The part of the pool that the gateway needs; `clawloop_edge.pool.store.Pool` is the real one."""
 
     def find_steps_by(
@@ -96,31 +99,31 @@ DROPPER: web.AppKey[Dropper] = web.AppKey("dropper", Dropper)
 """`await app[DROPPER]()` after something was forgotten"""
 
 
-def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySettings, token: str) -> web.Application:
-    """The gateway before `engine`, keeping what passes in `pool`. Must be called on a running event loop.
+def make_app(
+    engine: Engine | TextEngine,
+    pool: PoolSide,
+    *,
+    settings: GatewaySettings,
+    token: str,
+    scorer: Scorer | None = None,
+    rules: RewardRules = DEFAULT_RULES,
+) -> web.Application:
+    """The gateway before `engine`, keeping what passes in `pool`; `scorer` answers `/compute_reward`, `rules` make the
+    rewards that are shown. Must be called on a running event loop.
 
     Run it with `make_runner`, so that a client that goes away frees the engine at once.
     """
     memory = StepMemory(max_entries=settings.memory_entries, max_bytes=settings.memory_bytes)
-    source: TokenSource | TextSource
-    if isinstance(engine, TextEngine):
-        source, decode = TextSource(engine), _no_text
-    else:
-        source, decode = TokenSource(engine), engine.tokenizer.decode
+    source, decode = _source_of(engine)
     tracker = _tracker(memory, KeptSteps(pool), decode=decode)
     recorder, drain = Recorder(pool, tracker), Drain(settings.drain_s)
     metrics, store, names = Metrics(), TrajectoryStore(pool), SessionNames(pool.tag)
     retries = Retries(pool, clock_ms=now_ms, tokenizer=None if isinstance(engine, TextEngine) else engine.tokenizer)
     service = Service(
-        source,
-        tracker,
-        recorder=recorder,
-        settings=settings,
-        metrics=metrics,
-        retries=retries,
-        names=names,
+        source, tracker, recorder=recorder, settings=settings, metrics=metrics, retries=retries, names=names
     )
     feedback, health = FeedbackHandler(pool, names), HealthHandler(engine, drain)
+    curating = CurationHandler(pool, names, rules=rules)
 
     async def close(app: web.Application) -> None:
         if isinstance(source, TokenSource):
@@ -135,17 +138,13 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
     for path, api in APIS.items():
         post(path, _answering(service, api))
     routes = claw_r1_routes(
-        service, pool, store=store, engine=engine, guard=guard, settings=settings, apis=APIS, names=names
+        service, pool, store=store, engine=engine, guard=guard, settings=settings, apis=APIS, names=names, scorer=scorer
     )
     post("/v1/messages/count_tokens", _counting_tokens(service))
     post("/v1/feedback", feedback.handle)
-    app.router.add_get("/v1/models", health.models)
-    app.router.add_get("/v1/models/{name}", health.model)
-    app.router.add_get("/healthz", health.healthz)
-    app.router.add_get("/readyz", health.readyz)
-    app.router.add_get("/health", health.healthz)
-    app.router.add_get("/ready", health.readyz)
-    app.router.add_get("/metrics", metrics.handle)
+    post("/v1/curate", curating.curate)
+    for path, handler in _reads(curating, health, metrics=metrics).items():
+        app.router.add_get(path, handler)
     for path, handler in routes.items():
         post(path, handler)
     add_document(app, DOCS)
@@ -156,6 +155,28 @@ def make_app(engine: Engine | TextEngine, pool: PoolSide, *, settings: GatewaySe
     app[METRICS] = metrics
     app.on_cleanup.append(close)
     return app
+
+
+def _source_of(engine: Engine | TextEngine) -> tuple[TokenSource | TextSource, Decode]:
+    """Where answers come from, and how sampled ids are read."""
+    if isinstance(engine, TextEngine):
+        return TextSource(engine), _no_text
+    return TokenSource(engine), engine.tokenizer.decode
+
+
+def _reads(curating: CurationHandler, health: HealthHandler, *, metrics: Metrics) -> dict[str, Handler]:
+    """What GET asks for, by path."""
+    return {
+        "/v1/steps": curating.steps,
+        "/v1/review": curating.review,
+        "/v1/models": health.models,
+        "/v1/models/{name}": health.model,
+        "/healthz": health.healthz,
+        "/readyz": health.readyz,
+        "/health": health.healthz,
+        "/ready": health.readyz,
+        "/metrics": metrics.handle,
+    }
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
@@ -238,6 +259,7 @@ def _route(request: web.Request) -> str:
 
 def _shape(request: web.Request) -> Shape:
     """In which shape an error is said to whoever calls this path."""
-    if guards_itself(request):
-        return Shape.CLAW_R1
-    return Shape.ANTHROPIC if request.path.startswith("/v1/messages") else Shape.OPENAI
+    on_trajectory = guards_itself(request)
+    if request.path.startswith("/v1/messages") or (on_trajectory and request.path.endswith("/messages")):
+        return Shape.ANTHROPIC
+    return Shape.CLAW_R1 if on_trajectory else Shape.OPENAI

@@ -17,7 +17,17 @@ One = Annotated[float | None, Meta(extra_json_schema={"enum": [None, 1]})]
 Stop = Annotated[str, Meta(min_length=1)]
 Stops = Annotated[list[Stop], Meta(max_length=16)]
 _PLACE = re.compile(r" - at `\$\.?(.*?)`\Z")
-_MISSING = re.compile(r"missing required field `(.*?)`")
+_MISSING = re.compile(r"\AObject missing required field `(.*?)`")
+_EXPECTED = re.compile(r"\AExpected `([a-z |]+)`(.*?)(?:, got `([a-z]+)`)?\Z")
+_NO_MEMBER = re.compile(r"\AInvalid (?:enum )?value ")
+_JSON_WORDS = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "a boolean",
+    "array": "an array",
+    "object": "an object",
+}
 _PINNED = re.compile(r"\Aclawloop@(\d{1,9})\Z")
 
 
@@ -68,8 +78,21 @@ def convert_body(value: Any, kind: type[T], *, where: str = "") -> T:
         text = str(error)
         places = [found.group(1) for pattern in (_PLACE, _MISSING) if (found := pattern.search(text))]
         param = ".".join(filter(None, (where, *places))).replace(".[", "[")
-        message = _PLACE.sub("", text)
-        raise RequestError(f"{param or 'body'}: {message}", param=param or None, code="invalid_type") from error
+        message = f"{param or 'the body'} {_wrong(_PLACE.sub('', text))}"
+        raise RequestError(message, param=param or None, code="invalid_type") from error
+
+
+def _wrong(text: str) -> str:
+    """What is wrong with a field, in JSON's words: `must be an integer or null, not a string`."""
+    if _MISSING.match(text):
+        return "is missing"
+    expected = _EXPECTED.match(text)
+    if expected is None:
+        return _NO_MEMBER.sub("has an unknown value: ", text)
+    kinds, bounds, given = expected.groups()
+    wanted = " or ".join(_JSON_WORDS.get(kind, kind) for kind in kinds.split(" | "))
+    got = "a floating-point number" if given == "float" else _JSON_WORDS.get(given, given)
+    return f"must be {wanted}{bounds}{f', not {got}' if given else ''}"
 
 
 def read_body(data: bytes, kind: type[B]) -> B:

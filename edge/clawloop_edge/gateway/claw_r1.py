@@ -10,6 +10,7 @@ from clawloop_edge.engine.protocol import ChatTokenizer, Engine, TextEngine
 from clawloop_edge.gateway.auth import Guard
 from clawloop_edge.gateway.call import Api
 from clawloop_edge.gateway.draws import Draws
+from clawloop_edge.gateway.reward import RewardHandler
 from clawloop_edge.gateway.serving import Service
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.gateway.trajectories import PREFIX, TrajectoryAccess, TrajectoryHandler
@@ -17,6 +18,7 @@ from clawloop_edge.gateway.trajectory_chat import TrajectoryChatApi
 from clawloop_edge.gateway.trajectory_store import RoomPool, TrajectoryStore
 from clawloop_edge.gateway.whitebox import StepPool, WhiteboxHandler
 from clawloop_edge.sessions.names import SessionNames
+from clawloop_edge.signals.protocol import Scorer
 
 _CHAT = "/v1/chat/completions"
 _TRAJECTORY = "trajectory"
@@ -42,6 +44,7 @@ def claw_r1_routes(
     settings: GatewaySettings,
     apis: Mapping[str, Api],
     names: SessionNames,
+    scorer: Scorer | None,
 ) -> dict[str, Handler]:
     """Handlers of POST requests by path; first come those that win. `apis` are served on trajectory URLs too."""
     access = TrajectoryAccess(store, guard, names)
@@ -69,7 +72,7 @@ def claw_r1_routes(
         "/complete_trajectory/{trajectory}": black.complete,
         "/generate": white.generate,
         "/submit_steps": white.submit,
-        "/compute_reward": white.compute_reward,
+        "/compute_reward": RewardHandler(scorer, tokenizer).handle,
         **{f"{PREFIX}/v1/{name}": handler for name, handler in below.items()},
         f"{PREFIX}/{{alias:.+}}": _aliases({**below, "trajectory/complete": black.complete}),
     }

@@ -5,6 +5,7 @@ A judgement of a step is stored with the step; the reward of the whole trajector
 
 import asyncio
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Annotated, Protocol
 
@@ -15,7 +16,9 @@ from msgspec import Meta
 from clawloop_edge.errors import RequestError, UnknownTarget
 from clawloop_edge.gateway.body import convert_body, decode_json
 from clawloop_edge.gateway.connections import body_of
+from clawloop_edge.gateway.idempotency import retry_key
 from clawloop_edge.sessions.names import SessionNames
+from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Signal, Target, check_signal
 
@@ -55,7 +58,8 @@ class FeedbackHandler:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Keep one judgement; 200 means that it, and the step it judges, are on disk."""
-        said = parse_feedback(await body_of(request), now_ms=time.time_ns() // 1_000_000)
+        data = await body_of(request)
+        said = parse_feedback(data, now_ms=time.time_ns() // 1_000_000, signal_id=_signal_id(request.headers, data))
         named = said.target in (Target.SESSION, Target.TRAJECTORY)
         signal = msgspec.structs.replace(said, target_id=self._names.id_of(said.target_id)) if named else said
         try:
@@ -66,7 +70,7 @@ class FeedbackHandler:
         return web.json_response({**body, "value": signal.value, "stored": True})
 
 
-def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
+def parse_feedback(data: bytes, *, now_ms: int, signal_id: str) -> Signal:
     """Read a body.
 
     Raises:
@@ -79,7 +83,7 @@ def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
             f"name one of {', '.join(_TARGETS)}; {len(named)} are named", param=named[0] if named else None
         )
     signal = Signal(
-        signal_id=new_id(),
+        signal_id=signal_id,
         target=_TARGETS[named[0]],
         target_id=getattr(body, named[0]),
         source=body.source or "user",
@@ -89,6 +93,12 @@ def parse_feedback(data: bytes, *, now_ms: int) -> Signal:
         created_ms=now_ms,
     )
     return check_signal(signal)
+
+
+def _signal_id(headers: Mapping[str, str], data: bytes) -> str:
+    """A new id; for what is sent again with the same `Idempotency-Key` the one of before, so that it counts once."""
+    key = retry_key(headers, data, scope="/v1/feedback")
+    return new_id() if key is None else sha256(key.name + key.body)
 
 
 def _param(signal: Signal) -> str:

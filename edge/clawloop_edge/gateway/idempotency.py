@@ -24,6 +24,7 @@ from clawloop_edge.gateway.call import Call, Delta, Head, Usage
 from clawloop_edge.gateway.reply import Reply, logprob_entry
 from clawloop_edge.gateway.stops import StopMatcher
 from clawloop_edge.pool.records import KeptStep
+from clawloop_shared.records import Policy
 
 _LOG = logging.getLogger(__name__)
 HEADER = "Idempotency-Key"
@@ -198,6 +199,19 @@ class Retries:
         return None
 
 
+def reply_headers(
+    step_ids: Sequence[str], policy: Policy, *, reason: str, trajectory_step: int | None
+) -> dict[str, str]:
+    """What an answer says of itself: its steps (one a choice), who gave it, why nothing may be learned from it (empty:
+    it may), and the number of the first step in its trajectory."""
+    return {
+        "x-clawloop-step": ",".join(step_ids),
+        "x-clawloop-policy": f"{policy.line}@{policy.version}",
+        "x-clawloop-trainable": f"no ({reason})" if reason else "yes",
+        **({} if trajectory_step is None else {"x-clawloop-trajectory-step": str(trajectory_step)}),
+    }
+
+
 def answered_by(steps: Sequence[KeptStep], call: Call, *, tokenizer: ChatTokenizer | None) -> Answered:
     """An answer as its kept steps, one a choice, tell it; what was not kept of it (the likeliest tokens beside each
     sampled one, how much of the prompt was cached) is left out."""
@@ -213,11 +227,12 @@ def answered_by(steps: Sequence[KeptStep], call: Call, *, tokenizer: ChatTokeniz
         ),
         replies=[_reply(kept, call, tokenizer) for kept in steps],
         usage=Usage(prompt=len(first.prompt_ids), completion=completion),
-        headers={
-            "x-clawloop-step": ",".join(kept.step.step_id for kept in steps),
-            "x-clawloop-policy": f"{first.policy.line}@{first.policy.version}",
-            "x-clawloop-trainable": f"no ({first.untrainable})" if first.untrainable else "yes",
-        },
+        headers=reply_headers(
+            [kept.step.step_id for kept in steps],
+            first.policy,
+            reason=first.untrainable,
+            trajectory_step=steps[0].trajectory_step,
+        ),
     )
 
 

@@ -69,6 +69,7 @@ REASONS = {
     409: "it contradicts what is known already",
     413: "the body is too large",
     415: "the body is packed; send it as it is",
+    422: "it cannot be judged, however often it is sent",
     500: "the model failed, and the log says how",
     503: "not now; try again after Retry-After",
 }

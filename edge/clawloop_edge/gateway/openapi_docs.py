@@ -9,14 +9,17 @@ import msgspec
 from clawloop_edge.gateway.body import Json
 from clawloop_edge.gateway.chat_request import ChatBody, Message, Tool
 from clawloop_edge.gateway.completions import CompletionBody
+from clawloop_edge.gateway.curation import CurateBody
 from clawloop_edge.gateway.errors import Shape
 from clawloop_edge.gateway.feedback import FeedbackBody
 from clawloop_edge.gateway.messages_request import CountBody, MessagesBody
 from clawloop_edge.gateway.openapi import Doc, Docs, Part
 from clawloop_edge.gateway.responses_input import FunctionCall, FunctionOutput, InputMessage, ReasoningItem
 from clawloop_edge.gateway.responses_request import FunctionTool, ResponsesBody
+from clawloop_edge.gateway.reward import RewardBody
 from clawloop_edge.gateway.trajectories import CompleteBody, RegisterBody
-from clawloop_edge.gateway.whitebox import GenerateBody, RewardBody, StepPayload, SubmitBody
+from clawloop_edge.gateway.whitebox import GenerateBody, StepPayload, SubmitBody
+from clawloop_edge.pool.curation import TAG_PATTERN
 
 _TEXT: Json = {"type": "string"}
 _NAME: Json = {"type": "string", "minLength": 1}
@@ -51,7 +54,8 @@ _HEADERS: dict[str, Json] = {
     "session_id": _TEXT,
     "x-session-affinity": _TEXT,
 }
-_RETRIED = {**_HEADERS, "Idempotency-Key": {"type": "string", "pattern": r"^[\x20-\x7e]{1,200}$"}}
+_RETRY_KEY: Json = {"Idempotency-Key": {"type": "string", "pattern": r"^[\x20-\x7e]{1,200}$"}}
+_RETRIED = {**_HEADERS, **_RETRY_KEY}
 _CALL_STATUSES = (404, 500, 503)
 _CALL: dict[str, Any] = {"streams": True, "headers": _RETRIED, "statuses": _CALL_STATUSES}
 
@@ -203,10 +207,57 @@ _STEP_RULES: Json = {
     "properties": {"trajectory_uid": {"minLength": 1, "maxLength": 200}, "prompt_uid": {"maxLength": 200}},
     "required": ["trajectory_uid"],
 }
-_ONE_TARGET: Json = {
-    "oneOf": [
-        {"properties": {name: _TEXT}, "required": [name]}
-        for name in ("step_id", "trace_id", "session_id", "trajectory_id")
+_TARGETS = ("step_id", "trace_id", "session_id", "trajectory_id")
+
+
+def _one_target(names: tuple[str, ...]) -> Json:
+    """Exactly one of these fields is text."""
+    return {"oneOf": [{"properties": {name: _TEXT}, "required": [name]} for name in names]}
+
+
+_TAG: Json = {"type": "string", "pattern": TAG_PATTERN}
+_REWARD: Json = {"type": "number", "minimum": -1, "maximum": 1}
+_TIME: Json = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
+_PAGED: dict[str, Json] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+    "before": {"type": "integer", "minimum": 1, "maximum": 2**62 - 1},
+}
+_PICKED: dict[str, Json] = {
+    "session_id": {"type": "string", "minLength": 1, "maxLength": 200},
+    "app": {"type": "string", "maxLength": 200},
+    "channel": _one_of("train", "val"),
+    "since_ms": _TIME,
+    "until_ms": _TIME,
+    "tag": _TAG,
+    "quality_min": {"type": "integer", "minimum": 0, "maximum": 5},
+    "trainable": _one_of("yes", "no"),
+    "signal": _one_of("yes", "no"),
+    "source": {"type": "string", "maxLength": 64},
+    "reward_min": _REWARD,
+    "reward_max": _REWARD,
+    **_PAGED,
+}
+_SEEN = _object(
+    step_id=_NAME,
+    session_id=_NAME,
+    run_id=_TEXT,
+    trainable=_BOOL,
+    untrainable=_TEXT,
+    channel=_one_of("train", "val"),
+    at_ms=_COUNT,
+    curation=_object(trainable=_or_null(_BOOL), quality=_or_null(_COUNT), tags=_list(_TEXT), note=_TEXT),
+    reward=_or_null(_object(value=_REWARD, weight={"type": "number"})),
+    signals=_list(_object(signal_id=_NAME, source=_TEXT, value=_REWARD)),
+)
+_REVIEWED = {**_SEEN, "properties": {**_SEEN["properties"], "why": _list(_NAME), "question": _TEXT, "answer": _TEXT}}
+# A word says something, beside what it is said of.
+_SAYS: Json = {
+    "anyOf": [
+        {"properties": {"trainable": _BOOL}, "required": ["trainable"]},
+        {"properties": {"quality": {"type": "integer"}}, "required": ["quality"]},
+        {"properties": {"note": _TEXT}, "required": ["note"]},
+        {"properties": {"tags": {"minItems": 1}}, "required": ["tags"]},
+        {"properties": {"untags": {"minItems": 1}}, "required": ["untags"]},
     ]
 }
 
@@ -274,10 +325,12 @@ _STATUS = _object(
     encryption=_TEXT,
     trainable=_COUNT,
     signals=_COUNT,
+    scorers={"type": "object", "additionalProperties": {"type": "object"}},
     refused_by_pool=_COUNT,
     keeps_nothing=_TEXT,
     not_kept=_COUNT,
     outbox_waiting=_COUNT,
+    outbox_unacknowledged=_COUNT,
     left_out={"type": "object", "additionalProperties": _COUNT},
     deletions_waiting=_COUNT,
     redaction=_TEXT,
@@ -296,7 +349,8 @@ def _on_trajectory(name: str, doc: Doc) -> Doc:
     if name == "chat/completions":
         doc = _chat(doc.summary)  # a tool message need not say which call it answers
     summary = f"{doc.summary}, as a step of a trajectory"
-    return msgspec.structs.replace(doc, summary=summary, keyed=True, shape=Shape.CLAW_R1)
+    shape = Shape.ANTHROPIC if doc.shape is Shape.ANTHROPIC else Shape.CLAW_R1
+    return msgspec.structs.replace(doc, summary=summary, keyed=True, shape=shape)
 
 
 _HEALTH = Doc(summary="whether the process is up", reply=_OK, open=True)
@@ -314,8 +368,28 @@ DOCS: Docs = {
     ("POST", "/v1/feedback"): Doc(
         summary="judge a step, a run, a session or a trajectory",
         body=FeedbackBody,
-        rules={"allOf": [_ONE_TARGET]},
+        headers=_RETRY_KEY,
+        rules={"allOf": [_one_target(_TARGETS)]},
         reply=_object(signal_id=_NAME, target=_NAME, target_id=_NAME, value={"type": "number"}, stored=_one_of(True)),
+        statuses=(404, 503),
+    ),
+    ("GET", "/v1/steps"): Doc(
+        summary="steps that are kept, latest first: what is known of them, and what their owner said",
+        query=_PICKED,
+        reply=_object(steps=_list(_SEEN), next=_or_null(_COUNT)),
+        statuses=(400, 503),
+    ),
+    ("GET", "/v1/review"): Doc(
+        summary="what most needs a person's word, latest first, and why",
+        query=_PAGED,
+        reply=_object(steps=_list(_REVIEWED), next=_or_null(_COUNT)),
+        statuses=(400, 503),
+    ),
+    ("POST", "/v1/curate"): Doc(
+        summary="say of a step, a run or a session whether it may be learned from, how good it is, tags and a note",
+        body=CurateBody,
+        rules={"allOf": [_one_target(_TARGETS[:3]), _SAYS]},
+        reply=_object(curation_ids=_list(_NAME), target=_NAME, target_id=_NAME, stored=_one_of(True)),
         statuses=(404, 503),
     ),
     ("GET", "/v1/models"): Doc(
@@ -366,7 +440,9 @@ DOCS: Docs = {
     ("POST", "/compute_reward"): Doc(
         summary="judge a response; nothing is kept",
         body=RewardBody,
-        reply=_object(reward_score={"type": "number"}, reward_extra_info={"type": "object"}),
-        statuses=(503,),
+        reply=_object(
+            reward_score=_or_null({"type": "number", "minimum": -1, "maximum": 1}), reward_extra_info={"type": "object"}
+        ),
+        statuses=(422, 503),
     ),
 }

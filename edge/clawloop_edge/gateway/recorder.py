@@ -129,6 +129,7 @@ class Recorder:
             started_ms=live.started_ms,
             first_token_ms=live.first_token_ms,
             finished_ms=live.finished_ms,
+            trajectory_step=live.identity.seat.index if live.identity.seat else None,
         )
         future = self._pool.keep_step(kept, index={REPLY_INDEX: chain, **_lookups(live)})
         future.add_done_callback(self._settled)
@@ -178,6 +179,7 @@ def step_of(live: LiveCall) -> Step:
         created_ms=seat.created_ms if seat else live.started_ms,
         trajectory_id=seat.trajectory_id if seat else "",
         group_id=seat.group_id if seat else "",
+        group_size=seat.group_size if seat else 0,
         channel=live.identity.channel,
         untrainable=reason_after(live),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from clawloop_edge.pool.forgetting import LOOSE_SCOPES, GoesWith, Going
+from clawloop_edge.pool.heads import Chained
 from clawloop_edge.pool.verify import SealedColumn
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Adopts(Protocol):
         migrations: Sequence[Callable[["Database"], None]],
         *,
         sealed: Sequence[SealedColumn] = (),
+        chained: Sequence[Chained] = (),
         goes_with: GoesWith | None = None,
     ) -> None: ...
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from clawloop_edge.gateway.call import Api, Call, Delta, Head, MakeWriter, Usage, Writer
 from clawloop_edge.gateway.connections import body_of
 from clawloop_edge.gateway.errors import failure_of
-from clawloop_edge.gateway.idempotency import FINISHED, REPLAYED, Answered, Attempt, Retries, retry_key
+from clawloop_edge.gateway.idempotency import FINISHED, REPLAYED, Answered, Attempt, Retries, reply_headers, retry_key
 from clawloop_edge.gateway.metrics import Metrics
 from clawloop_edge.gateway.recorder import LiveCall, Recorder, reason_after, reason_before
 from clawloop_edge.gateway.reply import CANCELLED
@@ -258,14 +258,13 @@ def _settle(attempt: Attempt, lives: list[LiveCall]) -> None:
 
 
 def _headers(lives: list[LiveCall], reason_of: Callable[[LiveCall], str]) -> dict[str, str]:
-    policy, reason = lives[0].answer.policy, reason_of(lives[0])
-    seat = lives[0].identity.seat
-    return {
-        "x-clawloop-step": ",".join(live.step_id for live in lives),
-        "x-clawloop-policy": f"{policy.line}@{policy.version}",
-        "x-clawloop-trainable": f"no ({reason})" if reason else "yes",
-        **({"x-clawloop-trajectory-step": str(seat.index)} if seat else {}),
-    }
+    first = lives[0]
+    return reply_headers(
+        [live.step_id for live in lives],
+        first.answer.policy,
+        reason=reason_of(first),
+        trajectory_step=first.identity.seat.index if first.identity.seat else None,
+    )
 
 
 def _head(live: LiveCall) -> Head:

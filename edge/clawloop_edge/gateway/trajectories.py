@@ -47,13 +47,15 @@ class KeepsSignals(Protocol):
 
 
 Reward = Annotated[float, Meta(extra_json_schema={"minimum": -1, "maximum": 1})]
+GroupSize = Annotated[int, Meta(ge=1, le=10_000)]
 
 
 class RegisterBody(msgspec.Struct):
-    """What may be said of a trajectory; further fields are ignored."""
+    """What may be said of a trajectory; further fields are ignored. `group_size`: how many its group will have."""
 
     channel: Channel | None = None
     metadata: Json | None = None
+    group_size: GroupSize | None = None
 
 
 class CompleteBody(msgspec.Struct):
@@ -177,8 +179,17 @@ class TrajectoryHandler:
                 )
             if facts.group_id and group_id not in ("", facts.group_id):
                 raise RequestError("this trajectory is in another group already", status=409, param="group")
+            if facts.group_size and body.group_size not in (None, facts.group_size):
+                raise RequestError(
+                    f"group_size is {facts.group_size} already and cannot become {body.group_size}",
+                    status=409,
+                    param="group_size",
+                )
             facts = msgspec.structs.replace(
-                facts, channel=body.channel or facts.channel, group_id=facts.group_id or group_id
+                facts,
+                channel=body.channel or facts.channel,
+                group_id=facts.group_id or group_id,
+                group_size=facts.group_size or body.group_size or 0,
             )
             await asyncio.wrap_future(self._store.update(entry, metadata=body.metadata, facts=facts))
         return web.json_response({"status": "ok"})

@@ -49,10 +49,11 @@ class RoomPool(Adopts, Protocol):
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is sealed of a trajectory. No channel: none was said and no step was made yet. `rewards` counts the
-    different rewards that were given, `reward` is the last of them."""
+    """What is sealed of a trajectory. No channel: none was said and no step was made yet. `group_size` is 0 where
+    nobody said it. `rewards` counts the different rewards that were given, `reward` is the last of them."""
 
     group_id: str = ""
+    group_size: int = 0
     channel: Channel | None = None
     rewards: int = 0
     reward: float | None = None
@@ -147,6 +148,7 @@ class TrajectoryStore:
         return Seat(
             trajectory_id=old.trajectory_id,
             group_id=facts.group_id,
+            group_size=facts.group_size,
             index=old.next_index,
             created_ms=now_ms,
             closed=old.completed,

@@ -1,4 +1,4 @@
-"""Claw-R1's endpoints for programs that hold the tokens themselves: `/generate`, `/submit_steps`, `/compute_reward`.
+"""Claw-R1's endpoints for programs that hold the tokens themselves: `/generate`, `/submit_steps`.
 
 A submitted step is learned from only if we sampled it: if it is, or begins, what `/generate` gave for its prompt. Then
 our own logprobs are kept. Anything else is kept and says why it is not learned from. docs/claw-r1.md.
@@ -38,7 +38,7 @@ from clawloop_edge.gateway.trajectories import (
     group_of,
     signal_id,
 )
-from clawloop_edge.gateway.trajectory_store import Entry, TrajectoryStore
+from clawloop_edge.gateway.trajectory_store import Entry, Facts, TrajectoryStore
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.sessions.identity import identify
 from clawloop_edge.sessions.names import SessionNames
@@ -107,14 +107,6 @@ class SubmitBody(msgspec.Struct):
     steps: list[Json]
 
 
-class RewardBody(msgspec.Struct):
-    """A response to be judged."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    dataset_fields: Json = {}
-
-
 class _New(msgspec.Struct, kw_only=True):
     """A step that is to be kept."""
 
@@ -171,11 +163,6 @@ class WhiteboxHandler:
             await self._draws.keep(prompt_ids, draw)
         except ClawloopError as error:  # the user is served first: what is not kept proves no step
             _LOG.error("what /generate gave could not be kept: %s", type(error).__name__)
-
-    async def compute_reward(self, request: web.Request) -> web.Response:
-        """POST /compute_reward: judges a response, and keeps nothing."""
-        convert_body(decode_json(await body_of(request)), RewardBody)
-        raise RequestError("no scorer is configured on this edge", status=503, code="no_scorer")
 
     async def submit(self, request: web.Request) -> web.Response:
         """POST /submit_steps: keep steps; the answer says how many of them are on disk now."""
@@ -290,7 +277,7 @@ class WhiteboxHandler:
             next_index=max(old.next_index, payload.step_index + 1),
             completed=old.completed or payload.is_last,
         )
-        step = _step(item, at_ms, group_id=facts.group_id, channel=facts.channel or channel)
+        step = _step(item, at_ms, facts=facts, channel=facts.channel or channel)
         text = self._tokenizer.decode(payload.response_ids) if self._tokenizer else ""
         return KeptStep(
             step=step,
@@ -300,6 +287,7 @@ class WhiteboxHandler:
             app=SOURCE,
             started_ms=at_ms,
             finished_ms=at_ms,
+            trajectory_step=payload.step_index,
         )
 
 
@@ -329,7 +317,7 @@ def _generation(body: GenerateBody, settings: GatewaySettings) -> Call:
     )
 
 
-def _step(item: _New, at_ms: int, *, group_id: str, channel: Channel) -> Step:
+def _step(item: _New, at_ms: int, *, facts: Facts, channel: Channel) -> Step:
     payload, draw = item.payload, item.draw
     length = len(payload.response_ids)
     whole = draw is not None and length == len(draw.response_ids)
@@ -338,7 +326,8 @@ def _step(item: _New, at_ms: int, *, group_id: str, channel: Channel) -> Step:
         session_id=payload.trajectory_uid,
         run_id=payload.trajectory_uid,
         trajectory_id=payload.trajectory_uid,
-        group_id=group_id,
+        group_id=facts.group_id,
+        group_size=facts.group_size,
         channel=channel,
         prompt_ids=payload.prompt_ids,
         response_ids=payload.response_ids,

@@ -383,6 +383,10 @@ async def test_feedback_is_stored_with_the_step_that_was_just_answered(scripted:
     for name, target in (("trace_id", kept.step.run_id), ("session_id", kept.step.session_id)):
         assert (await served.post("/v1/feedback", {name: target, "value": -1}))[0] == 200
     assert len(served.pool.signals([kept.step])) == 3
+    again = {"step_id": reply["id"], "value": 1}
+    for key, count in (("a", 4), ("a", 4), ("b", 5)):
+        assert (await served.post("/v1/feedback", again, headers={"Idempotency-Key": key}))[0] == 200
+        assert len(served.pool.signals([kept.step])) == count
 
 
 async def test_feedback_on_what_is_not_known_is_404_and_bad_values_are_400(scripted: Serve) -> None:

@@ -200,6 +200,20 @@ async def test_what_an_sdk_calls_a_retry_of_a_trajectorys_call_is_one_step(scrip
     assert len(steps_of(served, name)) == 3
 
 
+async def test_a_retry_in_a_trajectory_is_told_the_same_number_even_after_a_restart(scripted: Serve) -> None:
+    served = await scripted(["a", "b"])
+    _, base = await begin(served)
+    keyed = {"headers": {"Idempotency-Key": "k"}}
+    await post(f"{base}/chat/completions", BODY)
+    first = await post(f"{base}/chat/completions", BODY, **keyed)
+    served.pool.submit(lambda database: None).result(10)
+    restarted = await scripted([])
+    for address in (base, base.replace(served.base_url, restarted.base_url)):
+        again = await post(f"{address}/chat/completions", BODY, **keyed)
+        assert again.headers[REPLAYED] == "1"
+        assert again.headers["x-clawloop-trajectory-step"] == first.headers["x-clawloop-trajectory-step"] == "1"
+
+
 @pytest.mark.parametrize("count", ["\u00b2", "9" * 5000, "-1", "1.0", ""])
 async def test_a_retry_count_that_is_none_is_passed_over(scripted: Serve, count: str) -> None:
     served = await scripted(["a"])

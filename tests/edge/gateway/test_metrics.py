@@ -42,6 +42,7 @@ async def test_calls_tokens_and_times_are_counted(scripted: Serve) -> None:
     assert found["clawloop_tokens_total", ("prompt",)] > 10
     assert found["clawloop_steps_kept_total", ()] == 2
     assert found["clawloop_engine_up", ()] == 1
+    assert not [name for name, _ in found if name.endswith("_created")], "times of making, that nobody reads"
     assert found["clawloop_version_loaded", ("0",)] == 1
     assert found["clawloop_prompts_total", ("fresh",)] + found.get(("clawloop_prompts_total", ("prefix",)), 0) == 2
 

@@ -47,7 +47,7 @@ SAID_OTHERWISE = (
     r"must be 1 to 200 printable characters",
     r"the prompt has \d+ tokens and the model's context is ",
     r"messages are nested too deep",
-    r"Expected `int( \| null)?`, got `float`",
+    r"must be an integer( or null)?, not a floating-point number",
     r"prompt must be text or a list of token ids",
 )
 """Refusals of what a schema allows: of fields that must fit each other or what was sent before, of JSON schemas,
