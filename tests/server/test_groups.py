@@ -1,5 +1,6 @@
 """Groups, marks and late signals in the vault: what goes to a round, when, and with which reward."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -269,3 +270,26 @@ def test_a_round_can_be_explained_by_what_it_read_until_that_is_forgotten(
         ForgetRequest(request_id="q", device_id=device, at_ms=9, record_ids=[judged.signal_id], everything=False)
     )
     assert [one.account for one in vault.lessons("round")] == [None]
+
+
+def test_nothing_is_looked_through_whole_to_take_in_or_hand_out_a_little(
+    vault: Vault, device: str, add_member: Make, make_signal: Make, base: Base
+) -> None:
+    asked: list[str] = []
+    connection = vault.database._database.conn
+    connection.set_trace_callback(asked.append)
+    step = add_member("a", size=1)
+    vault.receive(device, [item(step, mark(step, trainable=True), *(make_signal(t, "a") for t in Target))])
+    assert vault.count_ready(base.line_id) == 1
+    vault.consume("round", vault.ready(base.line_id, 9))
+    connection.set_trace_callback(None)
+    plans = [
+        f"{row[3]}: {sql}"
+        for sql in dict.fromkeys(asked)
+        if sql.startswith(("SELECT", "UPDATE", "INSERT", "DELETE"))
+        for row in vault.database.rows(f"EXPLAIN QUERY PLAN {sql}")
+    ]
+    tables = "(steps|signals|marks|items|trajectories|trajectory_groups|s|g)"
+    whole = re.compile(rf"SCAN {tables}\b|SEARCH {tables} USING PRIMARY KEY \(device_id=\?\)")
+    assert len(plans) > 20
+    assert [plan for plan in plans if whole.search(plan)] == []

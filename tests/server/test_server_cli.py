@@ -96,6 +96,20 @@ def opened(made: Home) -> Iterator[Vault]:
     vault.close()
 
 
+@pytest.mark.parametrize("words", [["status"], ["devices", "list"]])
+def test_the_home_may_be_named_before_the_command(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLAWLOOP_SERVER_HOME", "/elsewhere")
+    for arguments in (["--home", "{}", *words], [*words, "--home", "{}"], ["--home", "/nowhere", *words, "--home={}"]):
+        with pytest.raises(SystemExit):
+            cli.main([argument.format(tmp_path) for argument in arguments])
+        assert f"{tmp_path} holds no server" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert "/elsewhere holds no server" in capsys.readouterr().err
+
+
 def join(vault: Vault, base: Base) -> str:
     device = Device(
         device_id=new_id(),

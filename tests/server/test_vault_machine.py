@@ -283,5 +283,5 @@ def test_in_any_order_of_steps_signals_marks_rounds_and_time_the_right_ones_are_
     strict.obey_settings()
     strict.close()
     vault.close()
-    few = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+    few = settings(max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Machine, settings=few)

@@ -21,6 +21,7 @@ from clawloop_edge.cli.context import (
     the_step,
     when,
 )
+from clawloop_edge.cli.curate import told_of
 from clawloop_edge.cli.doctor import MENDS
 from clawloop_edge.cli.moments import lasted, told
 from clawloop_edge.cli.transcript import judged, trainable, whereabouts
@@ -29,22 +30,30 @@ from clawloop_shared.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from clawloop_edge.pool.curation import Curated
+    from clawloop_edge.pool.reading import Reading
     from clawloop_edge.pool.records import KeptStep
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.privacy.items import OutboxItem
-    from clawloop_shared.records import Signal
+    from clawloop_shared.records import Signal, Step
+    from clawloop_shared.signals import Account, RewardRules
 
 _NO_CUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
 """sampling that is not worth a word"""
+_TOGETHER = 1000
+"""so many steps of one run or trajectory are looked at for what rewards it"""
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A step and what is known of it."""
+    """A step and what is known of it; `account` tells how the reward comes about that it has with its trajectory,
+    `curated` what its owner said of it."""
 
     kept: KeptStep
     title: str
     signals: list[Signal]
+    account: Account
+    curated: Curated
     items: list[OutboxItem]
 
 
@@ -63,8 +72,9 @@ def explain(
 
     `--json` prints one object, or a list of them if several steps were named.
     """
+    rules = home_of(context).load_config().reward
     with opened_pool(context) as pool:
-        explained = [_explained(pool, the_step(context, pool, start)) for start in step_ids]
+        explained = [_explained(pool, the_step(context, pool, start), rules) for start in step_ids]
     found = [_as_json(one) for one in explained]
     if rescore:
         from clawloop_edge.rescore import rescore_steps
@@ -116,11 +126,15 @@ def facts(kept: KeptStep, *, tokens: bool) -> dict[str, Any]:
 
 
 def _as_json(one: Explained) -> dict[str, Any]:
-    return {**facts(one.kept, tokens=True), "title": one.title, "signals": one.signals, "sent": one.items}
+    found = {**facts(one.kept, tokens=True), "title": one.title, "signals": one.signals}
+    found |= {"reward": one.account.reward, "voices": one.account.voices, "curation": one.curated}
+    return {**found, "sent": one.items}
 
 
-def _explained(pool: Pool, step_id: str) -> Explained:
+def _explained(pool: Pool, step_id: str, rules: RewardRules) -> Explained:
+    from clawloop_edge.pool.curation import Curations
     from clawloop_edge.privacy.outbox import Outbox
+    from clawloop_shared.signals import account_of
 
     with pool.reading() as reading:
         kept = reading.kept(step_id)
@@ -128,7 +142,17 @@ def _explained(pool: Pool, step_id: str) -> Explained:
             raise ConfigError(f"no step {step_id} is kept here")
         session = reading.session(kept.step.session_id)
         signals = reading.signals([kept.step])
-    return Explained(kept, session.title if session else "", signals, Outbox.items_with(pool, step_id))
+        account = account_of(_rewarding(reading, kept.step), rules)
+        curated = Curations(reading.database, reading.keyring).of(kept.step)
+    title, items = session.title if session else "", Outbox.items_with(pool, step_id)
+    return Explained(kept, title, signals, account, curated, items)
+
+
+def _rewarding(reading: Reading, step: Step) -> list[Signal]:
+    """The signals that reward a step: those on all that it is rewarded with."""
+    place = step.trajectory_id, step.channel, step.group_id
+    lines = reading.rewarded_with(step, limit=_TOGETHER)
+    return reading.signals([one for one in lines if (one.trajectory_id, one.channel, one.group_id) == place])
 
 
 def _print(one: Explained, *, file: Path | None, ids: bool, difference: float | None) -> None:
@@ -144,9 +168,9 @@ def _print(one: Explained, *, file: Path | None, ids: bool, difference: float | 
         if value:
             grid.add_row(name, shown(value))
     console.print(grid)
-    if not one.signals:
-        waits = ": it is learned from once it was judged" if kept.step.trainable else ""
-        console.print(f"no feedback yet{waits}")
+    if one.account.reward is None:
+        heard = "no signal that counts" if one.account.voices else "no signal yet"
+        console.print(f"{heard}: not trainable yet" if kept.step.trainable else heard)
     texts = token_texts(file, kept) if file else None
     console.print()
     if texts is None and kept.text:
@@ -202,12 +226,26 @@ def _fate(one: Explained, now: datetime, difference: float | None) -> Facts:
         for each in one.signals
     )
     return [
-        ("trainable", trainable(step)),
+        ("trainable", "no (you said so)" if step.trainable and one.curated.trainable is False else trainable(step)),
+        ("you said", told_of(one.curated)),
         ("what to do", MENDS.get(step.untrainable, "")),
         ("signals", "\n".join(judgements)),
+        ("reward", _reward(one.account)),
         ("went", whereabouts(one.items, now=now)),
         ("rescored", "" if difference is None else f"at most {difference:.2g} nats off"),
     ]
+
+
+def _reward(account: Account) -> str:
+    """The reward and its voices, one a line; empty without a reward."""
+    if account.reward is None:
+        return ""
+    lines = [f"{account.reward.value:+.3g}, weight {account.reward.weight:.3g}"]
+    for voice in account.voices:
+        words = f"{voice.words} signals" if voice.words > 1 else "1 signal"
+        sure = f"weight {voice.weight:.3g} x factor {voice.factor:.3g}"
+        lines.append(f"{voice.source} {voice.value:+.3g} ({words}, {sure}): {voice.share:.0%} of it")
+    return "\n".join(lines)
 
 
 def _tokenizer(context: typer.Context) -> Path | None:

@@ -1,9 +1,18 @@
 """The whole of `clawloop-server`, put together."""
 
+import typer
+
 from clawloop_server.cli import adapters, bases, data, devices, rounds, run, setup
-from clawloop_server.cli.common import group
+from clawloop_server.cli.common import HomeOption, group
 
 app = group("The clawloop server: lets devices in, learns from what they let out, and gives back better adapters.")
+
+
+@app.callback()
+def root(context: typer.Context, home: HomeOption = None) -> None:
+    context.obj = home
+
+
 app.command("init")(setup.init)
 app.command("serve")(run.serve)
 app.command("status")(run.status)

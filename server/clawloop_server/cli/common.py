@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import msgspec
 import typer
 
@@ -18,7 +19,7 @@ from clawloop_server.home import Home
 
 HomeOption = Annotated[
     Path | None,
-    typer.Option("--home", metavar="DIR", envvar=homes.VARIABLE, help="The server's folder.", show_default=False),
+    typer.Option("--home", metavar="DIR", help=f"The server's folder; also {homes.VARIABLE}.", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
@@ -34,8 +35,10 @@ def group(summary: str) -> typer.Typer:
 
 
 def folder_of(home: Path | None) -> Path:
-    """The folder that was named, or the default one."""
-    return home.expanduser() if home is not None else homes.default_folder()
+    """The folder that a command named, or that was named before the command, or the default one."""
+    context = click.get_current_context(silent=True)
+    named = home or (context.find_object(Path) if context else None)
+    return named.expanduser() if named is not None else homes.default_folder()
 
 
 def home_of(home: Path | None) -> Home:

@@ -13,6 +13,7 @@ its SQLite mode costs 3.5 times the CPU an exchange, and answers 500 when two wr
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 import shutil
 import socket
@@ -36,6 +37,8 @@ from clawloop_shared.files import private_folder, publish_secret
 _log = logging.getLogger(__name__)
 
 _APP = Path(__file__).parent / "fab"
+_PORTS = range(24_000, 32_000)
+"""for the SuperLink; below those that Linux and macOS give to outgoing connections and to listeners that name none"""
 _READY_S = 120.0
 _LOOK_S = 0.1
 _BRIDGE_START_S = 180.0
@@ -276,11 +279,11 @@ class Fleet:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback port that nobody listens on now, nor gets from the system until the SuperLink is up."""
+    while True:
+        port = random.choice(_PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _program(name: str, bin_folder: Path) -> str:

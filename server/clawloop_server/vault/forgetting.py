@@ -238,20 +238,23 @@ def _doom(database: ServerDatabase, seal: DeviceSeal, *, name: str) -> bool:
 def _note_touched(database: ServerDatabase, device: Sequence[str]) -> None:
     """Which trajectories lose steps or signals, what can have judged the lost steps, and which items held them."""
     lost = "FROM steps WHERE device_id = ? AND step_key IN temp.doomed"
-    judged = "SELECT target_key FROM signals WHERE device_id = ? AND signal_key IN temp.doomed"
+    judged = "SELECT target_key FROM signals WHERE device_id = ?1 AND signal_key IN temp.doomed"
     database.run(f"INSERT OR IGNORE INTO temp.touched SELECT trajectory_id {lost}", device)
     database.run(f"INSERT OR IGNORE INTO temp.opened SELECT item_key {lost}", device)
     for name in _NAMES:
         database.run(f"INSERT OR IGNORE INTO temp.judged SELECT {name} {lost}", device)
-        found = f"SELECT trajectory_id FROM steps WHERE {name} IN ({judged})"  # noqa: S608 constant names
+        # Of a step the key of the table begins with the device; the others have indexes of their own.
+        mine = "device_id = ?1 AND " if name == "step_key" else ""
+        found = f"SELECT trajectory_id FROM steps WHERE {mine}{name} IN ({judged})"  # noqa: S608 constant names
         database.run(f"INSERT OR IGNORE INTO temp.touched {found}", device)
 
 
 def _doom_idle_signals(database: ServerDatabase, device: Sequence[str]) -> None:
     """Mark the signals on what had a step and has none any more, and note which items held a signal that goes."""
+    # CROSS JOIN keeps this order: what is forgotten is little, what a device ever said is much.
     database.run(
         "INSERT OR IGNORE INTO temp.doomed SELECT signal_key FROM temp.judged j"
-        " JOIN signals g ON g.target_key = j.key WHERE g.device_id = ? AND j.key != x''"
+        " CROSS JOIN signals g ON g.target_key = j.key WHERE g.device_id = ? AND j.key != x''"
         " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.device_id = g.device_id AND s.step_key = j.key)"
         " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.run_key = j.key)"
         " AND NOT EXISTS (SELECT 1 FROM steps s WHERE s.session_key = j.key)"

@@ -30,7 +30,6 @@ from clawloop_shared.signals import RewardRules, trajectory_key
 
 _MARK = msgspec.msgpack.Decoder(Mark)
 _COLUMN = {
-    Target.STEP: "step_key",
     Target.RUN: "run_key",
     Target.SESSION: "session_key",
     Target.TRAJECTORY: "named_key",
@@ -183,8 +182,12 @@ class Receiver:
         self._judged[signal.target, target] = None
 
     def _trajectories_of(self, target: Target, key: bytes) -> list[str]:
-        sql = f"SELECT DISTINCT trajectory_id FROM steps WHERE {_COLUMN[target]} = ?"  # noqa: S608 of a table
-        return [row[0] for row in self._database.rows(sql, [key])]
+        found = "SELECT DISTINCT trajectory_id FROM steps WHERE"
+        if target is Target.STEP:  # the key of the table, with the device; the others have indexes of their own
+            rows = self._database.rows(f"{found} device_id = ? AND step_key = ?", [self._seal.device_id, key])
+        else:
+            rows = self._database.rows(f"{found} {_COLUMN[target]} = ?", [key])
+        return [row[0] for row in rows]
 
     def _check_same(self, record: Step | Signal, plain: bytes, *, digest: bytes) -> None:
         if self._seal.digest(plain) != digest:

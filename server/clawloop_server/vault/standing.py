@@ -15,7 +15,7 @@ _RESTATE = (
     "UPDATE trajectories SET state = CASE"
     " WHEN NOT EXISTS (SELECT 1 FROM steps WHERE trajectory_id = ? AND NOT left_out) THEN 'left out'"
     " WHEN EXISTS (SELECT 1 FROM steps s JOIN signals g"
-    " ON g.target_key IN (s.step_key, s.run_key, s.session_key, s.named_key) AND g.device_id = s.device_id"
+    " ON g.target_key IN (s.step_key, s.run_key, s.session_key, s.named_key) AND +g.device_id = s.device_id"
     " WHERE s.trajectory_id = ? AND g.counts) THEN 'judged'"
     " ELSE 'open' END WHERE trajectory_id = ? AND state IN ('open', 'judged', 'left out') RETURNING group_id"
 )
