@@ -37,6 +37,8 @@ PER_PAIR = 16
 TARGET_REWARD = 0.86
 MAX_ROUNDS, CONTROL_ROUNDS = 40, 12
 MAX_SECONDS = 480
+SETTLE_S = 2.0
+"""what was said of an episode is heard before the episode is learned from"""
 PAUSE_S = 5.0
 BEFORE_AT_MOST, AFTER_AT_LEAST, CONTROL_GAIN_AT_MOST, ADAPTERS_AT_LEAST = 0.35, 0.75, 0.1, 3
 TALKED_AT_LEAST, FLIPPED_GAIN_AT_LEAST = 0.7, 0.2
@@ -61,7 +63,7 @@ def server_settings(tasks_file: Path, *, control: bool) -> dict[str, dict[str, o
     }  # a small model's form wavers while it changes its mind
     gate: dict[str, object] = {"required": False} if control else watched
     train: dict[str, object] = {"lr": 3e-3, "planned_updates": 120, "loss": {"kl_beta": 0.05}}
-    return {"fleet": {"upload_every_s": 0.5}, "gate": gate, "train": train}
+    return {"fleet": {"upload_every_s": 0.5}, "reward": {"settle_s": SETTLE_S}, "gate": gate, "train": train}
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Show:
         for n, (edge, curve, office) in enumerate(zip(edges, self.curves, self.offices, strict=True)):
             state = edge.get("/v1/status")
             version = state["adapter_version"]
-            self.idle = self.idle and not state["outbox_waiting"]
+            self.idle = self.idle and not state["outbox_waiting"] and not state["outbox_unacknowledged"]
             if version != self.versions[n]:
                 self.versions[n] = version
                 curve.swaps.append((self.seconds, version))
@@ -159,10 +161,12 @@ def kill_and_restart(edge: Part, show: Show) -> None:
 
 async def settle(show: Show, edges: list[Part], *, server: Part) -> None:
     """Wait until the server has nothing left to learn from and every edge runs its newest adapter."""
-    deadline = time.monotonic() + 60
+    deadline, settled_at = time.monotonic() + 60, time.monotonic()
     while time.monotonic() < deadline:
         await asyncio.to_thread(show.see, edges, server)
-        if show.idle and all(version == show.released for version in show.versions):
+        if not show.idle or any(version != show.released for version in show.versions):
+            settled_at = time.monotonic()
+        elif time.monotonic() - settled_at > 2 * SETTLE_S:
             return
         await asyncio.sleep(0.5)
     raise StageError(f"edges run adapters {show.versions}, the server released {show.released}")

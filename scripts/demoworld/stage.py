@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -26,7 +27,8 @@ import tomli_w
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
-_PORTS = (15_000, 32_000)
+PORTS = range(15_000, 24_000)
+"""of which `free_ports` gives; processes that make stages at the same time set a part of it each"""
 
 
 class StageError(Exception):
@@ -34,16 +36,19 @@ class StageError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody listens on now, and that no outgoing connection can get meanwhile: they are below
-    those that Linux and macOS give to such."""
-    sockets: list[socket.socket] = []
-    while len(sockets) < count:
-        with contextlib.suppress(OSError):  # taken: try another
-            sockets.append(socket.create_server(("127.0.0.1", random.randrange(*_PORTS))))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Ports on loopback that nobody listens on now, none of them twice, and that no outgoing connection can get
+    meanwhile: they are below those that Linux and macOS give to such."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = next(_untried())
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):  # taken: the next one
+            ports.append(port)
     return ports
+
+
+@cache
+def _untried() -> Iterator[int]:
+    return iter(random.sample(PORTS, len(PORTS)))
 
 
 @dataclass

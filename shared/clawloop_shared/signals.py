@@ -46,6 +46,9 @@ class RewardRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """factors of sources, before those of `FACTORS`; 0 leaves a source out"""
     cap: Annotated[float, Meta(ge=0, le=1)] = 0.4
     """largest part of a reward that is not the owner's word, where the owner spoke"""
+    least: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    """what one signal at least must weigh, by its factor, before there is a reward: faint signs alone are none, however
+    many. An optimizer brings gradients of any size to one, so what hardly says anything would teach as loudly"""
 
     def factor(self, source: str) -> float:
         """How much a source counts, in [0, 1]."""
@@ -54,9 +57,9 @@ class RewardRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 return factors[source]
         return self.weights.get(OTHER, FACTORS[OTHER])
 
-    def counts(self, source: str) -> bool:
-        """Whether a source is not left out."""
-        return self.factor(source) > 0.0
+    def counts(self, signal: Signal) -> bool:
+        """Whether a signal is enough for a reward."""
+        return self.factor(signal.source) > 0.0 and signal.weight * self.factor(signal.source) >= self.least
 
 
 DEFAULT_RULES = RewardRules()
@@ -101,9 +104,10 @@ def account_of(signals: Iterable[Signal], rules: RewardRules = DEFAULT_RULES) ->
 
     The weight of the reward is that of its surest voice, so that two weak judgements do not make a strong one.
     """
-    voices = [_voice(source, words, factor=rules.factor(source)) for source, words in _latest(signals).items()]
+    given = list(signals)
+    voices = [_voice(source, words, factor=rules.factor(source)) for source, words in _latest(given).items()]
     masses = {v.source: max(v.weight * v.factor, _LEAST_MASS) for v in voices if v.factor > 0.0}
-    if not masses:
+    if not any(rules.counts(signal) for signal in given):
         return Account(voices, None)
     shares = _shares(masses, cap=rules.cap)
     voices = [msgspec.structs.replace(v, share=shares.get(v.source, 0.0)) for v in voices]

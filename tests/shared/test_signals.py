@@ -102,8 +102,17 @@ def test_a_source_with_factor_zero_is_left_out_and_alone_it_is_no_reward() -> No
     assert [v.share for v in account_of([judge, unknown], rules).voices] == [0.0, 0.0]
 
 
+def test_faint_signs_alone_are_no_reward_however_many_and_count_beside_a_word() -> None:
+    worked = [signal(Target.STEP, f"s{n}", 1.0, source="tool-outcome", weight=0.05) for n in range(50)]
+    assert reward_of(worked) is None
+    assert reward_of(worked, RewardRules(least=0.0)) is not None
+    said = signal(Target.RUN, "r", -1.0, source="next-state", weight=0.6)
+    assert -1.0 < value_of(said, *worked) < -0.9
+    assert reward_of([signal(Target.STEP, "s", -1.0, source="tool-outcome", weight=0.5)]) is not None
+
+
 @pytest.mark.parametrize(
-    "text", ["cap = nan", "cap = 1.1", "[weights]\njudge = -1.0", "[weights]\nx = nan", "cups = 1"]
+    "text", ["cap = nan", "least = 2", "cap = 1.1", "[weights]\njudge = -1.0", "[weights]\nx = nan", "cups = 1"]
 )
 def test_rules_out_of_bounds_are_refused(text: str) -> None:
     with pytest.raises(msgspec.ValidationError):
@@ -123,6 +132,7 @@ RULES = st.builds(
     RewardRules,
     weights=st.dictionaries(SOURCES, st.just(0.0) | st.floats(0, 1), max_size=4),
     cap=st.floats(0, 1),
+    least=st.floats(0, 1),
 )
 
 
@@ -132,8 +142,8 @@ def test_a_reward_is_finite_within_its_signals_and_the_same_in_any_order(
 ) -> None:
     said = [msgspec.structs.replace(one, signal_id=str(n)) for n, one in enumerate(said)]
     account = account_of(said, rules)
-    heard = [one.value for one in said if rules.counts(one.source)]
-    assert (account.reward is None) == (not heard)
+    heard = [one.value for one in said if rules.factor(one.source) > 0.0]
+    assert (account.reward is None) == (not any(rules.counts(one) for one in said))
     shuffled = [*said, *said]
     random.shuffle(shuffled)
     assert account_of(shuffled, rules) == account

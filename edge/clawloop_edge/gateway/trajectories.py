@@ -177,8 +177,9 @@ class TrajectoryHandler:
                     status=409,
                     param="channel",
                 )
-            if facts.group_id and group_id not in ("", facts.group_id):
-                raise RequestError("this trajectory is in another group already", status=409, param="group")
+            if (begun or facts.group_id) and group_id not in ("", facts.group_id):
+                where = "in another group already" if facts.group_id else "in no group since step 0"
+                raise RequestError(f"this trajectory is {where}", status=409, param="group")
             if facts.group_size and body.group_size not in (None, facts.group_size):
                 raise RequestError(
                     f"group_size is {facts.group_size} already and cannot become {body.group_size}",

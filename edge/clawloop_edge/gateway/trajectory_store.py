@@ -70,6 +70,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     completed: bool = False
     facts: Facts = Facts()
 
+    def bound(self, *, group_id: str, channel: Channel) -> Facts:
+        """The facts after a step that names a group and a channel: they are what the first step found."""
+        facts = self.facts
+        if self.next_index:
+            return facts
+        return msgspec.structs.replace(facts, group_id=facts.group_id or group_id, channel=facts.channel or channel)
+
 
 class Entry:
     """A trajectory in memory. Whoever works on it holds it by `using`, and a call by `calling` as well."""
@@ -140,9 +147,7 @@ class TrajectoryStore:
         The first step binds group and channel, if they were not named before.
         """
         old = entry.row
-        facts = msgspec.structs.replace(
-            old.facts, group_id=old.facts.group_id or group_id, channel=old.facts.channel or channel
-        )
+        facts = old.bound(group_id=group_id, channel=channel)
         now_ms = max(now_ms, old.last_ms + 1)
         self.update(entry, next_index=old.next_index + count, last_ms=now_ms, facts=facts)
         return Seat(

@@ -263,11 +263,7 @@ class WhiteboxHandler:
     def _kept_step(self, item: _New, channel: Channel) -> KeptStep:
         """The record of a submitted step; its trajectory's row goes to the disk before it."""
         payload, old = item.payload, item.entry.row
-        facts = msgspec.structs.replace(
-            old.facts,
-            channel=old.facts.channel or channel,
-            group_id=old.facts.group_id or group_of(payload.prompt_uid),
-        )
+        facts = old.bound(group_id=group_of(payload.prompt_uid), channel=channel)
         at_ms = max(now_ms(), old.last_ms + 1)
         self._store.update(
             item.entry,

@@ -60,7 +60,7 @@ def run_round(
     limits: Limits,
     report: Report = lambda metrics: None,
 ) -> RoundResult:
-    """Train on each trajectory once, in `updates_per_round` optimizer steps; `report` hears the metrics of each.
+    """Train on each trajectory once, `batch_trajectories` an optimizer step; `report` hears the metrics of each.
 
     Raises:
         TrainerError: none of the trajectories can be used.
@@ -106,9 +106,9 @@ def unhealthy(result: RoundResult, settings: TrainSettings) -> str:
 
 
 def _batches(usable: list[Trajectory], settings: TrainSettings) -> list[list[Trajectory]]:
+    """All of them: a group that is larger than a round makes a longer round, and nothing of it is passed by."""
     size = settings.batch_trajectories
-    whole = [usable[at : at + size] for at in range(0, len(usable), size)]
-    return whole[: settings.updates_per_round]
+    return [usable[at : at + size] for at in range(0, len(usable), size)]
 
 
 class UpdateResult(msgspec.Struct, frozen=True):

@@ -68,7 +68,7 @@ def keep_values(
         database.run("UPDATE trajectories SET classified = 1 WHERE trajectory_id = ?", [answer.trajectory_id])
         if answer.value is not None:
             signal = _signal(answer.step, answer.value, weight=weight, now_ms=now_ms)
-            _keep(database, seal, signal, target=key, counts=rules.counts(SOURCE))
+            _keep(database, seal, signal, target=key, counts=rules.counts(signal))
     standing.update(database, [answer.trajectory_id for answer in judged])
 
 

@@ -177,7 +177,7 @@ class Receiver:
         facts = [target, seal.digest(plain), seal.seal("signals", key, plain=plain), item_key]
         database.run(
             "INSERT INTO signals VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [seal.device_id, key, *facts, self._rules.counts(signal.source)],
+            [seal.device_id, key, *facts, self._rules.counts(signal)],
         )
         self._judged[signal.target, target] = None
 

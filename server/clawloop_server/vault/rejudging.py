@@ -1,4 +1,4 @@
-"""Looking again at all signals after the operator changed which sources count. Part of the transaction that is open.
+"""Looking again at all signals after the operator changed which of them count. Part of the transaction that is open.
 
 Whether a signal counts is noted beside it when it comes, so that counting what is ready opens no record.
 """
@@ -15,7 +15,7 @@ from clawloop_shared.records import Signal
 from clawloop_shared.signals import DEFAULT_RULES, FACTORS, RewardRules
 
 _SIGNAL = msgspec.msgpack.Decoder(Signal)
-_META = "sources that count"
+_META = "signals that count"
 _PAGE = 1000
 
 
@@ -47,9 +47,9 @@ def rejudge(database: ServerDatabase, seals: DeviceSeals, *, rules: RewardRules)
 
 
 def _decided(rules: RewardRules) -> str:
-    """Which sources count, as text."""
+    """What decides which signals count, as text."""
     names = sorted({*FACTORS, *rules.weights})
-    return msgspec.json.encode({name: rules.counts(name) for name in names}).decode()
+    return msgspec.json.encode([rules.least, {name: rules.factor(name) for name in names}]).decode()
 
 
 def _note(database: ServerDatabase, seal: DeviceSeal, *, rules: RewardRules) -> set[bytes]:
@@ -64,7 +64,7 @@ def _note(database: ServerDatabase, seal: DeviceSeal, *, rules: RewardRules) -> 
         if not page:
             return changed
         for key, target, counted, sealed in page:
-            counts = rules.counts(_SIGNAL.decode(seal.unseal("signals", key, sealed=sealed)).source)
+            counts = rules.counts(_SIGNAL.decode(seal.unseal("signals", key, sealed=sealed)))
             if counts != bool(counted):
                 sql = "UPDATE signals SET counts = ? WHERE device_id = ? AND signal_key = ?"
                 database.run(sql, [counts, seal.device_id, key])

@@ -113,7 +113,7 @@ class Vault:
         return received
 
     def obey_settings(self) -> None:
-        """Look again at all signals if other sources are left out now than before; to be called where a server starts.
+        """Look again at all signals if others are enough for a reward now than before; called where a server starts.
 
         Raises:
             StorageError: a record does not open with the keys that are here.

@@ -278,7 +278,7 @@ async def test_channel_and_group_do_not_change_under_steps(scripted: Serve) -> N
     await chat(base.replace("/1/v1", "/g/v1"), ASKED)
     await chat(base.replace("/1/v1", "/h/v1"), ASKED)
     assert (await post(base.replace("/1/v1", "/h/v1") + "/register_trajectory")).status_code == 409
-    assert [step.group_id for step in steps_of(served, name)] == ["", "g", "g"]
+    assert [step.group_id for step in steps_of(served, name)] == ["", "", ""]
     assert {step.channel for step in steps_of(served, name)} == {Channel.VAL}
     done = await post(f"{base}/complete_trajectory", {"reward": 1.0, "channel": "train"})
     assert done.json()["channel"] == "val"
