@@ -37,7 +37,7 @@ VERIFY_EVERY = 10
 _STEPS_AT_ONCE = 5
 _CHECKPOINT_PAGES = 20
 """so that kills hit checkpoints too"""
-_ROOMS = restore.Rooms(adopt=adopt, mend=lambda _, __: None)
+_ROOMS = restore.Rooms(adopt=adopt, mend=lambda *_: None)
 
 
 def store_of(home: Path) -> FileKeyStore:

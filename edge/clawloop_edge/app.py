@@ -38,12 +38,15 @@ from clawloop_edge.pool import finishing
 from clawloop_edge.pool.crypt import encryption
 from clawloop_edge.pool.retention import Retention
 from clawloop_edge.pool.search import SearchIndex
+from clawloop_edge.privacy.abroad import Abroad
 from clawloop_edge.privacy.batch import LineRedactor
 from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
 from clawloop_edge.privacy.deletions import Deletions
 from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.waiting import waiting_sessions
+from clawloop_edge.scoring import open_reward, open_worker
+from clawloop_edge.signals.registry import Deps
 from clawloop_edge.signals.watch import HealthWatch
 from clawloop_shared.database import encrypts
 from clawloop_shared.errors import ClawloopError, ConfigError
@@ -53,6 +56,7 @@ from clawloop_shared.model_line import read_shape
 if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.privacy.redacting import Redactor
+    from clawloop_edge.signals.worker import SignalWorker
 
 _log = logging.getLogger(__name__)
 
@@ -91,11 +95,12 @@ class Edge:
             clock_ms=wall_clock_ms,
             free_bytes=lambda: shutil.disk_usage(home.folder).free,
         )
-        self._redactor: Redactor | None = None
+        self.redactor: Redactor | None = None
         self._redaction = ""
         self.drop_forgotten: Callable[[], Awaitable[None]] = _nothing
         self._forgotten, self._finish_at_s = "", 0.0
         self.search, self.health = SearchIndex(pool), HealthWatch(pool)
+        self.signals: SignalWorker | None = None
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
         self.activator: Activator | None = None
@@ -105,6 +110,8 @@ class Edge:
         """Restore the adapter that was in use, and begin to watch."""
         await asyncio.to_thread(self._open_redactor, asyncio.get_running_loop())
         await self._follow_membership()
+        if self.signals is not None:
+            await self.signals.start()
         self._tasks = [
             asyncio.create_task(self._every(WATCH_S, self._watch)),
             asyncio.create_task(self._every(self.config.privacy.fill_every_s, self._fill)),
@@ -122,8 +129,10 @@ class Edge:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._redactor is not None:
-            await asyncio.to_thread(self._redactor.close)
+        if self.signals is not None:
+            await self.signals.stop()
+        if self.redactor is not None:
+            await asyncio.to_thread(self.redactor.close)
         await self._stop_node(silent=await asyncio.to_thread(self._is_silent))
 
     async def status(self, request: web.Request) -> web.Response:
@@ -146,10 +155,12 @@ class Edge:
                 "encryption": stats.encryption,
                 "trainable": stats.trainable,
                 "signals": stats.signals,
+                "scorers": self.signals.counts.status() if self.signals else {},
                 "refused_by_pool": stats.refused,
                 "keeps_nothing": self.pool.gate.closed,
                 "not_kept": request.app[STATS]().keep_failures,
                 "outbox_waiting": sent.waiting,
+                "outbox_unacknowledged": sent.unacknowledged,
                 "left_out": await asyncio.to_thread(self.outbox.left_out),
                 "deletions_waiting": await asyncio.to_thread(self.deletions.count_waiting),
                 "redaction": self._redaction,
@@ -186,18 +197,18 @@ class Edge:
         except RedactionError as error:
             self._redaction = str(error)
             raise
-        if self._redactor is not None:
+        if self.redactor is not None:
             self._redaction = ""
         if filled and self.node:
             self.node.poke()
 
     def _open_redactor(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            self._redactor = open_redactor(self.home, self.config, engine=self.engine, loop=loop)
+            self.redactor = open_redactor(self.home, self.config, engine=self.engine, loop=loop)
         except ConfigError as error:
             self._redaction = f"nothing can be redacted, so at level redacted no step leaves: {error}"
-        if self._redactor is not None:
-            self.outbox.redact_with(LineRedactor(self.engine.line.line_id, self._redactor))
+        if self.redactor is not None:
+            self.outbox.redact_with(LineRedactor(self.engine.line.line_id, self.redactor))
 
     async def _index(self) -> None:
         await asyncio.to_thread(self.search.catch_up)
@@ -331,8 +342,13 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     engine = await _loaded(config)
     stop = Stop()
     edge = Edge(home, config, pool=pool, engine=engine)
-    app = make_app(engine, pool, settings=config.gateway, token=home.token())
+    border = Abroad(pool, edge.consent, redactor=lambda: edge.redactor)
+    deps = Deps(settings=config.signals, engine=engine, folder=home.folder, border=border, port=config.gateway.port)
+    scorer = open_reward(deps)
+    app = make_app(engine, pool, settings=config.gateway, token=home.token(), scorer=scorer, rules=config.reward)
     app.router.add_get("/v1/status", edge.status)
+    edge.signals = open_worker(pool, deps, busy=lambda: app[DRAIN].in_flight)
+    app[METRICS].watch(edge.signals.counts)
     edge.drop_forgotten = app[DROPPER]
     app[METRICS].watch(edge.health)
     runner = make_runner(app)
@@ -344,7 +360,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
         await stop.asked.wait()
         return await _finish(app[DRAIN], stop, within_s=config.gateway.drain_s)
     finally:
-        await asyncio.gather(edge.stop(), runner.cleanup())
+        await asyncio.gather(edge.stop(), runner.cleanup(), *([scorer.close()] if scorer else []))
         await engine.close()
 
 

@@ -9,6 +9,8 @@ from clawloop_edge.engine.settings import EngineSettings
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.pool.settings import RetentionSettings
+from clawloop_edge.signals.settings import SignalsSettings
+from clawloop_shared.signals import RewardRules
 
 _Period = Annotated[float, Meta(ge=0.05, le=86_400)]
 """seconds between two tries of a thing that never ends"""
@@ -83,3 +85,5 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapters: AdapterConfig = AdapterConfig()
     upstream: UpstreamSettings = UpstreamSettings()
     retention: RetentionSettings = RetentionSettings()
+    signals: SignalsSettings = SignalsSettings()
+    reward: RewardRules = RewardRules()

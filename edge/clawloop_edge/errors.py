@@ -11,17 +11,20 @@ ClawloopError
 │   ├── QueryError           what was asked for cannot be looked for
 │   ├── ExportInvalid        a file is no whole export of a pool
 │   ├── ReceiptInvalid       a server's receipt is not for this device, or not for what was sent
+│   ├── CallRefused          client.py: the edge refused a call of the Python API
 │   └── AdapterInvalid       adapters/errors.py: WrongLine, Expired, OldVersion, ProbeFailed
 ├── UncheckedError
 │   ├── PoolError            the pool refuses (wrong home, locked, damaged)
 │   │   ├── UnknownTarget    a signal judges what is not kept here
 │   │   ├── PoolFull         there is no room for what is new
 │   │   └── AnchorError      the pool is not the one that its anchor knows
+│   ├── EdgeAway             client.py: the edge does not answer
 │   └── RedactionError       what must not leave could not be looked for, so nothing leaves
 ├── NodeError                node/transport.py: the server and this device cannot work together
 │   ├── ServerAway           the server cannot be reached now
 │   └── NodeRefused          the server does not know this device's key
 ├── ScorerFailed             a scorer could not judge this time
+│   └── NotScorable          nor will it, however often this case is asked for
 └── ConsentError             the privacy level does not allow it
 """
 
@@ -94,3 +97,7 @@ class RedactionError(UncheckedError):
 
 class ScorerFailed(ClawloopError):
     """A scorer could not judge this time; no signal comes of it."""
+
+
+class NotScorable(ScorerFailed):
+    """This one case cannot be judged, however often it is asked for."""

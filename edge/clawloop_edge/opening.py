@@ -46,20 +46,24 @@ def key_store(home: EdgeHome, settings: PoolConfig) -> KeyStore:
     raise ConfigError(f"[pool] key = {settings.key!r} in {home.config_file}; it is `keychain`, `file` or `passphrase`")
 
 
-def ask_passphrase(*, new: bool, what: str = "the pool's key", otherwise: str = "") -> str:
+def ask_passphrase(
+    *, new: bool, what: str = "the pool's key", otherwise: str = "", environment: str | None = None
+) -> str:
     """The passphrase of `what`: from the environment, else from whoever sits at the terminal (a `new` one twice).
 
-    `otherwise` is an option that gives it too, if there is one.
+    `otherwise` is an option that gives it too, if there is one; `environment` what is taken in its variable's place.
 
     Raises:
         ConfigError: there is no terminal, or the two differ.
     """
-    found = os.environ.get(PASSPHRASE)
+    found = os.environ.get(PASSPHRASE) if environment is None else environment
     if found:
         return found
     if not sys.stdin.isatty():
-        ways = f"{PASSPHRASE}, or give {otherwise}" if otherwise else PASSPHRASE
-        raise ConfigError(f"a passphrase opens {what}, and there is no terminal to ask at; set {ways}")
+        ways = " or ".join(
+            ([f"set {PASSPHRASE}"] if environment is None else []) + ([f"give {otherwise}"] if otherwise else [])
+        )
+        raise ConfigError(f"a passphrase opens {what}, and there is no terminal to ask at; {ways}")
     passphrase = getpass.getpass(f"{'New passphrase' if new else 'Passphrase'} for {what}: ")
     if new and getpass.getpass("Again: ") != passphrase:
         raise ConfigError("the two passphrases differ; nothing was made")
@@ -90,9 +94,13 @@ def prepare_rooms(pool: Pool) -> None:
 
 def _prepare_gateway(pool: Pool) -> None:
     from clawloop_edge.gateway.schema import prepare_draws, prepare_trajectories
+    from clawloop_edge.privacy import curating
+    from clawloop_edge.signals import docket
 
     prepare_trajectories(pool)
     prepare_draws(pool)
+    curating.adopt(pool)
+    docket.prepare(pool)
 
 
 def model_folder(name: str) -> Path:

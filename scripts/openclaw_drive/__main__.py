@@ -39,7 +39,9 @@ PIPE_WIDTH = 150
 def main() -> int:
     """Drive, check, print; 0 if everything holds."""
     parser = argparse.ArgumentParser(prog="scripts/openclaw", description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--api", choices=[*Api, "all"], default="all", help="by which API `agent --local` talks")
+    parser.add_argument(
+        "--api", choices=[*Api, "all", "none"], default="all", help="by which API `agent --local` talks"
+    )
     parser.add_argument(
         "--daemon", action=argparse.BooleanOptionalAction, default=True, help="and through OpenClaw's daemon"
     )
@@ -48,7 +50,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    apis = list(Api) if options.api == "all" else [Api(options.api)]
+    apis = {"all": list(Api), "none": []}.get(options.api) or [Api(each) for each in Api if each == options.api]
     folder, started = INSTALLED / "run", time.monotonic()
     try:
         with alone(INSTALLED):

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openclaw_drive.config import Edge, Gateway, openclaw_config, write_config
+from demoworld.stage import BIN, Part
+from openclaw_drive.config import Api, Gateway, openclaw_config, write_config
 from openclaw_drive.transcript import Transcript, TranscriptError, find_session, read_transcript
 
 TURN_TIMEOUT_S = 1200
+CONNECT_TIMEOUT_S = 180
 TEMPERATURE = 0.7
 QUIET = {
     "OPENCLAW_DISABLE_BONJOUR": "1",
@@ -68,10 +70,24 @@ class OpenClaw:
         """Where OpenClaw keeps its own transcripts."""
         return self.home / ".openclaw/agents/main/agent/openclaw-agent.sqlite"
 
-    def point_at(self, edge: Edge, *, gateway: Gateway | None = None) -> None:
-        """Write the configuration that makes the edge its model provider."""
-        config = openclaw_config(edge, folder=self.folder, temperature=TEMPERATURE, gateway=gateway)
-        write_config(self.home / ".openclaw/openclaw.json", config)
+    def point_at(self, edge: Part, api: Api, *, gateway: Gateway | None = None) -> None:
+        """Write its configuration, and have the edge connect itself as the model of all agents.
+
+        Raises:
+            DriveError: `clawloop-edge openclaw connect` failed.
+        """
+        config = self.home / ".openclaw/openclaw.json"
+        write_config(config, openclaw_config(folder=self.folder, temperature=TEMPERATURE, gateway=gateway))
+        command = [str(BIN / edge.command), "--home", str(edge.home), "openclaw", "connect"]
+        done = subprocess.run(
+            [*command, "--config", str(config), "--api", api, "--primary", "--yes", "--json"],
+            env=self._environment(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=CONNECT_TIMEOUT_S,
+        )
+        if done.returncode or not json.loads(done.stdout)["validated"]:
+            raise DriveError(f"{edge.command} openclaw connect ended with {done.returncode}: {done.stderr.strip()}")
 
     def turn(self, order: Order) -> Turn:
         """One turn, its tool loop included, in a process of its own. No daemon may run.
@@ -159,7 +175,7 @@ class OpenClaw:
             "HOME": str(self.home),
             "TMPDIR": str(self.folder),
             "NODE_COMPILE_CACHE": str(self._installed / "compile-cache"),
-            "PATH": f"{self._installed / 'bin'}:{base.get('PATH', os.defpath)}",
+            "PATH": f"{self._installed / 'bin'}:{self._command.parent}:{base.get('PATH', os.defpath)}",
         }
         return {**kept, **QUIET, **own}
 

@@ -23,6 +23,16 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 Decode = Callable[[Sequence[int]], str]
 
 
+class Signal(msgspec.Struct, frozen=True, kw_only=True):
+    """A judgement of a step, a run or a session, as `explain` tells it."""
+
+    signal_id: str
+    target_id: str
+    source: str
+    value: float
+    comment: str = ""
+
+
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A step as `clawloop-edge explain STEP --json` tells it.
 
@@ -44,6 +54,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]
     response_ids: list[int]
     response_logprobs: list[float]
+    signals: list[Signal] = []
     max_abs_difference: float | None = None
     reference_difference: float | None = None
 

@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from demoworld.stage import free_ports
+from demoworld.stage import Part, free_ports
 from openclaw_drive.agent import DriveError, OpenClaw, Order, Turn
-from openclaw_drive.config import Edge, Gateway
+from openclaw_drive.config import Api, Gateway
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 300.0
+COMMAND_TIMEOUT_S = 60.0
 WAKE_TIMEOUT_S = 120.0
 """seen to take 4 to 47 s"""
-EVENT = "The build is done."
+REACTION = "👍"
+EVENT = f"Telegram reaction added: {REACTION} by Alice (@alice) on msg 42"
+"""a system event as OpenClaw's Telegram channel words it"""
 
 
 class Daemon:
@@ -54,6 +57,21 @@ class Daemon:
         reply = ended.get("terminalReply", {}).get("text", "")
         tools = tuple(receipt.get("successfulToolNames", ()))
         return Turn(*order, reply, receipt["sessionId"], tools, seconds, failed=ended["status"] != "ok")
+
+    def command(self, turn: Turn, text: str) -> str:
+        """What OpenClaw answers to a slash command in the conversation of `turn`, without the model.
+
+        Raises:
+            DriveError: the daemon refused, or said nothing.
+        """
+        key = str(uuid.uuid4())
+        session = f"agent:main:{turn.session_key}"
+        self.call("chat.send", {"sessionKey": session, "message": text, "idempotencyKey": key})
+        self.call("agent.wait", {"runId": key, "timeoutMs": int(COMMAND_TIMEOUT_S * 1000)}, timeout_s=ANSWER_TIMEOUT_S)
+        reply = self._agent.transcript(turn.session_id).own_words.get(key)
+        if reply is None:
+            raise DriveError(f"OpenClaw said nothing to {text!r} in {turn.session_key}; see {self._agent.errors}")
+        return reply
 
     def compact(self, session_key: str) -> bool:
         """Have OpenClaw put a summary, which it asks the model for, in the place of a conversation; whether it did."""
@@ -98,14 +116,14 @@ class Daemon:
 
 
 @contextmanager
-def running(agent: OpenClaw, edge: Edge) -> Iterator[Daemon]:
+def running(agent: OpenClaw, edge: Part) -> Iterator[Daemon]:
     """The daemon with `edge` as its model provider; stopped at the end, with every process that it started.
 
     Raises:
         DriveError: it did not start.
     """
     (port,) = free_ports(1)
-    agent.point_at(edge, gateway=Gateway(port, secrets.token_urlsafe(16)))
+    agent.point_at(edge, Api.COMPLETIONS, gateway=Gateway(port, secrets.token_urlsafe(16)))
     log = agent.folder / "daemon.log"
     with agent.started("gateway", "run", "--port", str(port), log=log) as process:
         _wait(process, port, log=log)

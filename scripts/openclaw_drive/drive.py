@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from demoworld.stage import Part, make_edge
 from openclaw_drive import daemon
 from openclaw_drive.agent import DriveError, OpenClaw, Order, Turn
 from openclaw_drive.check import COMPACTION, HEARTBEAT, Conversation, Finding, Kept, Talk
-from openclaw_drive.config import Api, Edge
+from openclaw_drive.config import MAX_TOKENS, Api
 from openclaw_drive.daemon import Daemon
 from openclaw_drive.evidence import (
     Reason,
@@ -25,11 +26,14 @@ from openclaw_drive.evidence import (
     read_sessions,
     sessions_of,
 )
+from openclaw_drive.judging import CORRECTION, NEXT_STATE, Judged, Judgement, check_judgements
 
 TOOL_WORD = "lantern"
 """not in OpenClaw's own prompt: of a word that is (`clawloop`), a small model copies what follows it there (0 of 12).
 A plain word it copies always (27 of 27), digits it garbles (`marble-42`: 16 of 27)"""
 GREETING, TOOL_ORDER, THANKS = "hello", f"Use the exec tool with command: echo {TOOL_WORD}", "thank you"
+SCORER_TIMEOUT_S = 20.0
+"""how long the edge may take to judge an answer by what came next"""
 DAEMON = "daemon"
 """the part of a drive that goes through OpenClaw's daemon; the others are named after their API"""
 
@@ -66,9 +70,13 @@ class Drive:
         """
         with self._edge("edge", settings={}) as edge:
             talks = [talk for api in apis for talk in self._locally(edge, api)]
+            judged = Judged()
             if through_daemon:
-                talks += self._through_daemon(edge)
+                through, judged = self._through_daemon(edge)
+                talks += through
+                self._await_correction(edge, judged)
             played = self._both_sides(edge, talks)
+            played.findings.extend(check_judgements(played.conversations, judged))
         for part in [*apis, *([DAEMON] if through_daemon else [])]:
             if not any(self._ran_tool(turn) for talk in talks if talk.part == part for turn in talk.turns):
                 self.say(f"the model did not call the tool in {self.tries} tries: a SCRIPTED engine plays {part}")
@@ -78,7 +86,7 @@ class Drive:
     def _locally(self, edge: Part, api: Api) -> list[Talk]:
         """Conversations of a greeting and the order, until one has run the tool; then the last one's thanks."""
         self.say(f"{api}, by openclaw agent --local")
-        self.agent.point_at(_provider(edge, api))
+        self.agent.point_at(edge, api)
         talks: list[list[Turn]] = []
         for attempt in range(1, self.tries + 1):
             name = f"{api}-{attempt}"
@@ -88,21 +96,22 @@ class Drive:
         talks[-1] += self._ask(talks[-1][0].session_key, THANKS)
         return [Talk(api, tuple(turns)) for turns in talks]
 
-    def _through_daemon(self, edge: Part) -> list[Talk]:
-        """Two conversations at a time, the last one summarised; one of the dashboard's, woken in between."""
+    def _through_daemon(self, edge: Part) -> tuple[list[Talk], Judged]:
+        """Two conversations at a time, the last one summarised; one of the dashboard's, woken in between and judged."""
         self.say("starting OpenClaw's daemon")
-        with daemon.running(self.agent, _provider(edge, Api.COMPLETIONS)) as running:
+        with daemon.running(self.agent, edge) as running:
             talks = self._pairs()
             name = talks[-1][0].session_key
             self.say(f"  {name}: {'summarised' if running.compact(name) else 'OpenClaw made no summary'}")
             talks[-1] += self._at_once([name], THANKS)
-            dashboard = self._dashboard(running, "dashboard:1")
+            dashboard, judged = self._dashboard(running, "dashboard:1")
         *plain, summarised = [Talk(DAEMON, tuple(turns)) for turns in talks]
-        return [
+        talked = [
             *plain,
             replace(summarised, asides=frozenset({COMPACTION})),
             Talk(DAEMON, tuple(dashboard), frozenset({HEARTBEAT})),
         ]
+        return talked, judged
 
     def _pairs(self) -> list[list[Turn]]:
         """Two conversations at a time of a greeting and the order, until one has run the tool."""
@@ -115,11 +124,46 @@ class Drive:
                 break
         return talks
 
-    def _dashboard(self, running: Daemon, name: str) -> list[Turn]:
+    def _dashboard(self, running: Daemon, name: str) -> tuple[list[Turn], Judged]:
+        """A greeting and a reaction to it, for which OpenClaw wakes the model; what is said then is still of the
+        greeting's answer. Thanks, a word for their answer, and a message that corrects it."""
         greeted = self._told(running.chat(Order(name, GREETING)))
+        greeting = self._answer(greeted)
         running.wake(greeted)
-        self.say(f"  {name}: the model answered to a system event")
-        return [greeted, self._told(running.chat(Order(name, THANKS)))]
+        self.say(f"  {name}: the model answered to a reaction")
+        bad = self._command(running, greeted, "/bad too short")
+        thanked = self._told(running.chat(Order(name, THANKS)))
+        thanks = self._answer(thanked)
+        good = self._command(running, thanked, "/good well said")
+        corrected = self._told(running.chat(Order(name, CORRECTION)))
+        judgements = (
+            Judgement(greeting, good=True, words=f"reaction {daemon.REACTION}"),
+            Judgement(greeting, good=False, words="too short"),
+            Judgement(thanks, good=True, words="well said"),
+        )
+        return [greeted, thanked, corrected], Judged(judgements, (bad, good), corrected=thanks)
+
+    def _command(self, running: Daemon, turn: Turn, text: str) -> str:
+        reply = running.command(turn, text)
+        self.say(f"  {turn.session_key}: {text!r} -> {shortened(reply)}")
+        return reply
+
+    def _answer(self, turn: Turn) -> str:
+        """The completion id of the last answer that was asked for."""
+        said = [said for said in self.agent.transcript(turn.session_id).said if not said.heartbeat]
+        if not said:
+            raise DriveError(f"OpenClaw has no answer on record in {turn.session_key}")
+        return said[-1].response_id
+
+    def _await_correction(self, edge: Part, judged: Judged) -> None:
+        """Wait until the edge has read what came after the corrected answer, or it takes too long."""
+        deadline = time.monotonic() + SCORER_TIMEOUT_S
+        while time.monotonic() < deadline:
+            signals = edge.run("explain", judged.corrected, "--json", expect_json=True)["signals"]
+            if any(signal["source"] == NEXT_STATE for signal in signals):
+                return
+            time.sleep(0.5)
+        self.say(f"no {NEXT_STATE} signal within {SCORER_TIMEOUT_S:.0f} s")
 
     def _scripted_tool_turn(self, part: str) -> Conversation:
         call = json.dumps({"name": "exec", "arguments": {"command": f"echo {TOOL_WORD}"}})
@@ -128,10 +172,10 @@ class Drive:
         name = f"scripted-{part}"
         with self._edge(f"{name}-edge", settings={"model": {"kind": "scripted", "script": str(script)}}) as edge:
             if part == DAEMON:
-                with daemon.running(self.agent, _provider(edge, Api.COMPLETIONS)):
+                with daemon.running(self.agent, edge):
                     turns = self._at_once([name], TOOL_ORDER)
             else:
-                self.agent.point_at(_provider(edge, Api(part)))
+                self.agent.point_at(edge, Api(part))
                 turns = [self._turn(name, TOOL_ORDER)]
             kept = read_sessions(edge, sessions_of(edge), model=None)
             return self._conversation(Talk(part, tuple(turns), scripted=True), kept)
@@ -139,6 +183,7 @@ class Drive:
     @contextmanager
     def _edge(self, name: str, *, settings: dict[str, dict[str, object]]) -> Iterator[Part]:
         """A running edge; stopped at the end."""
+        settings = {"gateway": {"default_max_tokens": MAX_TOKENS}, **settings}
         edge = make_edge(self.folder, self.model, name=name, settings=settings)
         self.say(f"{name} on port {edge.port}")
         edge.start()
@@ -192,10 +237,6 @@ class Drive:
     def _conversation(self, talk: Talk, kept: Mapping[str, tuple[Kept, ...]]) -> Conversation:
         """Both sides of a talk."""
         return Conversation(talk, self.agent.transcript(talk.session_id), kept.get(talk.session_id, ()))
-
-
-def _provider(edge: Part, api: Api) -> Edge:
-    return Edge(f"http://127.0.0.1:{edge.port}", edge.token(), api)
 
 
 def shortened(text: str, *, chars: int = 60) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import zstandard
 
 MAX_EVENT_BYTES = 4 << 20
 _HEARTBEAT = "[OpenClaw heartbeat poll]"
+_OWN_WORD = "gateway-injected"
+"""what OpenClaw names as the model of what it answers itself, to a command for one"""
 
 
 class TranscriptError(Exception):
@@ -59,10 +62,11 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One conversation, in order."""
+    """One conversation, in order; and what OpenClaw itself answered, by the key of the message it answered to."""
 
     said: tuple[Said, ...]
     results: tuple[ToolResult, ...]
+    own_words: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_transcript(database: Path, session_id: str) -> Transcript:
@@ -97,6 +101,7 @@ def _events(database: Path, session_id: str) -> list[dict[str, Any]]:
 def _read(events: list[dict[str, Any]]) -> Transcript:
     said: list[Said] = []
     results: list[ToolResult] = []
+    own_words: dict[str, str] = {}
     heartbeat = summarised = False
     for event in events:
         message = event.get("message", {})
@@ -107,10 +112,12 @@ def _read(events: list[dict[str, Any]]) -> Transcript:
                 heartbeat = _text(message["content"]).startswith(_HEARTBEAT)
             case ("message", "toolResult"):
                 results.append(_result(message))
+            case ("message", "assistant") if message.get("model") == _OWN_WORD:
+                own_words[message.get("idempotencyKey", "")] = _text(message["content"])
             case ("message", "assistant"):
                 said.append(_said(message, heartbeat=heartbeat, summarised=summarised))
                 summarised = False
-    return Transcript(tuple(said), tuple(results))
+    return Transcript(tuple(said), tuple(results), own_words)
 
 
 def _event(row: tuple[str | None, bytes | None]) -> dict[str, Any]:

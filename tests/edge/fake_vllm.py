@@ -4,6 +4,7 @@ it, so that its ids and logprobs are real; and a plain OpenAI-compatible one tha
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,11 +22,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def running(app: web.Application) -> AsyncIterator[str]:
+async def running(app: web.Application, *, ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """The address of a server that serves `app` until the end."""
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context)
     await site.start()
     try:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"

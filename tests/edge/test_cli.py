@@ -87,11 +87,22 @@ def test_explain_says_yes_or_why_not_and_what_a_step_waits_for(home: EdgeHome) -
         for step in (good, never):
             pool.keep_step(step).result()
     waiting = run(home, "explain", good.step.step_id).stdout
-    assert "no feedback yet: it is learned from once it was judged" in waiting
+    assert "no signal yet: not trainable yet" in waiting
     refused = run(home, "explain", never.step.step_id).stdout
     assert "no (temperature 0)" in refused
-    assert "once it was judged" not in refused
+    assert "not trainable yet" not in refused
     assert "trainable: no (temperature 0)" in run(home, "sessions", "show", "s").stdout
+
+
+@pytest.mark.parametrize("words", [("status",), ("sessions", "list")])
+def test_the_home_may_be_named_behind_the_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    for arguments in (
+        ["--home", "{}", *words],
+        [*words, "--home", "{}"],
+        ["--home", "/elsewhere", *words, "--home={}"],
+    ):
+        refused = CliRunner().invoke(app, [argument.format(tmp_path) for argument in arguments])
+        assert str(refused.exception).startswith(f"no edge at {tmp_path};")
 
 
 def test_a_hint_names_the_home_only_where_it_is_needed(home: EdgeHome, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +146,7 @@ def test_a_level_can_be_set_by_a_program(home: EdgeHome) -> None:
     assert json.loads(done.stdout)["level"] == "full"
     shown = json.loads(run(home, "privacy", "show", "--json").stdout)
     assert (shown["level"], shown["chosen"], shown["reason"]) == ("full", "full", "")
-    assert "1 receipts, unbroken" in run(home, "audit", "verify").output
+    assert "1 receipt, unbroken" in run(home, "audit", "verify").output
 
 
 def test_setup_run_again_keeps_what_was_set(home: EdgeHome, tiny_model: Path) -> None:

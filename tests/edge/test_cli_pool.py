@@ -244,3 +244,30 @@ def test_a_person_is_asked_for_the_passphrase_once_and_it_is_not_shown(tmp_path:
     assert code == 1
     assert wrong.count("\n") == 2, "the question, and one line"
     assert "horse" not in shown + stats + wrong
+
+
+def test_keys_are_moved_under_a_passphrase_which_is_changed_and_the_configuration_keeps_its_comments(
+    home: EdgeHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, others = tmp_path / "new", "another battery, another staple"
+    words.write_text(f"{others}\n")
+    config = home.config_file.read_text().replace("[pool]\n", "[pool]  # where the key is\n# mine\n")
+    home.config_file.write_text(config)
+    assert "no passphrase opens key file" in fails(home, "pool", "passphrase")
+    monkeypatch.setenv(PASSPHRASE, WORDS)
+    assert json.loads(done(home, "pool", "move-keys", "--to", "passphrase", "--json"))["key"] == "passphrase"
+    assert not home.key_file.exists()
+    changed = home.config_file.read_text()
+    assert "[pool]  # where the key is" in changed
+    assert "# mine" in changed
+    assert len(changed.splitlines()) == len(config.splitlines())
+    done(home, "pool", "passphrase", "--passphrase-file", str(words))
+    assert "the passphrase does not open" in fails(home, "pool", "stats")
+    monkeypatch.setenv(PASSPHRASE, others)
+    assert "2 steps" in done(home, "pool", "verify")
+    assert "give --passphrase-file" in fails(home, "pool", "passphrase")
+    done(home, "pool", "move-keys", "--to", "file")
+    monkeypatch.delenv(PASSPHRASE)
+    assert "2 steps" in done(home, "pool", "verify")
+    assert [path.name for path in home.folder.glob("*.key")] == ["pool.key"]
+    assert "is there already" in done(home, "pool", "move-keys", "--to", "file")

@@ -342,13 +342,35 @@ def test_explain_tells_what_made_a_step_and_where_it_went(home: EdgeHome) -> Non
         "tokens 3 in, 2 out; ended by stop",
         "went queued, may leave",
         "2 tokens, mean logprob -1.300, perplexity 3.67",
-        "no feedback yet: it is learned from once it was judged",
+        "no signal yet: not trainable yet",
     ):
         assert piece in words, piece
     found = json.loads(run(home, "explain", step.step.step_id, "--json").stdout)
     assert found["sent"][0]["state"] == "queued"
     assert found["response_logprobs"] == [-0.1, -2.5]
     assert (found["title"], found["trajectory_id"]) == ("hello", "t1")
+
+
+def test_explain_shows_the_voices_that_make_the_reward_of_a_run(home: EdgeHome) -> None:
+    step = say([user("hello")], "Hi.")
+    with open_pool(home, writer=True) as pool:
+        keep(pool, step)
+        for number, (source, value) in enumerate((("user", 1.0), ("judge", -1.0))):
+            said = Signal(
+                signal_id=str(number),
+                target=Target.RUN,
+                target_id=step.step.run_id,
+                source=source,
+                value=value,
+                created_ms=number,
+            )
+            pool.keep_signal(said).result()
+    words = " ".join(shown(home, "explain", step.step.step_id).split())
+    assert "reward +0.333, weight 1 judge -1 (1 signal, weight 1 x factor 0.5): 33% of it user +1" in words
+    assert "not trainable yet" not in words
+    found = json.loads(run(home, "explain", step.step.step_id, "--json").stdout)
+    assert found["reward"]["weight"] == 1.0
+    assert [voice["source"] for voice in found["voices"]] == ["judge", "user"]
 
 
 def test_explain_says_what_to_do_about_a_step_that_is_not_learned_from(home: EdgeHome, kept: list[KeptStep]) -> None:

@@ -362,9 +362,9 @@ def test_a_prompts_longest_kept_start_is_found(kept: list[list[int]], asked: lis
 def test_a_long_kept_conversation_is_passed_by_in_no_time() -> None:
     trie = PrefixTrie()
     trie.add("model", list(range(60_000)), "kept")  # mlx-lm's own search takes seconds
-    began = time.monotonic()
+    began = time.process_time()
     assert trie.search("model", [0, 1, 99_999]).common_prefix == 2
-    assert time.monotonic() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 async def test_old_caches_give_way_within_their_bounds(tiny_model: Path, make_adapter: Callable[..., Files]) -> None:

@@ -173,10 +173,10 @@ async def test_a_quantised_model_serves_an_adapter_exactly(
 
 async def test_the_next_turn_starts_much_sooner_than_a_cold_prompt(engine: MlxEngine) -> None:
     async def first_token(asked: GenerateRequest) -> float:
-        began = time.monotonic()
+        began = time.process_time()
         generation = await engine.generate(asked)
         async for _ in generation:
-            return time.monotonic() - began
+            return time.process_time() - began
         return 0.0
 
     await sample(engine, request(2, ids=30))  # warm

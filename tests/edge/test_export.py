@@ -18,8 +18,9 @@ from clawloop_edge.cli.root import app
 from clawloop_edge.errors import ExportInvalid, PoolError
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
-from clawloop_edge.pool import export_parquet
-from clawloop_edge.pool.exported import Chosen, fields_in, fields_of, line_of, record_of
+from clawloop_edge.pool import curation, export_parquet
+from clawloop_edge.pool.curation import Curation, Curations, Word
+from clawloop_edge.pool.exported import Chosen, Record, fields_in, fields_of, line_of, record_of
 from clawloop_edge.pool.exporting import ExportFormat, export_pool
 from clawloop_edge.pool.importing import Imported, check_export, import_export
 from clawloop_edge.pool.keys import KnownKey
@@ -27,9 +28,11 @@ from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_shared.errors import ConfigError, StorageError
-from clawloop_shared.ids import new_id, new_step_id
+from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
-from clawloop_shared.records import Channel, Policy, Sampling, Signal, Step, Target
+from clawloop_shared.records import Channel, Hint, Policy, Sampling, Signal, Step, Target
+
+from .kept import kept_step
 
 NAMES = ("out.jsonl", "out.jsonl.zst", "out.parquet")
 OpenPool = Callable[[], Pool]
@@ -49,32 +52,18 @@ def fresh(tmp_path: Path) -> Iterator[OpenPool]:
         pool.close()
 
 
-def kept_step(session: str = "s1", *, at_ms: int = 1000, **fields: Any) -> KeptStep:
-    step: dict[str, Any] = {
-        "step_id": new_step_id(),
-        "session_id": session,
-        "run_id": f"run-{session}",
-        "prompt_ids": [1, 2, 3],
-        "response_ids": [70_000, 5],
-        "response_logprobs": [-0.1, -2.5],
-        "policy": Policy("line", 3, "abc"),
-        "sampling": Sampling(temperature=0.5),
-        "finish_reason": "stop",
-        "created_ms": at_ms,
-    }
-    step |= {name: fields.pop(name) for name in list(fields) if name in Step.__struct_fields__}
-    said: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "hello"}],
-        "reply": {"role": "assistant", "content": "hi"},
-        "text": "hi",
-        "started_ms": at_ms,
-        "finished_ms": at_ms + 5,
-    }
-    return KeptStep(step=Step(**step), **(said | fields))
-
-
 def mark(target: Target, target_id: str) -> Signal:
-    return Signal(signal_id=new_id(), target=target, target_id=target_id, source="user", value=0.25, created_ms=7)
+    hint = Hint(target_id, 2, [4, 5]) if target is Target.STEP else None
+    return Signal(
+        signal_id=new_id(),
+        target=target,
+        target_id=target_id,
+        source="user",
+        value=0.25,
+        created_ms=7,
+        evidence="exit code 1",
+        hint=hint,
+    )
 
 
 ODD = (
@@ -87,7 +76,7 @@ ODD = (
         response_logprobs=[float("nan"), float("-inf")],
     ),
     kept_step("odd", response_ids=[], response_logprobs=[], untrainable="cut", channel=Channel.VAL, tools=[{"a": {}}]),
-    kept_step("odd", trajectory_id="t", group_id="g", kind="title", app="ünï", first_token_ms=1002),
+    kept_step("odd", trajectory_id="t", group_id="g", group_size=4, kind="title", app="ünï", first_token_ms=1002),
 )
 
 
@@ -102,6 +91,10 @@ def fill(pool: Pool) -> None:
     )
     for future in [pool.keep_step(kept) for kept in steps] + [pool.keep_signal(signal) for signal in marks]:
         future.result()
+    curation.prepare(pool)
+    for target, target_id in ((Target.STEP, steps[1].step.step_id), (Target.RUN, "run-s1"), (Target.SESSION, "s2")):
+        word = Word(trainable=target is Target.RUN, quality=3, tags=["kept", target], note=f"a {target}")
+        curation.curate(pool, target, target_id, word=word).result()
 
 
 def everything(pool: Pool) -> dict[str, Any]:
@@ -113,6 +106,8 @@ def everything(pool: Pool) -> dict[str, Any]:
                 found[kept.step.step_id] = repr(kept)
             for signal in reading.session_signals(session.session_id):
                 found[signal.signal_id] = repr(signal)
+            for said in Curations(reading.database, pool.keyring).of_session(session.session_id):
+                found[said.curation_id] = repr(said)
     return found
 
 
@@ -129,13 +124,13 @@ def test_a_pool_that_was_exported_and_imported_has_equal_steps_and_signals(
     fill(one)
     export(one, path)
     head, manifest = check_export(path)
-    assert (manifest.steps, manifest.signals) == (7, 4)
+    assert (manifest.steps, manifest.signals, manifest.curations, manifest.sessions) == (7, 4, 3, 3)
     assert (head.pool_id, head.clawloop) == (one.keyring.pool_id, "0.1.0")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert import_export(other, path) == Imported(steps=7, signals=4)
+    assert import_export(other, path) == Imported(steps=7, signals=4, curations=3)
     assert everything(other) == everything(one)
     assert other.verify().ok
-    assert import_export(other, path) == Imported(known=11)
+    assert import_export(other, path) == Imported(known=14)
 
 
 def test_every_format_has_the_same_manifest(fresh: OpenPool, tmp_path: Path) -> None:
@@ -167,17 +162,27 @@ def test_what_is_chosen_is_exported_and_nothing_else(fresh: OpenPool, tmp_path: 
 
     def ids(**chosen: Any) -> list[str]:
         export_pool(pool, path, Chosen(**chosen), replace=True)
-        return [record["type"] for record in map(json.loads, path.read_text().splitlines()[1:-1])]
+        return [record["type"] for record in map(fields_in, path.read_bytes().splitlines()[1:-1])]
 
-    assert ids(sessions=["s2"]) == ["step", "signal"]
-    assert ids(sessions=["s1"], since_ms=1001, until_ms=1002) == ["step", "signal"], "the run's signal stays"
+    assert ids(sessions=["s2"]) == ["step", "signal", "curation"]
+    assert ids(sessions=["s1"], since_ms=1001, until_ms=1002) == ["step", "signal", "curation", "curation"], (
+        "of the run"
+    )
+    assert ids(sessions=["s1"], since_ms=1002) == ["step", "signal", "curation"]
+    assert ids(tags=["step"]) == ["step", "signal", "curation", "curation"]
+    assert ids(quality_min=4) == []
+    assert ids(trainable=False) == ["step", "step", "step", "signal", "curation"], "two that are not exact, and s2"
+    assert ids(channel=Channel.VAL) == ["step"]
+    assert ids(reward_min=0.2, reward_max=0.3, sessions=["s1"]) == ["step"] * 3 + ["signal"] * 2 + ["curation"] * 2
+    assert ids(reward_min=0.3) == []
+    assert ids(source="nobody") == []
     assert ids(since_ms=1003) == []
     export_pool(pool, path, Chosen(sessions=["s2"], text=False), replace=True)
     record = json.loads(path.read_text().splitlines()[1])
     assert not {"messages", "text", "reply", "tools"} & record.keys()
     assert "hello" not in path.read_text()
     other = fresh()
-    assert import_export(other, path) == Imported(steps=1, signals=1)
+    assert import_export(other, path) == Imported(steps=1, signals=1, curations=1)
     assert [step.step for step in other.session_steps("s2")] == [step.step for step in pool.session_steps("s2")]
     with pytest.raises(PoolError, match="no session nobody"):
         export(pool, tmp_path / "none.jsonl", sessions=["nobody"])
@@ -190,7 +195,7 @@ def test_what_was_forgotten_does_not_come_back(fresh: OpenPool, tmp_path: Path) 
     export(pool, path)
     pool.submit(lambda db: pool.forgetting.forget(db, ["s1"])).result()
     before = everything(pool)
-    assert import_export(pool, path) == Imported(known=6, forgotten=5)
+    assert import_export(pool, path) == Imported(known=7, forgotten=7)
     assert everything(pool) == before
 
 
@@ -199,7 +204,7 @@ def test_a_signal_on_what_is_not_here_is_counted(fresh: OpenPool, tmp_path: Path
     fill(one)
     export(one, path, sessions=["s2"])
     other.submit(lambda db: other.forgetting.forget(db, ["s2"])).result()
-    assert import_export(other, path) == Imported(forgotten=1, loose=1)
+    assert import_export(other, path) == Imported(forgotten=2, loose=1)
 
 
 def test_what_is_there_is_not_replaced_unless_it_was_said(fresh: OpenPool, tmp_path: Path) -> None:
@@ -254,7 +259,7 @@ def _longer(data: bytes) -> bytes:
 
 
 def _other_version(data: bytes) -> bytes:
-    return data.replace(b"clawloop.pool.v1", b"clawloop.pool.v9", 1)
+    return data.replace(b"clawloop.pool.v2", b"clawloop.pool.v9", 1)
 
 
 def _other_type(data: bytes) -> bytes:
@@ -366,6 +371,7 @@ steps = st.builds(
     parent_id=texts,
     trajectory_id=texts,
     group_id=texts,
+    group_size=numbers,
     channel=st.sampled_from(Channel),
     untrainable=texts,
     redacted=st.lists(st.tuples(numbers, numbers), max_size=2),
@@ -393,12 +399,30 @@ signals = st.builds(
     created_ms=numbers,
     weight=st.floats(allow_nan=False),
     comment=texts,
+    evidence=texts,
+    hint=st.none() | st.builds(Hint, texts, numbers, st.lists(numbers, max_size=3)),
+)
+curations = st.builds(
+    Curation,
+    curation_id=texts,
+    session_id=texts,
+    target=st.sampled_from(Target),
+    target_id=texts,
+    created_ms=numbers,
+    word=st.builds(
+        Word,
+        trainable=st.none() | st.booleans(),
+        quality=st.none() | numbers,
+        tags=st.lists(texts, max_size=2),
+        untags=st.lists(texts, max_size=2),
+        note=st.none() | texts,
+    ),
 )
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(kept_steps | signals)
-def test_every_field_of_a_record_comes_back(record: KeptStep | Signal) -> None:
+@given(kept_steps | signals | curations)
+def test_every_field_of_a_record_comes_back(record: Record) -> None:
     assert record_of(fields_in(line_of(fields_of(record)))) == record
 
 
@@ -434,8 +458,8 @@ def test_an_import_tells_what_it_took_and_asks_where_it_may_leave(home: EdgeHome
     out = tmp_path / "mine.jsonl"
     assert run(home, "pool", "export", str(out)).exit_code == 0
     known = json.loads(run(home, "pool", "import", str(out), "--json").stdout)
-    assert (known["steps"], known["known"]) == (0, 11)
-    assert "11 were here already" in run(home, "pool", "import", str(out)).stdout
+    assert (known["steps"], known["known"]) == (0, 14)
+    assert "14 were here already" in run(home, "pool", "import", str(out)).stdout
     with open_pool(home, writer=True) as pool:
         ConsentLog(pool).set_level(Level.FULL)
     assert run(home, "pool", "import", str(out), given="n\n").exit_code == 1

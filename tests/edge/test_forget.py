@@ -127,6 +127,7 @@ def test_it_shows_what_goes_and_asks(home: EdgeHome) -> None:
     assert left(home) == ["alpha-1", "alpha-2", "beta"]
     asked = run(home, "sessions", "forget", "beta", "--json", typed="n\n")
     assert (asked.exit_code, asked.stdout) == (1, ""), "what is asked is no fact"
+    assert "1 session with 1 step," in asked.stderr, "and what it is about is shown"
     done = run(home, "sessions", "forget", "beta", typed="y\n")
     assert done.exit_code == 0, done.output
     assert "forgotten: 1 session, 1 step, 0 signals (" in done.output

@@ -175,7 +175,7 @@ def test_a_server_that_was_never_there_does_not_hold_up_the_start(line: Wire, wo
     line.trouble = ServerAway("no route")
     began = time.monotonic()
     worker.start()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     until(lambda: worker.status.state is NodeState.AWAY)
 
 
@@ -228,7 +228,7 @@ def test_what_may_no_longer_leave_is_cut_in_its_midst_and_told_of(
     began = time.monotonic()
     handlers.withdrawn = {"item"}
     until(lambda: handlers.told_stopped)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5  # one that is not cut takes ten seconds
     assert (handlers.told_stopped, line.answers, line.goodbyes) == (["item"], [], 0)
     line.slow = False
     ask(line)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -98,6 +99,24 @@ def test_a_closed_worker_has_no_process_until_it_is_asked_again(worker: RedactWo
     worker.close()
     assert not child.is_running()
     assert worker.text("still works") == "still works"
+
+
+def test_a_close_waits_for_no_job_and_the_job_is_not_held_for_impossible(worker: RedactWorker) -> None:
+    worker.redact(chat("user\nhello"))
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it never answers
+    with ThreadPoolExecutor(2) as others:
+        jobs = [others.submit(worker.redact, chat("user\nhello")) for _ in range(2)]
+        while not worker._lock.locked():
+            time.sleep(0.01)
+        begun_s = time.monotonic()
+        worker.close()
+        for job in jobs:
+            with pytest.raises(RedactionError, match="it is done again") as broken:
+                job.result(timeout=10)
+            assert not isinstance(broken.value, JobFailed), "what failed is left out of what leaves for good"
+    assert time.monotonic() - begun_s < 2.0
+    assert worker.redact(chat("user\nhello")).spans == []
 
 
 def test_a_search_that_does_not_end_is_given_up(tmp_path: Path) -> None:

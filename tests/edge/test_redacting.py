@@ -92,6 +92,12 @@ def test_a_step_without_secrets_leaves_as_it_is(make_step: Make) -> None:
     assert redactor.counts.clean == 1
 
 
+def test_tokens_that_are_no_step_are_clean_if_nothing_would_be_taken_out() -> None:
+    assert Redactor(Places()).is_clean([5, 6], session_id="s")
+    assert not Redactor(Places(1)).is_clean([5, 6], session_id="s")
+    assert not Redactor(Places(broken=True)).is_clean([5, 6], session_id="s")
+
+
 def test_a_secret_in_the_prompt_makes_all_logprobs_new(make_step: Make) -> None:
     scorer = Scorer()
     step = make_step()

@@ -393,9 +393,9 @@ def test_equal_conversations_are_handed_out_once_each_and_within_their_session()
 
 
 def test_what_a_model_that_went_astray_wrote_is_normalised_in_one_pass() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     tree.turns_of([USER, {"role": "assistant", "content": "</think>" + "<think>" * 100_000}])
-    assert time.perf_counter() - began < 2.0, "a pass an opening mark would take a quarter of an hour"
+    assert time.process_time() - began < 2.0, "a pass an opening mark would take a quarter of an hour"
 
 
 @pytest.mark.parametrize(

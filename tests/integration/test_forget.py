@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,11 @@ def until(condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def arrived(status: dict[str, Any]) -> bool:
+    """Whether something left, and the server has signed for all of it."""
+    return bool(status["sent_items"]) and not status["outbox_waiting"] and not status["outbox_unacknowledged"]
+
+
 def test_a_server_deletes_and_signs_for_what_a_device_forgot(stage: tuple[Part, Part]) -> None:
     server, edge = stage
     play(edge)
@@ -64,7 +70,7 @@ def test_a_server_deletes_and_signs_for_what_a_device_forgot(stage: tuple[Part, 
         found: int = server.run("data", "stats", "--json", expect_json=True)["steps"]
         return found
 
-    until(lambda: edge.get("/v1/status")["outbox_waiting"] == 0 and edge.get("/v1/status")["sent_items"] > 0)
+    until(lambda: arrived(edge.get("/v1/status")))
     before, kept = steps(), edge.run("sessions", "list", "--json", expect_json=True)
     assert before > 0
     one = edge.run("sessions", "forget", kept[0]["session_id"], "--yes", "--json", expect_json=True)

@@ -16,6 +16,7 @@ from demoworld.user import Office
 MODEL = Path(__file__).resolve().parents[2] / "scripts/demoworld/model"
 SERVER: Mapping[str, Mapping[str, object]] = {
     "fleet": {"upload_every_s": 0.2},
+    "reward": {"settle_s": 0.0},
     "train": {"batch_trajectories": 8, "updates_per_round": 1, "lr": 1e-3},
     "gate": {"required": False},
 }

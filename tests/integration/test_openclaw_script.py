@@ -15,9 +15,10 @@ import pytest
 import zstandard
 
 from openclaw_drive.agent import DriveError, Order, Turn, read_turn
-from openclaw_drive.check import Conversation, Finding, Kept, Talk, check_all, check_tool_loop, split_calls
-from openclaw_drive.config import Api, Edge, Gateway, openclaw_config, write_config
+from openclaw_drive.check import Conversation, Finding, Kept, Signal, Talk, check_all, check_tool_loop, split_calls
+from openclaw_drive.config import Gateway, openclaw_config, write_config
 from openclaw_drive.evidence import check_doctor, check_list
+from openclaw_drive.judging import Judged, Judgement, check_judgements
 from openclaw_drive.leftovers import remove_leftovers
 from openclaw_drive.transcript import Call, Said, ToolResult, Transcript, TranscriptError, read_transcript
 
@@ -179,41 +180,41 @@ def test_a_call_that_cannot_be_read_is_text() -> None:
     assert split_calls("<tool_call>{name}</tool_call>") == ("<tool_call>{name}</tool_call>", [])
 
 
-def test_the_configuration_points_at_the_edge_and_keeps_everything_in_one_folder(tmp_path: Path) -> None:
-    config = openclaw_config(Edge("http://127.0.0.1:8100", "secret"), folder=tmp_path, temperature=1.0)
+def test_the_configuration_is_private_and_keeps_everything_in_one_folder(tmp_path: Path) -> None:
+    config = openclaw_config(folder=tmp_path, temperature=1.0)
     path = tmp_path / "home/.openclaw/openclaw.json"
     write_config(path, config)
     assert path.stat().st_mode & 0o777 == 0o600
-    provider = json.loads(path.read_text())["models"]["providers"]["clawloop"]
-    assert (provider["baseUrl"], provider["apiKey"]) == ("http://127.0.0.1:8100/v1", "secret")
-    assert provider["models"][0]["compat"]["sendSessionAffinityHeaders"]
     for place in (config["agents"]["defaults"]["workspace"], config["logging"]["file"]):
         assert Path(place).is_relative_to(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("api", "option", "base_url"),
-    [
-        (Api.COMPLETIONS, "openai-completions", "http://127.0.0.1:8100/v1"),
-        (Api.RESPONSES, "openai-responses", "http://127.0.0.1:8100/v1"),
-        (Api.MESSAGES, "anthropic-messages", "http://127.0.0.1:8100"),
-    ],
-)
-def test_each_api_has_its_name_and_its_base_url(api: Api, option: str, base_url: str, tmp_path: Path) -> None:
-    config = openclaw_config(Edge("http://127.0.0.1:8100", "secret", api), folder=tmp_path, temperature=1.0)
-    provider = config["models"]["providers"]["clawloop"]
-    assert (provider["api"], provider["baseUrl"]) == (option, base_url)
-
-
 def test_the_daemon_listens_on_loopback_and_wants_a_token(tmp_path: Path) -> None:
-    edge = Edge("http://127.0.0.1:8100", "secret")
-    config = openclaw_config(edge, folder=tmp_path, temperature=1.0, gateway=Gateway(9, "its own"))
+    config = openclaw_config(folder=tmp_path, temperature=1.0, gateway=Gateway(9, "its own"))
     assert config["gateway"] == {
         "mode": "local",
         "bind": "loopback",
         "port": 9,
         "auth": {"mode": "token", "token": "its own"},
     }
+
+
+def test_what_was_said_of_an_answer_is_one_signal_on_it_and_a_correction_speaks_against_it() -> None:
+    said = Signal(signal_id="1", target_id="a", source="openclaw", value=1.0, comment="fine")
+    against = Signal(signal_id="2", target_id="trace1", source="next-state", value=-0.8)
+    judged = Judged((Judgement("a", good=True, words="fine"),), ("Noted.",), corrected="b")
+
+    def problems(*signals: Signal, judged: Judged = judged) -> list[bool]:
+        steps = [msgspec.structs.replace(step, signals=list(signals)) for step in STEPS]
+        return [not finding.ok for finding in check_judgements([conversation(*steps)], judged)]
+
+    assert problems(said, against) == [False, False, False]
+    assert problems(said, against, judged=replace(judged, replies=("Not stored",))) == [True, False, False]
+    for wrong in ({"target_id": "b"}, {"value": -1.0}, {"comment": ""}, {"source": "user"}):
+        assert problems(msgspec.structs.replace(said, **wrong), against) == [False, True, False], wrong
+    assert problems(said, msgspec.structs.replace(said, signal_id="3"), against) == [False, True, False]
+    for wrong in ({"value": 0.5}, {"target_id": "trace2"}, {"source": "user"}):
+        assert problems(said, msgspec.structs.replace(against, **wrong)) == [False, False, True], wrong
 
 
 def test_what_openclaw_prints_becomes_a_turn_or_a_plain_error() -> None:
@@ -242,9 +243,11 @@ def test_a_transcript_is_read_from_plain_and_packed_events(tmp_path: Path) -> No
             "__openclaw": {"runId": "run1"},
         },
     ]
+    own = {"role": "assistant", "model": "gateway-injected", "content": "Noted.", "idempotencyKey": "k"}
+    messages.append(own)
     database = tmp_path / "agent.sqlite"
     write_database(database, [{"type": "message", "message": message} for message in messages])
-    assert read_transcript(database, "s1") == conversation().transcript
+    assert read_transcript(database, "s1") == replace(conversation().transcript, own_words={"k": "Noted."})
     assert read_transcript(database, "s2") == Transcript((), ())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -37,6 +38,16 @@ SessionId = Annotated[
     str, typer.Argument(help="As `sessions list` prints it; its beginning is enough.", metavar="SESSION")
 ]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=100_000, help="How many at most.")]
+
+
+def flow(app: typer.Typer) -> None:
+    """Have the help of all commands break where the terminal's lines end, not where those of the source do."""
+    for each in app.registered_commands:
+        text = inspect.cleandoc(each.help or (each.callback and each.callback.__doc__) or "")
+        each.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            flow(group.typer_instance)
 
 
 def home_of(context: typer.Context) -> EdgeHome:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import msgspec
 import typer
 
-from clawloop_edge.cli.context import Json, command, console, home_of, print_json, print_table
+from clawloop_edge.cli.context import Json, command, console, count, home_of, print_json, print_table
 from clawloop_edge.cli.service import ask
 from clawloop_shared.errors import ClawloopError
 
@@ -116,14 +116,30 @@ def check_model(home: EdgeHome) -> Iterator[Finding]:
 def check_pool(home: EdgeHome) -> Iterator[Finding]:
     """The pool opens; how many of its steps may be learned from, and why others may not; what goes, and what went."""
     from clawloop_edge.opening import open_pool
+    from clawloop_edge.pool.moving import broken_off
 
     with open_pool(home, writer=False) as pool:
         stats, counts = pool.stats(), pool.step_counts()
         room, forgetting = _room(home, pool), list(_forgetting(home, pool))
     yield _ok("pool", f"opens: {stats.steps} steps in {stats.sessions} sessions, {stats.file_bytes >> 20} MiB")
+    yield _encrypted(stats.encryption)
+    if broken_off(home.folder):
+        again = command(home, f"pool move-keys --to {home.load_config().pool.key}")
+        yield _warn("keys", "a move of the pool's keys broke off, so they lie in two places", mend=again)
     yield _steps(home, counts, kept=stats.steps)
     yield room
     yield from forgetting
+
+
+def _encrypted(how: str) -> Finding:
+    """What encrypts the pool."""
+    from clawloop_shared.database import encrypts
+
+    if encrypts():
+        return _ok("encryption", how)
+    return _warn(
+        "encryption", how, mend="pool backup FILE, then pip install sqlcipher3, then pool restore FILE --replace"
+    )
 
 
 def _room(home: EdgeHome, pool: Pool) -> Finding:
@@ -158,7 +174,7 @@ def _forgetting(home: EdgeHome, pool: Pool) -> Iterator[Finding]:
     found = Counter(deletion.state for deletion in Deletions(pool).all())
     waiting, stranded = found[DeletionState.WAITING], found[DeletionState.STRANDED]
     if waiting or stranded:
-        reason = f"{waiting} requests to delete wait for a server's word, {stranded} cannot be sent"
+        reason = f"{count(waiting, 'request')} to delete wait for a server's signed word, {stranded} cannot be sent"
         yield _warn(name, reason, mend=command(home, "privacy deletions"))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
@@ -94,8 +95,8 @@ def forget_sessions(
         if not preview.sessions and not everything:
             typer.echo("nothing that is kept is meant by that; nothing was forgotten", err=as_json)
             raise typer.Exit(1)
-        if not as_json:
-            _print_preview(preview, adapters, keep_remote=keep_remote)
+        if not as_json or not yes:  # what is asked about is shown; with --json it is no fact yet
+            _print_preview(preview, adapters, keep_remote=keep_remote, to=problems if as_json else console)
         confirm(f"Forget {count(len(preview.sessions), 'session')} for good?", yes=yes)
         with _progress() as say:
             say("forgetting")
@@ -200,24 +201,24 @@ def _progress() -> Iterator[Say]:
         yield Say(progress)
 
 
-def _print_preview(preview: Preview, adapters: Sequence[int], *, keep_remote: bool) -> None:
+def _print_preview(preview: Preview, adapters: Sequence[int], *, keep_remote: bool, to: Console) -> None:
     shortened = preview.sessions[:_SHOWN]
-    console.print(listing(shortened, now=datetime.now()) if shortened else "no session is kept")
+    to.print(listing(shortened, now=datetime.now()) if shortened else "no session is kept")
     if len(preview.sessions) > _SHOWN:
-        console.print(f"... and {count(len(preview.sessions) - _SHOWN, 'session')} more")
+        to.print(f"... and {count(len(preview.sessions) - _SHOWN, 'session')} more")
     if preview.sessions:
         first, last = when(preview.first_ms), when(preview.last_ms)
         counts = f"{count(len(preview.sessions), 'session')} with {count(preview.steps, 'step')}"
-        console.print(f"{counts}, from {first} to {last}")
+        to.print(f"{counts}, from {first} to {last}")
     for gone in preview.left:
         where = gone.server.url or "a server that is not known any more"
         asked = "it keeps them" if keep_remote else "it is asked to delete them"
         names = f"{count(gone.records, 'name')} of steps, feedback and sessions"
-        console.print(shown(f"{names} had left for {where} since {when(gone.since_ms)}; {asked}"))
+        to.print(shown(f"{names} had left for {where} since {when(gone.since_ms)}; {asked}"))
     if not preview.left:
-        console.print("nothing of it had left this device")
+        to.print("nothing of it had left this device")
     if adapters:
-        console.print(f"adapters here that may have been trained on it: {', '.join(map(str, adapters))}")
+        to.print(f"adapters here that may have been trained on it: {', '.join(map(str, adapters))}")
 
 
 def _print_done(
@@ -259,7 +260,7 @@ def _state(deletion: Deletion) -> str:
         unknown = f", {count(deletion.unknown, 'name')} not known there" if deletion.unknown else ""
         return f"deleted {count(deletion.deleted, 'record')}, signed {when(deletion.done_ms)}{unknown}"
     if deletion.state == "gone":
-        return f"deleted with this whole device: {deletion.problem}"
+        return f"deleted with this whole device, signed {when(deletion.done_ms)}"
     if deletion.state == "stranded":
         return "this device left that server before it could remember where it is; ask its operator to delete it"
     tried = f"asked {count(deletion.tries, 'time')}: {deletion.problem}" if deletion.tries else "not asked yet"

@@ -20,6 +20,7 @@ from clawloop_edge.cli.context import (
     command,
     confirm,
     console,
+    count,
     home_of,
     opened_pool,
     print_json,
@@ -29,14 +30,16 @@ from clawloop_edge.cli.context import (
 )
 from clawloop_edge.cli.marks import Marks
 from clawloop_edge.cli.moments import told
+from clawloop_edge.cli.service import ask
 from clawloop_edge.cli.tokens import tokenizer_file
-from clawloop_shared.errors import ConfigError
+from clawloop_edge.errors import ConsentError
+from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.privacy.consent import ConsentLog
-    from clawloop_edge.privacy.items import OutboxItem
+    from clawloop_edge.privacy.items import OutboxItem, OutboxTotals
     from clawloop_edge.privacy.outbox import Outbox
     from clawloop_edge.privacy.preview import Preview
     from clawloop_edge.privacy.transcript import Piece, Told
@@ -69,7 +72,7 @@ def opened_outbox(context: typer.Context) -> Iterator[tuple[Outbox, ConsentLog, 
 
 @group.command("list")
 def list_items(context: typer.Context, limit: Limit = 50, as_json: Json = False) -> None:
-    """What waits, what is held until when, and what has left; the latest last. With --json all of it."""
+    """What waits, what is held until when, and what was sent or has arrived; the latest last. With --json all of it."""
     with opened_outbox(context) as (items, consent, pool):
         found = items.list(limit=None if as_json else limit)
         level, totals = consent.level(), items.totals()
@@ -84,9 +87,11 @@ def list_items(context: typer.Context, limit: Limit = 50, as_json: Json = False)
     ]
     columns = ("item", "session", "level", "holds", "what happens")
     print_table(columns, rows, empty="the outbox is empty", whole={"item", "level"}, clipped={"session"})
+    for line in on_the_way(totals):
+        console.print(line)
     if totals.waiting:
         see, stop = (command(home_of(context), f"outbox {word} ITEM") for word in ("show", "drop"))
-        console.print(f"{totals.waiting} wait; read one: {see}; take one out: {stop}")
+        console.print(f"read one: {see}; take one out: {stop}")
 
 
 @group.command("show")
@@ -108,33 +113,65 @@ def show_item(context: typer.Context, item_id: ItemId, raw: Raw = False, as_json
         title = _titles(pool, {item.session_id})[item.session_id]
         fate = _fate(item, consent.level(), now=datetime.now())
         steps = _told(context, pool, item, steps=batch.steps)
+        hints = _hints(context, batch.signals)
     console.print(shown(f"item {item.item_id}: {title}", style="bold"))
+    if title != item.session_id and not _say(steps, title, level=item.level):
+        console.print("(this title is only here: it is not in what leaves)", style="dim")
     console.print(shown(f"{_holds(item)}, level {item.level}; {fate}", style="dim"))
     for each in steps:
         _print_step(each)
     for signal in batch.signals:
-        console.print(shown(_signal(signal)))
+        console.print(shown(_signal(signal, hints.get(signal.signal_id, ""))))
+    for mark in batch.marks:
+        word = "may be learned from again" if mark.trainable else "must not be learned from"
+        console.print(shown(f"mark: step {mark.step_id}, which has left, {word}"))
 
 
 @group.command("approve")
-def approve_items(context: typer.Context, item_ids: ItemIds = None, every: AllItems = False, yes: Yes = False) -> None:
+def approve_items(
+    context: typer.Context, item_ids: ItemIds = None, every: AllItems = False, yes: Yes = False, as_json: Json = False
+) -> None:
     """Let items leave now instead of after their hold."""
     if bool(item_ids) == every:
         raise typer.BadParameter("name items, or give --all")
-    with opened_outbox(context) as (items, _, _):
-        held = [item for item in items.list() if item.state == "queued"] if every else []
-        if held:
-            confirm(f"Let {len(held)} items leave ({_size(sum(item.size_bytes for item in held))})?", yes=yes)
-        _each(item_ids or [item.item_id for item in held], items.approve, done="may leave now")
+    with opened_outbox(context) as (items, consent, _):
+        chosen = [item for item in items.list() if item.state == "queued"] if every else _named(items, item_ids)
+        if every and chosen:
+            confirm(f"Let {count(len(chosen), 'item')} leave ({_size_of(chosen)})?", yes=yes)
+        before = [items.approve(item.item_id) for item in chosen]
+        changed, level = [items.find(item.item_id) for item in before], consent.level()
+    then = _what_then(context, level) if changed else "nothing is held, so there is nothing to approve"
+    if as_json:
+        print_json({"items": changed, "then": then})
+        return
+    for item in changed:
+        console.print(f"{item.item_id} " + ("was sent already" if item.has_left else "need not wait any longer"))
+    console.print(then)
 
 
 @group.command("drop")
-def drop_items(context: typer.Context, item_ids: ItemIds = None) -> None:
-    """Take items out: they never leave, and their bytes are destroyed."""
+def drop_items(context: typer.Context, item_ids: ItemIds = None, yes: Yes = False, as_json: Json = False) -> None:
+    """Take items out: they never leave, and their bytes are destroyed. What is said of their steps later stays too."""
     if not item_ids:
         raise typer.BadParameter("name at least one item")
     with opened_outbox(context) as (items, _, _):
-        _each(item_ids, items.drop, done="dropped; it never leaves")
+        chosen = _named(items, item_ids)
+        for item in chosen:
+            if item.has_left:
+                raise ConsentError(_left_already(context, item))
+        confirm(f"Take {count(len(chosen), 'item')} out for good ({_size_of(chosen)})?", yes=yes)
+        for item in chosen:
+            items.drop(item.item_id)
+        changed = [items.find(item.item_id) for item in chosen]
+        telling = {told.item_id for item in chosen for told in items.telling_of(item.item_id)}
+    if as_json:
+        print_json({"items": changed, "signals_in": sorted(telling)})
+        return
+    for item in changed:
+        console.print(f"{item.item_id} dropped; it never leaves")
+    if telling:
+        console.print("what was said of these steps waits in another item; to take that out too:")
+        typer.echo(command(home_of(context), f"outbox drop {' '.join(sorted(telling))}"))
 
 
 @group.command("fill")
@@ -151,7 +188,7 @@ def fill(
     with opened_outbox(context) as (items, consent, pool):
         if not dry_run:
             made, waits = items.fill(), items.waits_for_redactor()
-            console.print(f"{made} items made")
+            console.print(f"{count(made, 'item')} made")
             if waits:
                 raise ConfigError("the rest must be redacted, which the running edge does: start it with `serve`")
             return
@@ -179,9 +216,20 @@ def counted(found: Preview) -> list[str]:
         return ["no trainable step"]
     now = datetime.now()
     span = f"{told(found.first_ms, now=now)} to {told(found.last_ms, now=now)}"
-    lines = [f"{found.steps} trainable steps of {found.sessions} sessions, {span}"]
-    lines += [f"{each.steps} of {each.sessions} sessions of {each.app or 'unknown programs'}" for each in found.apps]
-    return lines if len(found.apps) > 1 else lines[:1]
+    lines = [f"{count(found.steps, 'trainable step')} of {count(found.sessions, 'session')}, {span}"]
+    for each in found.apps if len(found.apps) > 1 else ():
+        lines.append(f"{each.steps} of {count(each.sessions, 'session')} of {each.app or 'unknown programs'}")
+    return lines
+
+
+def on_the_way(totals: OutboxTotals) -> list[str]:
+    """How many items have yet to leave, and how many the server has not acknowledged, in words; nothing if none."""
+    lines = []
+    if totals.waiting:
+        lines.append(f"{count(totals.waiting, 'item')} {'waits' if totals.waiting == 1 else 'wait'}")
+    if totals.unacknowledged:
+        lines.append(f"{count(totals.unacknowledged, 'item')} sent, not yet acknowledged by the server")
+    return lines
 
 
 def _titles(pool: Pool, session_ids: Iterable[str]) -> dict[str, str]:
@@ -198,11 +246,13 @@ def _unique(items: Sequence[OutboxItem]) -> int:
 
 
 def _holds(item: OutboxItem) -> str:
-    parts = [f"{item.steps} {'step' if item.steps == 1 else 'steps'}"]
+    parts = [count(item.steps, "step")]
     if item.signals:
-        parts.append(f"{item.signals} {'signal' if item.signals == 1 else 'signals'}")
+        parts.append(count(item.signals, "signal"))
+    if item.marks:
+        parts.append(count(item.marks, "mark"))
     if item.redacted_tokens:
-        parts.append(f"{item.redacted_tokens} tokens taken out")
+        parts.append(f"{count(item.redacted_tokens, 'token')} taken out")
     return ", ".join([*parts, _size(item.size_bytes)])
 
 
@@ -270,14 +320,66 @@ def _line(pieces: Sequence[Piece], *, style: str = "") -> Text:
     return line
 
 
-def _signal(signal: Signal) -> str:
+def _hints(context: typer.Context, signals: Sequence[Signal]) -> dict[str, str]:
+    """What the hints of signals say, by signal; where the tokenizer is not at hand, how many tokens they are."""
+    hints = {signal.signal_id: signal.hint for signal in signals if signal.hint}
+    file = tokenizer_file(home_of(context).load_config().model.path) if hints else None
+    if file is None:
+        return {signal_id: count(len(hint.token_ids), "token") for signal_id, hint in hints.items()}
+    decode = _decoder(file)
+    return {signal_id: decode(hint.token_ids).strip() for signal_id, hint in hints.items()}
+
+
+def _signal(signal: Signal, hint: str) -> str:
     words = f': "{signal.comment}"' if signal.comment else ""
-    return f"{signal.value:+g} by {signal.source} on {signal.target} {signal.target_id}{words}"
+    shown_by = f" ({signal.evidence})" if signal.evidence else ""
+    learned = f"; a hint goes with it: {hint}" if hint else ""
+    return f"{signal.value:+g} by {signal.source} on {signal.target} {signal.target_id}{shown_by}{words}{learned}"
 
 
-def _each(item_ids: Sequence[str], change: Callable[[str], OutboxItem], *, done: str) -> None:
-    for item_id in item_ids:
-        console.print(f"{change(item_id).item_id} {done}")
+def _named(items: Outbox, item_ids: Sequence[str] | None) -> list[OutboxItem]:
+    """The items that are named, each once. Raises PoolError: there is none of that name, or there are several."""
+    found = [items.find(item_id) for item_id in item_ids or ()]
+    return list({item.item_id: item for item in found}.values())
+
+
+def _left_already(context: typer.Context, item: OutboxItem) -> str:
+    """That an item cannot be taken back, and what to do instead."""
+    how = "the server has it" if item.state == "received" else "it was sent, at least in part"
+    if item.session_id:
+        instead = f"to have the server delete it: {command(home_of(context), f'sessions forget {item.session_id}')}"
+    else:
+        asked = command(home_of(context), "privacy deletions")
+        instead = f"its session was forgotten here; what the server was asked to delete: {asked}"
+    return f"item {item.item_id} has left: {how}; {instead}"
+
+
+def _what_then(context: typer.Context, level: Level) -> str:
+    """What happens to items that need not wait any longer, and when."""
+    if not level.sends_steps:
+        return f"they leave once the level allows it; it is {level} now"
+    home = home_of(context)
+    try:
+        status = ask(home)
+    except ClawloopError:
+        status = {"running": False}
+    if not status["running"]:
+        return f"they leave once the edge runs, which it does not now: {command(home, 'serve')}"
+    if not status.get("server"):
+        return f"they leave once a server was joined: {command(home, 'join INVITATION')}"
+    return f"they leave when the server asks next (sync: {status.get('server_state', 'unknown')})"
+
+
+def _say(steps: Sequence[Told], title: str, *, level: Level) -> bool:
+    """Whether a title is in what leaves. Where no text can be shown, it is, unless something was taken out."""
+    if not steps:
+        return level is Level.FULL
+    pieces = (piece for each in steps for piece in (*each.prompt, *each.response) if not piece.redacted)
+    return title.rstrip("…") in " ".join(" ".join(piece.text for piece in pieces).split())
+
+
+def _size_of(items: Iterable[OutboxItem]) -> str:
+    return _size(sum(item.size_bytes for item in items))
 
 
 def register(app: typer.Typer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,12 +27,33 @@ from clawloop_edge.cli.context import (
     shown,
     when,
 )
+from clawloop_edge.config import PoolConfig
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clawloop_edge.home import EdgeHome
+    from clawloop_edge.pool.keys import KeyStore
+    from clawloop_edge.pool.moving import Spot
     from clawloop_edge.pool.verify import Progress
 
 group = typer.Typer(help="The encrypted pool.", no_args_is_help=True)
+
+
+class Where(StrEnum):
+    """Where the pool's keys may be."""
+
+    KEYCHAIN = "keychain"
+    """the login Keychain"""
+    FILE = "file"
+    """a file of the owner's alone"""
+    PASSPHRASE = "passphrase"
+    """such a file, sealed by a passphrase"""
+
+
+To = Annotated[Where, typer.Option("--to", help="The login Keychain, a 0600 file, or such a file under a passphrase.")]
+NewPassphraseFile = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="File whose first line is the new passphrase.")
+]
 PassphraseFile = Annotated[
     Path | None, typer.Option("--passphrase-file", help="File whose first line is the passphrase of the backup's keys.")
 ]
@@ -111,6 +133,78 @@ def rotate_key(context: typer.Context, as_json: Json = False) -> None:
         console.print(f"version {done.version} of the key is in force, and wraps {count(done.keys, 'key')}")
         console.print("backups from before open no more, unless their keys were sealed into them; make a new one:")
         typer.echo(command(home_of(context), "pool backup FILE"))
+
+
+@group.command("passphrase")
+def change_passphrase(context: typer.Context, passphrase_file: NewPassphraseFile = None) -> None:
+    """Change the passphrase that opens the pool's keys; the edge must not run.
+
+    The new one is asked for twice, or is the first line of --passphrase-file. The environment gives only the old one.
+    """
+    from clawloop_edge.opening import ask_passphrase, key_store
+    from clawloop_edge.pool.keys import key_lock
+    from clawloop_edge.pool.lock import FileLock
+    from clawloop_edge.pool.passphrase import PassphraseKeyStore
+    from clawloop_edge.pool.store import LOCK_NAME
+
+    home = home_of(context).require()
+    store = key_store(home, home.load_config().pool)
+    if not isinstance(store, PassphraseKeyStore):
+        there = command(home, "pool move-keys --to passphrase")
+        raise ConfigError(f"no passphrase opens {store.name}; to have one: {there}")
+    with FileLock.acquire(home.folder / LOCK_NAME), key_lock(home.folder):
+        store.load()
+        given = _first_line(passphrase_file) if passphrase_file else ""
+        store.change(ask_passphrase(new=True, otherwise="--passphrase-file", environment=given))
+    console.print("another passphrase opens", shown(store.name))
+    console.print("earlier copies of that file still open with the old one; so that they open no pool of today:")
+    typer.echo(command(home, "pool rotate-key"))
+
+
+@group.command("move-keys")
+def move_keys(context: typer.Context, to: To, as_json: Json = False) -> None:
+    """Keep the pool's keys in another place from now on; the edge must not run.
+
+    The new place is written and the pool opened with it before the configuration says so, and only then the old one is
+    emptied. After a crash, do it again: what was left in the middle is removed. Of the configuration one line changes.
+    """
+    from clawloop_edge.opening import key_store
+    from clawloop_edge.pool.moving import Spot
+    from clawloop_edge.pool.moving import move_keys as move
+    from clawloop_shared import config
+
+    home = home_of(context).require()
+    settings = home.load_config().pool
+    source = Spot(settings.key, settings.key_file)
+    target = _spot(home, source, to=to)
+    stores: dict[Spot, KeyStore] = {}
+
+    def store_at(spot: Spot) -> KeyStore:
+        if spot not in stores:  # so that a passphrase is asked for once
+            stores[spot] = key_store(home, PoolConfig(key=spot.key, key_file=spot.key_file))
+        return stores[spot]
+
+    def switch(spot: Spot) -> None:
+        values = {"key": spot.key} | ({"key_file": spot.key_file} if spot.key_file != source.key_file else {})
+        config.change(home.config_file, "pool", values=values)
+
+    move(home.folder, source, target=target, store_at=store_at, switch=switch)
+    if as_json:
+        print_json({"key": target.key, "place": store_at(target).name})
+        return
+    moved = "is there already:" if source == target else "moved: the pool's keys are now the"
+    console.print(moved, shown(store_at(target).name))
+
+
+def _spot(home: EdgeHome, source: Spot, *, to: Where) -> Spot:
+    """Where keys of a kind go: to the file that is named already, or beside it, if the present ones are in that."""
+    from clawloop_edge.pool.moving import Spot
+
+    if to == source.key or to is Where.KEYCHAIN or source.key == Where.KEYCHAIN:
+        return Spot(to, source.key_file)
+    own = home.key_file
+    present = Path(source.key_file) if source.key_file else own
+    return Spot(to, "" if present != own else str(own.with_name(f"{own.stem}.{to}{own.suffix}")))
 
 
 @group.command("backup")
@@ -255,6 +349,11 @@ def _passphrase(file: Path | None, *, new: bool) -> str:
 
     if file is None:
         return ask_passphrase(new=new, what="the backup's keys", otherwise="--passphrase-file")
+    return _first_line(file)
+
+
+def _first_line(file: Path) -> str:
+    """Raises ConfigError: the file cannot be read, or begins with nothing."""
     try:
         lines = file.expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

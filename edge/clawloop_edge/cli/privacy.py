@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from clawloop_edge.cli.context import (
     command,
     confirm,
     console,
+    count,
     home_of,
     opened_pool,
     print_json,
@@ -31,7 +33,9 @@ from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
-    from clawloop_edge.privacy.consent import ConsentLog, ConsentState
+    from clawloop_edge.privacy.consent import ConsentLog, ConsentState, Receipt
+    from clawloop_edge.privacy.deletions import Deletion
+    from clawloop_edge.privacy.forget import Gone
     from clawloop_edge.privacy.limits import Limit, Subject
 
 group = typer.Typer(help="Choose what may leave this device.", no_args_is_help=True)
@@ -42,13 +46,14 @@ Past = Annotated[bool, typer.Option("--include-past", help="Also what was kept u
 For = Annotated[str, typer.Option("--for", help="How long, like 30m, 2h or 1d.")]
 
 _ADAPTER_WEIGHTS = 100_000
-"""of a small adapter (rank 1 on a few layers): if noise hides even that, it hides any"""
+"""of a small adapter (rank 1 on a few layers): of what a server will train nothing is known before it does"""
 
 
 @group.command("show")
 def show_level(context: typer.Context, as_json: Json = False) -> None:
-    """The level in force and what it means, limits, pauses, and why anything stays at home."""
+    """The level in force and what it means, limits, pauses, what is on its way, and why anything stays at home."""
     from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.deletions import Deletions
     from clawloop_edge.privacy.outbox import Outbox
     from clawloop_edge.privacy.policy import TEXTS
 
@@ -56,9 +61,10 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
         consent = ConsentLog(pool)
         state, limits = consent.state(), consent.limits()
         items = Outbox(pool, consent)
-        waiting, left_out = items.totals().waiting, items.left_out()
+        totals, left_out, deletions = items.totals(), items.left_out(), Deletions(pool).waiting()
     if as_json:
-        print_json({**facts(state, limits), "outbox_waiting": waiting, "left_out": left_out})
+        on_the_way = {"outbox_waiting": totals.waiting, "outbox_unacknowledged": totals.unacknowledged}
+        print_json({**facts(state, limits), **on_the_way, "left_out": left_out, "deletions_waiting": len(deletions)})
         return
     for line in _headlines(context, state):
         console.print(line)
@@ -67,10 +73,12 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
     if limits:
         rows = [(limit.subject, limit.name, limit.level, when(limit.set_ms)) for limit in limits]
         print_table(("at most for", "name", "level", "since"), rows, empty="")
-    for reason, count in left_out.items():
-        console.print(shown(f"stayed at home: {count} records: {reason}"))
-    if waiting:
-        console.print(f"{waiting} items wait in the outbox: {command(home_of(context), 'outbox list')}")
+    for reason, number in left_out.items():
+        console.print(shown(f"stayed at home: {count(number, 'record')}: {reason}"))
+    for line in outbox.on_the_way(totals):
+        console.print(f"outbox: {line}: {command(home_of(context), 'outbox list')}")
+    if deletions:
+        _print_deletions(context, deletions)
 
 
 @group.command("set")
@@ -156,9 +164,8 @@ def resume(context: typer.Context) -> None:
 
     with opened_pool(context) as pool:
         consent = ConsentLog(pool)
-        consent.resume()
-        level = consent.level()
-    console.print(f"the level is [bold]{level}[/bold] again")
+        paused, level = consent.resume(), consent.level()
+    console.print(f"the level is [bold]{level}[/bold] again" if paused else f"there is no pause; the level is {level}")
 
 
 @group.command("receipts")
@@ -171,8 +178,8 @@ def list_receipts(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [(r.receipt_id, r.level, when(r.given_ms), when(r.expires_ms), r.recipient.url) for r in found]
-    columns = ("receipt", "level", "given", "expires", "to")
+    rows = [(r.receipt_id, r.level, when(r.given_ms), when(_ends_ms(r)), r.doubt or r.recipient.url) for r in found]
+    columns = ("receipt", "level", "given", "expires", "to, or why it was taken back")
     print_table(columns, rows, empty="no level was ever given: it is off", whole={"receipt", "level"})
 
 
@@ -188,7 +195,7 @@ def facts(state: ConsentState, limits: list[Limit]) -> dict[str, Any]:
         "reason": state.reason,
         "paused_until_ms": state.paused_until_ms,
         "given_ms": receipt.given_ms if receipt else 0,
-        "expires_ms": receipt.expires_ms if receipt else 0,
+        "expires_ms": _ends_ms(receipt) if receipt else 0,
         "recipient": receipt.recipient.url if receipt else "",
         "purposes": receipt.purposes if receipt else [],
         "data": receipt.data if receipt else [],
@@ -200,9 +207,9 @@ def _headlines(context: typer.Context, state: ConsentState) -> list[str]:
     receipt = state.receipt
     if receipt is None or (state.chosen is Level.OFF and not state.reason):
         return ["level [bold]off[/bold]: nothing leaves"]
-    lines = [
-        f"level [bold]{state.level}[/bold], given {when(receipt.given_ms)}, asked again {when(receipt.expires_ms)}"
-    ]
+    ends_ms = _ends_ms(receipt)
+    asked = f", asked again {when(ends_ms)}" if ends_ms else ""
+    lines = [f"level [bold]{state.level}[/bold], given {when(receipt.given_ms)}{asked}"]
     if state.paused_until_ms:
         resumed = command(home_of(context), "privacy resume")
         return [*lines, f"{state.chosen} was chosen, but {state.reason}; to end that: {resumed}"]
@@ -213,20 +220,52 @@ def _headlines(context: typer.Context, state: ConsentState) -> list[str]:
     return lines
 
 
+def _ends_ms(receipt: Receipt) -> int:
+    """When its owner is asked again; 0: never, for it lets nothing out."""
+    return 0 if receipt.level is Level.OFF else receipt.expires_ms
+
+
+def _print_deletions(context: typer.Context, deletions: list[Deletion]) -> None:
+    """That servers have not signed yet for what they were asked to delete, and what the last of them said."""
+    wait = "waits" if len(deletions) == 1 else "wait"
+    see, last = command(home_of(context), "privacy deletions"), deletions[-1]
+    said = f" (asked {count(last.tries, 'time')}: {last.problem})" if last.problem else ""
+    number = count(len(deletions), "request")
+    console.print(shown(f"{number} to delete {wait} for the server's signed word{said}: {see}"))
+
+
 def _set_limit(context: typer.Context, level: Level, *, app: str, session: str, as_json: bool) -> None:
     from clawloop_edge.privacy.consent import ConsentLog
 
     with opened_pool(context) as pool:
         subject, name = _subject(context, pool, app=app, session=session)
         limit = ConsentLog(pool).set_limit(subject, name, level=level)
-        known = {count.app for count in pool.step_counts()} if app else {app}
+        known = {each.app for each in pool.step_counts()} if app else {app}
+        left = _left(pool, app=app, session=name if session else "")
     if as_json:
-        print_json({"subject": subject, "name": name, "level": limit.level, "set_ms": limit.set_ms})
+        facts = {"subject": subject, "name": name, "level": limit.level, "set_ms": limit.set_ms}
+        print_json({**facts, "left": [{"server": each.server.url, "records": each.records} for each in left]})
         return
     console.print(shown(f"{subject} {name}: at most {level} from now on; what waited above that is destroyed"))
+    for each in left:
+        where = each.server.url or "a server that is not known any more"
+        console.print(shown(f"{count(each.records, 'name')} of it had left for {where} since {when(each.since_ms)}"))
+    if left:
+        forget = f"sessions forget {name}" if session else f"sessions forget --app {shlex.quote(name)}"
+        console.print("to have it forgotten here and deleted there:")
+        typer.echo(command(home_of(context), forget))
     if app not in known:
         named = ", ".join(sorted(filter(None, known))) or "none"
         console.print(shown(f"(nothing of {app} was kept yet; known are: {named})"))
+
+
+def _left(pool: Pool, *, app: str, session: str) -> list[Gone]:
+    """What of an app or a session had left before."""
+    from clawloop_edge import state
+    from clawloop_edge.privacy.forget import Forgetter, Wanted
+
+    wanted = Wanted(app=app, session_ids=[session] if session else [])
+    return Forgetter(pool, state.known_servers(pool)).preview(wanted).left
 
 
 def _subject(context: typer.Context, pool: Pool, *, app: str, session: str) -> tuple[Subject, str]:
@@ -259,7 +298,9 @@ def _advise(pool: Pool, level: Level, *, as_json: bool) -> None:
     from clawloop_edge.privacy.ledger import Ledger
 
     unknown = "whether they would be of use is not known yet: no server has said how many devices learn with it"
-    typer.echo(Ledger(pool).advice(_ADAPTER_WEIGHTS) or unknown, err=as_json)
+    advice = Ledger(pool).advice(_ADAPTER_WEIGHTS)
+    assumed = f"(reckoned for a small adapter, of {_ADAPTER_WEIGHTS:,} weights; a larger one needs more devices)"
+    typer.echo(f"{advice} {assumed}" if advice else unknown, err=as_json)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ redact = typer.Typer(help="See what redaction takes out.", no_args_is_help=True)
 File = Annotated[str, typer.Argument(metavar="FILE", help="A text file, or `-` for what is piped in.")]
 Show = Annotated[bool, typer.Option("--show", help="Show what would be taken out, marked, instead of hiding it.")]
 MAX_BYTES = 64 << 20
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 
 
 @redact.command("test")
@@ -63,6 +65,10 @@ def _read(file: str) -> str:
     try:
         data = sys.stdin.buffer.read(MAX_BYTES + 1) if file == "-" else _bytes(Path(file))
     except OSError as error:
+        if error.errno in _NO_FILE:  # maybe a text: it is not repeated here
+            raise ConfigError(
+                "cannot read that: there is no such file; to try a text, pipe it to `redact test -`"
+            ) from error
         raise ConfigError(f"cannot read {file}: {error.strerror}; name a text file, or - to read a pipe") from error
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{file} is larger than {MAX_BYTES >> 20} MiB; give a part of it")

@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from clawloop_edge.cli import (
     adapters,
+    curate,
     doctor,
     explain,
     exporting,
+    openclaw,
     pool,
     privacy,
     redact,
+    review,
     rewards,
+    rollout,
     server,
     service,
     sessions,
 )
+from clawloop_edge.cli.context import flow
 from clawloop_edge.home import ENVIRONMENT, EdgeHome
+
+
+class Tree(TyperGroup):
+    """The commands, each of which takes `--home` behind it as well."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for command in _leaves(self):
+            command.params.append(
+                click.Option(["--home"], type=Path, expose_value=False, hidden=True, callback=_name_home)
+            )
+
+
+def _leaves(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from _leaves(command)
+        else:
+            yield command
+
+
+def _name_home(context: click.Context, option: click.Parameter, home: Path | None) -> None:
+    if home is not None:
+        context.obj = EdgeHome.at(home)
+
 
 app = typer.Typer(
     name="clawloop-edge",
+    cls=Tree,
     help="The edge of clawloop: serves your model to your agent, keeps what happens, learns with your consent.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,13 +81,18 @@ for module in (
     doctor,
     sessions,
     explain,
+    curate,
+    review,
     rewards,
     privacy,
     redact,
     rewards,
+    rollout,
     server,
     adapters,
     pool,
     exporting,
+    openclaw,
 ):
     module.register(app)
+flow(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -67,6 +68,7 @@ def setup(
     from clawloop_edge.opening import key_store, model_folder, open_pool
     from clawloop_edge.pool.crypt import encryption
     from clawloop_edge.pool.keys import open_keys
+    from clawloop_edge.privacy.consent import ConsentLog
     from clawloop_shared.database import encrypts
     from clawloop_shared.model_line import read_line
 
@@ -99,8 +101,9 @@ def setup(
     open_keys(store, home.folder)  # first: where there is none, nothing is set up by half
     config.save(home.config_file, chosen)
     home.token()
-    open_pool(home, writer=False, store=store).close()
-    console.print(f"edge at [bold]{home.folder}[/bold], model line {shown}, privacy level [bold]off[/bold]")
+    with closing(open_pool(home, writer=False, store=store)) as pool:
+        level = ConsentLog(pool).level()
+    console.print(f"edge at [bold]{home.folder}[/bold], model line {shown}, privacy level [bold]{level}[/bold]")
     if not encrypts():
         problems.print(f"the pool's encryption: {encryption()}; pip install sqlcipher3 before it is filled")
     typer.echo(f"next: {command(home, 'serve')}")

@@ -1,11 +1,11 @@
-"""Asking servers to delete what they got, until they have signed that they did. Blocking: for a thread.
+"""Asking servers to delete what they got, until they have signed that they did: no other answer ends a request, for
+who is in between could give it. Blocking: for a thread.
 
 That is the owner's own word, so it goes out at any level, and to a server that was left. Knows no schedule of its own:
 the queue says what is due.
 """
 
 import logging
-from http import HTTPStatus
 
 from clawloop_edge.node.hub_api import HubBusy, HubRefused, post
 from clawloop_edge.node.transport import NodeError
@@ -40,7 +40,8 @@ def ask(deletions: Deletions, request_id: str, *, timeout_s: float = 30.0) -> De
         )
         found = deletions.answered(request_id, wire.decode(data, SignedAnswer, max_bytes=_MAX_ANSWER_BYTES))
     except HubRefused as error:
-        _refused(deletions, request_id, error)
+        _log.warning("a request to delete was refused, and is sent again: %s", error)
+        deletions.failed(request_id, str(error))
     except HubBusy as error:
         deletions.failed(request_id, str(error), wait_ms=1000 * error.retry_after_s)
     except (NodeError, InvalidError) as error:
@@ -49,11 +50,3 @@ def ask(deletions: Deletions, request_id: str, *, timeout_s: float = 30.0) -> De
         _log.info("%s has deleted %d records that were forgotten here", server.url, found.deleted)
         return found
     return deletions.get(request_id)
-
-
-def _refused(deletions: Deletions, request_id: str, error: HubRefused) -> None:
-    if error.status == HTTPStatus.GONE:
-        deletions.gone(request_id, str(error))
-    else:
-        _log.warning("a request to delete was refused, and is sent again: %s", error)
-        deletions.failed(request_id, str(error))

@@ -108,6 +108,7 @@ def encode_talk(kept: KeptStep, tail: Tail[bytes], *, reply: bytes, tools: str, 
         "started_ms": kept.started_ms,
         "first_token_ms": kept.first_token_ms,
         "finished_ms": kept.finished_ms,
+        **({} if kept.trajectory_step is None else {"trajectory_step": kept.trajectory_step}),
     }
     step = kept.step
     bare = msgspec.structs.replace(

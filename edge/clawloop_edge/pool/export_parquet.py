@@ -1,8 +1,8 @@
 """An export as one Parquet table: a row a record, the head and the manifest in the file's metadata. Needs pyarrow.
 
-Columns are the fields of `exported.fields_of`; what is JSON there (reply, messages, tools) is JSON text here. A batch
-with a value that Parquet has no type for (half a surrogate pair, a number of more than 64 bits) is kept as lines in the
-column `exact`.
+Columns are the fields of `exported.fields_of`; what is JSON there (reply, messages, tools, hint) is JSON text here. A
+batch with a value that Parquet has no type for (half a surrogate pair, a number of more than 64 bits) is kept as lines
+in the column `exact`.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import msgspec
 from clawloop_edge.errors import ExportInvalid
 from clawloop_edge.pool.codec import from_json, to_json
 from clawloop_edge.pool.exported import (
+    CURATION_FIELDS,
     SIGNAL_FIELDS,
     STEP_FIELDS,
     TEXTS,
@@ -32,8 +33,9 @@ from clawloop_shared.errors import ConfigError
 MAGIC = b"PAR1"
 _HEAD, _MANIFEST = b"clawloop.head", b"clawloop.manifest"
 _BATCH_ROWS, _BATCH_BYTES = 512, 16 << 20
-_JSON = ("reply", "messages", "tools")
-_NUMBERS = ("created_ms", "started_ms", "first_token_ms", "finished_ms", "adapter_version", "top_k", "seed")
+_JSON = ("reply", "messages", "tools", "hint")
+_TIMES = ("created_ms", "started_ms", "first_token_ms", "finished_ms")
+_NUMBERS = (*_TIMES, "adapter_version", "top_k", "seed", "group_size", "quality")
 _FLOATS = ("temperature", "top_p", "min_p", "value", "weight")
 
 
@@ -42,7 +44,7 @@ class Parquet:
 
     def __init__(self, file: BinaryIO, head: Head) -> None:
         """Raises ConfigError: pyarrow is not installed."""
-        _, parquet = _pyarrow()
+        _, parquet = pyarrow()
         self._schema = _schema()
         self._writer = parquet.ParquetWriter(file, self._schema, compression="zstd")
         self._writer.add_key_value_metadata({_HEAD: msgspec.json.encode(head)})
@@ -61,7 +63,7 @@ class Parquet:
         self._writer.close()
 
     def _flush(self) -> None:
-        arrow, _ = _pyarrow()
+        arrow, _ = pyarrow()
         rows, self._rows, self._size = self._rows, [], 0
         try:
             table = arrow.Table.from_pylist([_row(fields) for fields, _ in rows], schema=self._schema)
@@ -76,7 +78,7 @@ class ParquetContent:
 
     def __init__(self, path: Path) -> None:
         """Raises ExportInvalid: it is no export; ConfigError: pyarrow is not installed."""
-        arrow, parquet = _pyarrow()
+        arrow, parquet = pyarrow()
         self._path, self._broken = path, arrow.ArrowException
         try:
             with parquet.ParquetFile(path) as file:
@@ -88,7 +90,7 @@ class ParquetContent:
             raise ExportInvalid(f"it has no head or no manifest ({type(error).__name__})") from error
 
     def __iter__(self) -> Iterator[tuple[Record, bytes]]:
-        _, parquet = _pyarrow()
+        _, parquet = pyarrow()
         try:
             with parquet.ParquetFile(self._path) as file:
                 for batch in file.iter_batches(batch_size=64):
@@ -101,8 +103,9 @@ class ParquetContent:
         if row.get("exact") is not None:
             return record_of(fields_in(row["exact"])), row["exact"]
         text = self.head.chosen.text
+        fields_by_type = {"signal": SIGNAL_FIELDS, "curation": CURATION_FIELDS}
         try:
-            names = SIGNAL_FIELDS if row["type"] == "signal" else (*STEP_FIELDS, *(TEXTS if text else ()))
+            names = fields_by_type.get(row["type"]) or (*STEP_FIELDS, *(TEXTS if text else ()))
             fields = {name: from_json(row[name].encode()) if name in _JSON else row[name] for name in names}
         except (LookupError, AttributeError, ValueError) as error:
             raise ExportInvalid(f"it has a row that is no record ({type(error).__name__})") from error
@@ -115,21 +118,23 @@ def _row(fields: Json) -> Json:
 
 
 def _schema() -> Any:
-    arrow, _ = _pyarrow()
+    arrow, _ = pyarrow()
     lists = {
         "prompt_ids": arrow.list_(arrow.int64()),
         "response_ids": arrow.list_(arrow.int64()),
         "response_logprobs": arrow.list_(arrow.float64()),
         "redacted": arrow.list_(arrow.list_(arrow.int64())),
         "trainable": arrow.bool_(),
+        "tags": arrow.list_(arrow.string()),
+        "untags": arrow.list_(arrow.string()),
         "exact": arrow.binary(),
     }
     types = {name: arrow.int64() for name in _NUMBERS} | {name: arrow.float64() for name in _FLOATS} | lists
-    names = dict.fromkeys((*STEP_FIELDS, *TEXTS, *SIGNAL_FIELDS, "exact"))
+    names = dict.fromkeys((*STEP_FIELDS, *TEXTS, *SIGNAL_FIELDS, *CURATION_FIELDS, "exact"))
     return arrow.schema([(name, types.get(name, arrow.string())) for name in names])
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def pyarrow() -> tuple[Any, Any]:
     """The library, loaded when it is needed."""
     try:
         return import_module("pyarrow"), import_module("pyarrow.parquet")

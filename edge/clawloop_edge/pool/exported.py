@@ -4,56 +4,72 @@ A record as fields is what a line of JSON has and what a row of a table has, und
 same line in every format, so that one manifest fits them all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import msgspec
 
 from clawloop_edge.errors import ExportInvalid
 from clawloop_edge.pool.codec import from_json, to_json
+from clawloop_edge.pool.curation import Curation, Word, flat
+from clawloop_edge.pool.picking import Picked
 from clawloop_edge.pool.records import Json, KeptStep
 from clawloop_shared.records import Signal
+from clawloop_shared.signals import RewardRules
 
-FORMAT = "clawloop.pool.v1"
+FORMAT = "clawloop.pool.v2"
 TEXTS = ("text", "reply", "messages", "tools")
 """fields that an export of tokens alone does not have"""
-_STEP = ("step_id", "session_id", "run_id", "parent_id", "trajectory_id", "group_id", "channel")
+_STEP = ("step_id", "session_id", "run_id", "parent_id", "trajectory_id", "group_id", "group_size", "channel")
 _KEPT = ("kind", "app", "started_ms", "first_token_ms", "finished_ms")
 _POLICY = {"model_line": "line", "adapter_version": "version", "adapter_sha256": "adapter_sha256"}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 _END = ("finish_reason", "created_ms", "untrainable", "prompt_ids", "response_ids", "response_logprobs", "redacted")
-_SIGNAL = ("signal_id", "target", "target_id", "source", "value", "weight", "created_ms", "comment")
+_SIGNAL = ("signal_id", "target", "target_id", "source", "value", "weight", "created_ms", "comment", "evidence", "hint")
+_CURATION = tuple(name for name in Curation.__struct_fields__ if name != "word")
+_WORD = Word.__struct_fields__
 SIGNAL_FIELDS = ("type", *_SIGNAL)
+CURATION_FIELDS = ("type", *_CURATION, *_WORD)
 STEP_FIELDS = ("type", *_STEP, *_KEPT, *_POLICY, *_SAMPLING, "trainable", *_END)
 _TAG = KeptStep.__struct_config__.tag
-Record = KeptStep | Signal
+Record = KeptStep | Signal | Curation
 
 
-class Chosen(msgspec.Struct, frozen=True, kw_only=True):
-    """What is exported: these sessions (all, if none is named), steps begun in a time (ms since 1970; `until_ms` is
-    outside of it), with what was said in them or the tokens alone."""
+class Chosen(Picked, frozen=True, kw_only=True):
+    """What is exported: the picked steps, with what was said in them or the tokens alone."""
 
-    sessions: list[str] = []
-    since_ms: int = 0
-    until_ms: int | None = None
     text: bool = True
 
 
+class Basis(msgspec.Struct, frozen=True, kw_only=True):
+    """By what right this is a file: an export is its owner's own command on their own device, at any level. `level` is
+    what might have left by itself when it was made, `receipt_id` the consent that said so; empty if there is none."""
+
+    basis: str = "the owner's own command on this device"
+    level: str = "off"
+    receipt_id: str = ""
+
+
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file begins with: what it is and where it is from."""
+    """What a file is and where it is from. `reward` are the rules by which rewards were reckoned."""
 
     format: str
     pool_id: str
     exported_ms: int
     clawloop: str
     chosen: Chosen
+    consent: Basis = Basis()
+    reward: RewardRules = RewardRules()
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file ends with: how many records it has, and the SHA-256 (hex) of all their lines in order."""
+    """What a file ends with: how many records it has, of how many sessions, and the SHA-256 (hex) of all their lines in
+    order."""
 
     steps: int
     signals: int
+    curations: int
+    sessions: int
     sha256: str
 
 
@@ -76,10 +92,13 @@ class Content(Protocol):
 
 def fields_of(record: Record, *, text: bool = True) -> Json:
     """A record flat, under the names of docs/formats/export.md; a step with `text` or without."""
+    if isinstance(record, Curation):
+        return {"type": "curation"} | flat(record) | {"target": record.target.value}
     if isinstance(record, Signal):
-        return {"type": "signal"} | {name: getattr(record, name) for name in _SIGNAL} | {"target": record.target.value}
+        found: Json = {"type": "signal"} | {name: getattr(record, name) for name in _SIGNAL}
+        return found | {"target": record.target.value, "hint": msgspec.to_builtins(record.hint)}
     step = record.step
-    found: Json = {"type": "step"} | {name: getattr(step, name) for name in _STEP} | {"channel": step.channel.value}
+    found = {"type": "step"} | {name: getattr(step, name) for name in _STEP} | {"channel": step.channel.value}
     found |= {name: getattr(record, name) for name in _KEPT}
     found |= {name: getattr(step.policy, own) for name, own in _POLICY.items()}
     found |= {name: getattr(step.sampling, name) for name in _SAMPLING}
@@ -96,12 +115,13 @@ def record_of(fields: Json) -> Record:
     """The record that `fields_of` was given.
 
     Raises:
-        ExportInvalid: these are not the fields of a step or signal.
+        ExportInvalid: these are not the fields of a step, a signal or a word on them.
     """
+    makers: dict[str, Callable[[Json], Record]] = {"signal": _signal_of, "curation": _curation_of}
     try:
-        return _signal_of(fields) if fields["type"] == "signal" else _kept_of(fields)
+        return makers.get(fields["type"], _kept_of)(fields)
     except (LookupError, TypeError, msgspec.ValidationError) as error:
-        raise ExportInvalid(f"a record has not the fields of a step or signal ({type(error).__name__})") from error
+        raise ExportInvalid(f"a record has not the fields of any that there are ({type(error).__name__})") from error
 
 
 def fields_in(line: bytes) -> Json:
@@ -121,6 +141,11 @@ def fields_in(line: bytes) -> Json:
 
 def _signal_of(fields: Json) -> Signal:
     return msgspec.convert({name: fields[name] for name in _SIGNAL}, Signal)
+
+
+def _curation_of(fields: Json) -> Curation:
+    word = {name: fields[name] for name in _WORD}
+    return msgspec.convert({name: fields[name] for name in _CURATION} | {"word": word}, Curation)
 
 
 def _kept_of(fields: Json) -> KeptStep:

@@ -96,12 +96,29 @@ class KeyStore(Protocol):
         """
         ...
 
+    @property
+    def holds(self) -> bool:
+        """Whether anything is there. Raises PoolError: that cannot be known, or it must not be trusted."""
+        ...
+
     def create(self) -> KeyBundle:
         """Make and keep fresh keys.
 
         Raises:
             PoolError: there are some already, or the place cannot be written.
         """
+        ...
+
+    def put(self, bundle: KeyBundle) -> None:
+        """Keep these keys where there are none.
+
+        Raises:
+            PoolError: there are some already, or the place cannot be written.
+        """
+        ...
+
+    def remove(self) -> None:
+        """Let go of keys and anchor for good. Raises PoolError: the place cannot be written."""
         ...
 
     def replace(self, bundle: KeyBundle) -> None:
@@ -129,10 +146,21 @@ class PlainKeyStore:
             raise KeyMissing(f"there is no {self.name}; restore it from where you keep it")
         return KeyBundle.decode(data, where=self.name)
 
+    @property
+    def holds(self) -> bool:
+        return self._place.read() is not None
+
     def create(self) -> KeyBundle:
         bundle = KeyBundle.new()
-        self._place.create(bundle.encode())
+        self.put(bundle)
         return bundle
+
+    def put(self, bundle: KeyBundle) -> None:
+        self._place.create(bundle.encode())
+
+    def remove(self) -> None:
+        self._place.remove()
+        self.anchor.remove()
 
     def replace(self, bundle: KeyBundle) -> None:
         self._place.replace(bundle.encode())
@@ -159,6 +187,7 @@ class KnownKey:
 
     anchor = None
     name = "memory"
+    holds = True
 
     def __init__(self, bundle: KeyBundle) -> None:
         self._bundle = bundle
@@ -173,6 +202,12 @@ class KnownKey:
 
     def create(self) -> KeyBundle:
         raise PoolError("these keys are at hand already; none are made")
+
+    def put(self, bundle: KeyBundle) -> None:
+        raise PoolError("there are keys at hand already")
+
+    def remove(self) -> None:
+        raise PoolError("these keys are at hand only; there is nothing to remove")
 
     def replace(self, bundle: KeyBundle) -> None:
         self._bundle = bundle

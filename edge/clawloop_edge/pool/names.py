@@ -1,4 +1,4 @@
-"""Finding kept steps and sessions by the beginnings of their ids. Reads on any connection; changes nothing."""
+"""Finding kept steps, runs and sessions by the beginnings of their ids. Reads on any connection; changes nothing."""
 
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,13 @@ def steps_named(database: "Database", start: str, *, limit: int) -> list[str]:
 def sessions_named(database: "Database", start: str, *, limit: int) -> list[str]:
     """Up to `limit` ids of sessions that begin with `start`. A whole id stands alone."""
     return _named(database, "sessions", start=start, limit=limit)
+
+
+def runs_named(database: "Database", start: str, *, limit: int) -> list[str]:
+    """Up to `limit` ids of runs that begin with `start`. A whole id stands alone."""
+    query = "SELECT DISTINCT run_id FROM steps WHERE run_id >= ? AND run_id < ? ORDER BY 1 LIMIT ?"
+    found = [row[0] for row in database.conn.execute(query, (start, start + _LAST, limit))]
+    return found[:1] if found and found[0] == start else found
 
 
 def _named(database: "Database", table: str, *, start: str, limit: int) -> list[str]:

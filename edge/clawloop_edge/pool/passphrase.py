@@ -144,11 +144,34 @@ class PassphraseKeyStore:
         self._opener = opener
         return bundle
 
+    @property
+    def holds(self) -> bool:
+        return self._place.read() is not None
+
     def create(self) -> KeyBundle:
-        bundle, opener = KeyBundle.new(), _choose(self._ask(new=True), self._cost)
+        bundle = KeyBundle.new()
+        self.put(bundle)
+        return bundle
+
+    def put(self, bundle: KeyBundle) -> None:
+        opener = _choose(self._ask(new=True), self._cost)
         self._place.create(_seal(bundle, opener))
         self._opener = opener
-        return bundle
+
+    def remove(self) -> None:
+        self._place.remove()
+        self.anchor.remove()
+
+    def change(self, passphrase: str) -> None:
+        """Have another passphrase open these keys from now on: after a crash it is the one or the other.
+
+        Raises:
+            KeyMissing, PoolError: the keys cannot be opened, or the new passphrase is too short.
+            StorageError: the file cannot be written.
+        """
+        bundle, opener = self.load(), _choose(passphrase, self._cost)
+        self._place.replace(_seal(bundle, opener))
+        self._opener = opener
 
     def replace(self, bundle: KeyBundle) -> None:
         if self._opener is None:

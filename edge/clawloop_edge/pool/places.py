@@ -52,6 +52,14 @@ class Place(Protocol):
         """
         ...
 
+    def remove(self) -> None:
+        """Have nothing lie there any more.
+
+        Raises:
+            PoolError: the place cannot be written.
+        """
+        ...
+
 
 class FilePlace:
     """A file: 0600, owned by the user, no link, in a folder that nobody else can write. `what` names it in errors."""
@@ -108,8 +116,20 @@ class FilePlace:
     def replace(self, data: bytes) -> None:
         self.read()  # refuses a link, and a file that is another's
         publish_secret(self.path, data)
+        self._remove_drafts()
+
+    def remove(self) -> None:
+        try:
+            self.path.unlink(missing_ok=True)
+            self._remove_drafts()
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise PoolError(f"cannot remove {self.name}: {error.strerror}") from error
+
+    def _remove_drafts(self) -> None:
+        """What a process that died while it wrote has left holds secrets of then."""
         draft = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}")
-        for path in self.path.parent.iterdir():  # what a process that died here left holds secrets of then
+        for path in self.path.parent.iterdir():
             if draft.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
@@ -147,6 +167,10 @@ class KeychainPlace:
         self._set(self._spare, data.decode())
         self._set(self.account, data.decode())
         self._remove(self._spare)
+
+    def remove(self) -> None:
+        for account in (self.account, self._spare):
+            self._remove(account)
 
     @property
     def _spare(self) -> str:

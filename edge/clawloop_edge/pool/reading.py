@@ -3,7 +3,7 @@
 One `Reading` is for one snapshot of the database and for one thread; it remembers what it has opened.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,7 +35,7 @@ class Reading:
     """Reads one snapshot."""
 
     def __init__(self, database: "Database", keyring: Keyring) -> None:
-        self.database, self._rows = database, Rows(database, keyring)
+        self.database, self.keyring, self._rows = database, keyring, Rows(database, keyring)
         self._run = database.conn.execute
         self._values: dict[bytes, Any] = {}
 
@@ -61,6 +61,26 @@ class Reading:
         """The steps kept before the change `before_seq`, latest first. Opens no tokens."""
         query = f"{TALKS} WHERE seq < ? ORDER BY seq DESC LIMIT ?"
         rows = self._rows.select(query, (_END if before_seq is None else before_seq, limit))
+        return [self._line(row, self._rows.talk(row)) for row in rows]
+
+    def lines_at(self, seqs: Sequence[int]) -> list[StepLine]:
+        """The steps kept as these changes, latest first. Opens no tokens."""
+        query = f"{TALKS} WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY seq DESC"  # noqa: S608  # names of ours
+        rows = self._rows.select(query, (msgspec.json.encode(seqs).decode(),))
+        return [self._line(row, self._rows.talk(row)) for row in rows]
+
+    def session_lines(self, session_id: str) -> list[StepLine]:
+        """The steps of a session in the order in which they were kept. Opens no tokens."""
+        rows = self._rows.select(f"{TALKS} WHERE session_id = ? ORDER BY seq", (session_id,))
+        return [self._line(row, self._rows.talk(row)) for row in rows]
+
+    def rewarded_with(self, line: Step | StepLine, *, limit: int) -> list[StepLine]:
+        """Up to `limit` steps, latest first, that may be rewarded together with this one: those of its trajectory, if
+        its caller named one, else of its run in its session. Opens no tokens."""
+        where, names = "run_id = ? AND session_id = ?", (line.run_id, line.session_id)
+        if line.trajectory_id:
+            where, names = "trajectory_id = ? AND ? = ''", (line.trajectory_id, "")
+        rows = self._rows.select(f"{TALKS} WHERE {where} ORDER BY seq DESC LIMIT ?", (*names, limit))
         return [self._line(row, self._rows.talk(row)) for row in rows]
 
     @property
@@ -112,6 +132,11 @@ class Reading:
         found = self._rows.select(f"{TALKS} WHERE step_id = ?", (step_id,))
         return self._link(found[0]) if found else None
 
+    def links_after(self, link: StepLink, *, limit: int) -> list[StepLink]:
+        """The places of up to `limit` steps of the same session kept after this one, oldest first."""
+        query = f"{TALKS} WHERE session_id = ? AND seq > ? ORDER BY seq LIMIT ?"
+        return [self._link(row) for row in self._rows.select(query, (link.session_id, link.seq, limit))]
+
     def main_before(self, link: StepLink, *, within: int) -> StepLink | None:
         """The latest main-line step of a session before this one, if it is among the `within` steps before."""
         query = f"{TALKS} WHERE session_id = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
@@ -128,7 +153,7 @@ class Reading:
         query = "SELECT step_id FROM steps WHERE trajectory_id = ? ORDER BY seq DESC LIMIT ?"
         return [row[0] for row in self._run(query, (trajectory_id, limit)).fetchall()]
 
-    def signals(self, steps: Iterable[Step]) -> list[Signal]:
+    def signals(self, steps: Iterable[Step | StepLine]) -> list[Signal]:
         """The signals that judge these steps, or their runs, sessions or trajectories, oldest first."""
         wanted = list(steps)
         names = {
@@ -209,6 +234,11 @@ class Reading:
             policy_version=facts.policy.version,
             prompt_tokens=talk.prompt_tokens,
             response_tokens=talk.response_tokens,
+            run_id=facts.run_id,
+            parent_id=facts.parent_id,
+            trajectory_id=facts.trajectory_id,
+            group_id=facts.group_id,
+            channel=facts.channel,
         )
 
     def _link(self, row: Row) -> StepLink:

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from clawloop_shared.records import Signal, Step
+from clawloop_shared.records import Channel, Signal, Step
 
 Json = dict[str, Any]
 
@@ -13,7 +13,8 @@ class KeptStep(msgspec.Struct, frozen=True, kw_only=True, tag="kept.v1"):
     """One model call as the pool keeps it: its tokens, and what the client and the model said. Not changed after.
 
     `messages` and `tools` are those of the request as the client sent them, `reply` is the assistant message that was
-    delivered, `text` the raw decoded response. Times are milliseconds since 1970.
+    delivered, `text` the raw decoded response. Times are milliseconds since 1970. `trajectory_step` is its number in
+    the trajectory that its caller named, if it named one.
     """
 
     step: Step
@@ -26,6 +27,7 @@ class KeptStep(msgspec.Struct, frozen=True, kw_only=True, tag="kept.v1"):
     kind: str = "main"
     app: str = ""
     first_token_ms: int = 0
+    trajectory_step: int | None = None
 
 
 class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +66,11 @@ class StepLine(msgspec.Struct, frozen=True, kw_only=True):
     policy_version: int
     prompt_tokens: int
     response_tokens: int
+    run_id: str = ""
+    parent_id: str = ""
+    trajectory_id: str = ""
+    group_id: str = ""
+    channel: Channel = Channel.TRAIN
 
 
 class StepLink(msgspec.Struct, frozen=True, kw_only=True):

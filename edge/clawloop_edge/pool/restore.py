@@ -22,7 +22,7 @@ import msgspec
 from clawloop_edge.errors import AnchorError, PoolError
 from clawloop_edge.pool import finishing
 from clawloop_edge.pool.anchor import Anchor, Point, point_of
-from clawloop_edge.pool.backup import Backup, key_name, read_backup, unpack
+from clawloop_edge.pool.backup import Backup, Manifest, key_name, read_backup, unpack
 from clawloop_edge.pool.crypt import Keyring
 from clawloop_edge.pool.keys import DATABASE_NAME, KeyBundle, KeyStore, KnownKey, key_lock, open_keys
 from clawloop_edge.pool.leftovers import BEFORE_NAME, DRAFT_NAME
@@ -45,8 +45,8 @@ class Rooms(msgspec.Struct, frozen=True):
     from too; `mend` what must not come back as it was."""
 
     adopt: Callable[[Pool], None]
-    mend: Callable[[Pool, Pool | None], None]
-    """of the pool that comes, beside the one that was there, if that can be read"""
+    mend: Callable[[Pool, Pool | None, Manifest], None]
+    """of the pool that comes, beside the one that was there, if that can be read, and what the backup says of itself"""
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ def restore(
             if encrypts() and not backup.manifest.sqlcipher:
                 encrypt_file(file, keys.load().file_key)
             with Pool.open(draft, keys) as pool:
-                again = _mend(pool, present, rooms=rooms, progress=progress)
+                again = _mend(pool, present, manifest=backup.manifest, rooms=rooms, progress=progress)
                 stats = pool.stats()
             known = open_keys(store, folder)
             target = _fresh(known, keys.load())
@@ -168,7 +168,7 @@ def _keys_of(backup: Backup, path: Path, *, store: KeyStore, passphrase: Callabl
     return found
 
 
-def _mend(pool: Pool, present: Pool | None, *, rooms: Rooms, progress: Progress) -> int:
+def _mend(pool: Pool, present: Pool | None, *, manifest: Manifest, rooms: Rooms, progress: Progress) -> int:
     """Verify the pool that comes, and forget what was forgotten since; gives how many sessions that were.
 
     Raises:
@@ -179,7 +179,7 @@ def _mend(pool: Pool, present: Pool | None, *, rooms: Rooms, progress: Progress)
     if problems:
         raise PoolError(f"the backup is damaged, and nothing was changed: {problems[0]}; take another backup")
     again = _forget_again(pool, present) if present is not None else 0
-    rooms.mend(pool, present)
+    rooms.mend(pool, present, manifest)
     return again
 
 

@@ -139,15 +139,18 @@ class SearchIndex:
     def forget(self) -> None:
         """Take out all that the pool has forgotten, for good, and change the key. Call it after COMMIT.
 
-        The file is written anew, so that no word of it stays there; whoever has a copy of the old one has no key.
+        The file is written anew, so that no word of it stays there; whoever has a copy of the old one has no key. Where
+        there is no file the key goes all the same, because there may be a copy.
 
         Raises:
             StorageError: the file cannot be written.
         """
-        if not self.kept:
-            self._remove()
-        elif self._path.exists():
+        if self.kept and self._path.exists():
             self._use(self._purge)
+            return
+        with FileLock.acquire(self._lock, wait=True):
+            self._remove()
+            self._pool.submit(lambda database: self._pool.keyring.destroy(database, SEARCH_SCOPE)).result()
 
     def _use(self, work: Callable[["Database"], T]) -> T:
         """What `work` gives. An index that cannot be used is made anew, empty, and `work` begins again."""

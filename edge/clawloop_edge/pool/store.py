@@ -16,6 +16,7 @@ from clawloop_edge.errors import PoolError, PoolFull
 from clawloop_edge.pool import finishing, leftovers, schema
 from clawloop_edge.pool.anchor import Anchor
 from clawloop_edge.pool.crypt import INDEX_SCOPE, POOL_SCOPE, Keyring, encryption
+from clawloop_edge.pool.curation import Obeys
 from clawloop_edge.pool.forgetting import Forgetting, GoesWith
 from clawloop_edge.pool.heads import Chained, chain_changes, chain_key_of, current
 from clawloop_edge.pool.keeper import Keeper
@@ -58,6 +59,7 @@ class Pool:
         self.forgetting = Forgetting(self.keyring, index_key, tombstones=self.tombstones, dropped=drop)
         self.chain_key = chain_key_of(index_key)
         self.gate = Gate()
+        self.obeyed_by: dict[str, Obeys] = {}
         self._sealed: list[SealedColumn] = []
         self._chained: list[Chained] = []
         self._readers: LifoQueue[Database] = LifoQueue(_IDLE_READERS)

@@ -2,6 +2,7 @@
 What the server signed for is kept with it. Format: docs/formats/outbox.md.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ SENT, STOPPED, RECEIVED = "sent", "stopped", "received"
 """kinds of entries: bytes go out; their sending was broken off; the server has them on its disk"""
 FORGET, FORGOTTEN = "forget", "forgotten"
 """so many bytes were forgotten here; the server has deleted what the request `item_id` named"""
+RESTORED, ROLLED_BACK = "restored", "rolled-back"
+"""a backup of `since_ms` (its size and hash) became the pool; so too, and what came since is not known any more"""
+ASKED = "asked"
+"""a question went to a model on the machine `item_id` (`[signals]`)"""
 _HEAD = "audit.head"
 _PAGE = 500
 
@@ -39,7 +44,10 @@ class Proof(msgspec.Struct, frozen=True):
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One thing that left or was forgotten. `sha256` is of its bytes; `previous_sha256` of the entry before."""
+    """One thing that left or was forgotten. `sha256` is of its bytes; `previous_sha256` of the entry before.
+
+    `since_ms`: of when a backup was that was restored.
+    """
 
     seq: int
     at_ms: int
@@ -51,6 +59,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     previous_sha256: str
     level: str = ""
     proof: Proof | None = None
+    since_ms: int = 0
 
     @property
     def entry_sha256(self) -> str:
@@ -59,10 +68,13 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AuditReport(msgspec.Struct, frozen=True):
-    """What `verify` found whole: entries, and how many of them the server signed for."""
+    """What `verify` found whole: entries, how many of them the server signed for, how often a backup was restored, and
+    how often that took entries back."""
 
     entries: int
     signed_by_server: int
+    restored: int = 0
+    rolled_back: int = 0
 
 
 class AuditLog:
@@ -94,6 +106,7 @@ class AuditLog:
         item_id: str,
         level: str = "",
         proof: Proof | None = None,
+        since_ms: int = 0,
     ) -> AuditEntry:
         """The same inside a write transaction."""
         seq, previous = self._head(database)
@@ -108,14 +121,36 @@ class AuditLog:
             previous_sha256=previous,
             level=level,
             proof=proof,
+            since_ms=since_ms,
         )
+        self._insert(database, entry)
+        return entry
+
+    def take_over(self, other: "AuditLog") -> bool:
+        """Have the entries of another pool's log that goes on from where this one ends. Waits for the disk.
+
+        False, and nothing is taken, if it is no such log.
+        """
+        with self._pool.read() as database:
+            seq, last = self._head(database)
+        before = other.page(after_seq=seq - 1, limit=1) if seq else []
+        if seq and (not before or before[0].entry_sha256 != last):
+            return False
+
+        def operation(database: "Database") -> None:
+            for entry in other.after(seq):
+                self._insert(database, entry)
+
+        self._pool.submit(operation).result()
+        return True
+
+    def _insert(self, database: "Database", entry: AuditEntry) -> None:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
         body = scope.seal("audit", str(entry.seq), column="body", plain=msgspec.msgpack.encode(entry))
         database.conn.execute("INSERT INTO audit (seq, body) VALUES (?, ?)", (entry.seq, body))
         chain(database, self._pool, kind="audit", record_id=str(entry.seq), body=body)
         head = msgspec.msgpack.encode((entry.seq, entry.entry_sha256))
         write_state(database, self._pool.keyring, name=_HEAD, value=head)
-        return entry
 
     def page(self, *, after_seq: int = 0, limit: int = _PAGE) -> list[AuditEntry]:
         """Up to `limit` entries after `after_seq`, oldest first."""
@@ -124,10 +159,13 @@ class AuditLog:
 
     def entries(self, *, since_ms: int = 0, item_id: str = "") -> Iterator[AuditEntry]:
         """All entries, or those since a time, or of one item; oldest first, read a page at a time."""
-        after_seq = 0
-        while found := self.page(after_seq=after_seq):
-            yield from (e for e in found if e.at_ms >= since_ms and item_id in ("", e.item_id))
-            after_seq = found[-1].seq
+        yield from (e for e in self.after(0) if e.at_ms >= since_ms and item_id in ("", e.item_id))
+
+    def after(self, seq: int) -> Iterator[AuditEntry]:
+        """The entries after `seq`, oldest first, read a page at a time."""
+        while found := self.page(after_seq=seq):
+            yield from found
+            seq = found[-1].seq
 
     def verify(self) -> AuditReport:
         """Check the chain from end to end, and each signature of the server in it.
@@ -136,7 +174,7 @@ class AuditLog:
             PoolError: an entry is missing, changed or out of order, or has a receipt that the server did not sign.
             StorageError: an entry was changed in the file.
         """
-        seq, previous, signed = 0, "", 0
+        seq, previous, signed, kinds = 0, "", 0, Counter[str]()
         with self._pool.read() as database:
             head = self._head(database)
             while found := self._page(database, seq, limit=_PAGE):
@@ -146,9 +184,10 @@ class AuditLog:
                         raise PoolError(f"the audit log is broken at entry {seq}: an entry was taken out or changed")
                     previous = entry.entry_sha256
                     signed += _check_proof(entry)
+                    kinds[entry.kind] += 1
         if (seq, previous) != head:
             raise PoolError(f"the audit log is broken at its end: it has {seq} of {head[0]} entries")
-        return AuditReport(seq, signed)
+        return AuditReport(seq, signed, kinds[RESTORED] + kinds[ROLLED_BACK], kinds[ROLLED_BACK])
 
     def _page(self, database: "Database", after_seq: int, *, limit: int) -> list[AuditEntry]:
         scope = self._pool.keyring.find(database, POOL_SCOPE)

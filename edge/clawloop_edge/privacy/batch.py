@@ -1,28 +1,34 @@
 """Which of the kept steps and signals may go into outbox items, and what they are there: at `redacted` with secrets
 taken out and under other names. Collecting reads one snapshot; making items reads nothing. Writes nothing.
 
-Left out: untrainable steps and steps that break their record's rules (the server could not use them), signals that
-judge no step that may leave, what its session's level does not allow, and what was in an item before.
+Left out: untrainable steps and steps that break their record's rules (the server could not use them), those that their
+owner does not want learned from, signals that judge no step that may leave or one that its owner took out of the
+outbox, what its session's level does not allow, and what was in an item before. What its owner said of a step that had
+left goes after it, as a mark.
 """
 
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import msgspec
 
+from clawloop_edge.pool.curation import Curation, Curations
 from clawloop_edge.pool.keeper import TARGET_COLUMNS
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.records import Change
 from clawloop_edge.privacy.consent import Allowance
 from clawloop_edge.privacy.ladder import Ladder
+from clawloop_edge.privacy.marking import marks_of
 from clawloop_shared import wire
 from clawloop_shared.errors import RecordError, WireError
 from clawloop_shared.levels import Level, lower
-from clawloop_shared.records import Signal, Step, StepBatch, Target, check_step
+from clawloop_shared.records import Mark, Signal, Step, StepBatch, Target, check_step
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ BROKEN = "steps that break their record's rules"
 TOO_LARGE = "steps too large for any server"
 OTHER_LINE = "steps of another model than the one served, so that they cannot be redacted"
 NOT_REDACTED = "steps that could not be redacted, or had too little left"
+DROPPED = "signals on steps that you took out of the outbox"
 NOTHING_LEFT = "steps of which redaction left nothing to learn from"
 _PAGE = 32
 _TARGETS_ASKED = 64
@@ -57,6 +64,10 @@ class Redactor(Protocol):
         """The text without them."""
         ...
 
+    def is_clean(self, ids: Sequence[int], *, session_id: str) -> bool:
+        """Whether tokens that are no step have nothing in them that would have to be taken out."""
+        ...
+
 
 class LineRedactor(NamedTuple):
     """A redactor and the model line whose tokens it can read: those of another would be other words to it."""
@@ -65,22 +76,31 @@ class LineRedactor(NamedTuple):
     redactor: Redactor
 
 
+Outgoing = Step | Signal | Mark
+
+
 @dataclass(frozen=True)
 class Source:
-    """One record on its way: what it is, whose, and at which level it may leave."""
+    """One record on its way: what it is, whose, and at which level it may leave. A mark names the step as it left.
 
-    record: Step | Signal
+    `hint_line` is the model whose tokens a signal's hint is made of; empty: there is none, or it is not known.
+    """
+
+    record: Outgoing
     session_id: str
     level: Level
+    hint_line: str = ""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Records of the changes after `cursor` up to `upto`, and the ladders by which they were judged."""
+    """Records of the changes after `cursor` up to `upto`, and what they were judged by: the ladders, and the words of
+    their owner up to the change `curated`."""
 
     receipt_id: str
     cursor: int
     upto: int
+    curated: int
     sources: list[Source]
     apps: dict[str, str]
     ladders: dict[str, Ladder]
@@ -95,6 +115,7 @@ class Draft:
     level: Level
     steps: list[Step] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     sent_as: dict[str, str] = field(default_factory=dict)
     raw_bytes: int = 0
     body: bytes = b""
@@ -109,6 +130,15 @@ class Draft:
         return sum(length for step in self.steps for _, length in step.redacted)
 
 
+class _Judged(NamedTuple):
+    """A step that a signal is about."""
+
+    seq: int
+    step_id: str
+    run_id: str
+    session_id: str
+
+
 class Collector:
     """Reads what is new from one snapshot."""
 
@@ -119,6 +149,7 @@ class Collector:
         self.ladders: dict[str, Ladder] = {}
         self.left_out: Counter[str] = Counter()
         self.stopped = False
+        self._curations = Curations(reading.database, reading.keyring)
 
     def collect(self, cursor: int) -> Collected | None:
         """Records after `cursor`; None if nothing was kept since that could be looked at."""
@@ -127,25 +158,44 @@ class Collector:
             return None
         sources: list[Source] = []
         size, upto = 0, cursor
-        for change in self._changes(max(cursor, sends_after)):
-            source = self._source(change)
-            if source and source.level is Level.REDACTED and not self._can_redact:
+        curated = self._curations.last_seq()
+        for seq, change in merge(self._changes(max(cursor, sends_after)), self._words(cursor), key=itemgetter(0)):
+            found = [*self._sources(change)]
+            if not self._can_redact and any(source.level is Level.REDACTED for source in found):
                 self.stopped = True
                 break
-            if source:
-                size += len(msgspec.msgpack.encode(source.record))
-                if sources and size > MAX_COLLECTED_BYTES:
-                    break
-                sources.append(source)
-            upto = change.seq
+            size += sum(len(msgspec.msgpack.encode(source.record)) for source in found)
+            if sources and size > MAX_COLLECTED_BYTES:
+                break
+            sources += found
+            upto = seq
         if upto == cursor:
             return None
-        return Collected(receipt.receipt_id, cursor, upto, sources, self.apps, self.ladders, self.left_out)
+        return Collected(receipt.receipt_id, cursor, upto, curated, sources, self.apps, self.ladders, self.left_out)
 
-    def _changes(self, after_seq: int) -> Iterator[Change]:
+    def _changes(self, after_seq: int) -> Iterator[tuple[int, Change | Curation]]:
         while page := self._reading.changes(after_seq, _PAGE):
-            yield from page
+            yield from ((change.seq, change) for change in page)
             after_seq = page[-1].seq
+
+    def _words(self, after_seq: int) -> Iterator[tuple[int, Change | Curation]]:
+        """What was said since the outbox was filled last, also while no step could leave: it is of what left before."""
+        while page := self._curations.after(after_seq, _PAGE):
+            yield from page
+            after_seq = page[-1][0]
+
+    def _sources(self, change: Change | Curation) -> Iterator[Source]:
+        if isinstance(change, Curation):
+            yield from self._marks(change)
+        elif (found := self._source(change)) is not None:
+            yield found
+
+    def _marks(self, said: Curation) -> Iterator[Source]:
+        """They leave at the level at which their steps did, and not above what their session has now."""
+        for mark, left_at in marks_of(self._reading.database, said):
+            level = lower(left_at, self.ladder(said.session_id).latest)
+            if level.sends_steps and not self._was_queued(mark.mark_id):
+                yield Source(mark, said.session_id, level)
 
     def _source(self, change: Change) -> Source | None:
         if change.step is not None:
@@ -155,6 +205,8 @@ class Collector:
     def _step(self, step: Step, seq: int) -> Source | None:
         level = self.ladder(step.session_id).at(seq)
         if not step.trainable or not level.sends_steps or self._was_queued(step.step_id):
+            return None
+        if self._curations.off(step):
             return None
         try:
             check_step(step)
@@ -169,14 +221,26 @@ class Collector:
         run = self._reading.database.conn.execute
         row = run("SELECT session_id FROM signals WHERE signal_id = ?", (signal.signal_id,)).fetchone()
         column = TARGET_COLUMNS[signal.target]
-        query = f"SELECT session_id, seq FROM steps WHERE {column} = ? AND trainable ORDER BY seq DESC LIMIT ?"  # noqa: S608
-        judged = run(query, (signal.target_id, _TARGETS_ASKED)).fetchall()
-        levels = [self.ladder(session_id).at(step_seq) for session_id, step_seq in judged]
+        query = f"SELECT seq, step_id, run_id, session_id FROM steps WHERE {column} = ? AND trainable"  # noqa: S608
+        rows = run(f"{query} ORDER BY seq DESC LIMIT ?", (signal.target_id, _TARGETS_ASKED))
+        judged = [step for step in (_Judged(*row) for row in rows) if self._goes(step)]
+        levels = [self.ladder(step.session_id).at(step.seq) for step in judged]
         best = max(levels, key=lambda level: level.rank, default=Level.OFF)
         level = lower(best, self.ladder(row[0]).at(seq))
         if not level.sends_steps or self._was_queued(signal.signal_id):
             return None
-        return Source(signal, row[0], level)
+        if self._was_dropped(column, signal.target_id):
+            self.left_out[DROPPED] += 1
+            return None
+        return Source(signal, row[0], level, self._hint_line(signal))
+
+    def _hint_line(self, signal: Signal) -> str:
+        step = self._reading.step(signal.hint.step_id) if signal.hint else None
+        return step.policy.line if step else ""
+
+    def _goes(self, step: _Judged) -> bool:
+        """Whether the server has a step or may get it, as far as its owner's word goes."""
+        return not self._curations.off(step) or self._was_queued(step.step_id)
 
     def ladder(self, session_id: str) -> Ladder:
         """What may leave of a session."""
@@ -185,6 +249,14 @@ class Collector:
             self.apps[session_id] = known.app if known else ""
             self.ladders[session_id] = self._allowance.ladder(session_id, app=self.apps[session_id])
         return self.ladders[session_id]
+
+    def _was_dropped(self, column: str, name: str) -> bool:
+        """Whether the owner took any of the steps of that name out of the outbox: what is said of them stays too."""
+        query = (
+            "SELECT 1 FROM steps JOIN outbox_records ON record_id = step_id JOIN outbox USING (item_id)"  # noqa: S608
+            f" WHERE steps.{column} = ? AND state = 'dropped' LIMIT 1"
+        )
+        return self._reading.database.conn.execute(query, (name,)).fetchone() is not None
 
     def _was_queued(self, record_id: str) -> bool:
         query = "SELECT 1 FROM outbox_records WHERE record_id = ? LIMIT 1"
@@ -230,15 +302,18 @@ class Maker:
             line, redactor = self._redactor
             redactor.learn(step for step in steps if step.policy.line == line)
 
-    def _outgoing(self, source: Source) -> Step | Signal | None:
+    def _outgoing(self, source: Source) -> Outgoing | None:
         """The record as it leaves; None if it must not."""
         record = source.record
         if source.level is Level.FULL:
             return record
+        if isinstance(record, Mark):
+            return msgspec.structs.replace(record, mark_id=self._own("mark", record.mark_id))
         assert self._redactor is not None, "collected what only a redactor may let out"
         line, redactor = self._redactor
         if isinstance(record, Signal):
-            return self._signal(record, redactor, session_id=source.session_id)
+            readable = source.hint_line == line
+            return self._signal(record, redactor, session_id=source.session_id, readable=readable)
         if record.policy.line != line:
             self.left_out[OTHER_LINE] += 1
             return None
@@ -264,14 +339,20 @@ class Maker:
             group_id=self._named("group", found.group_id),
         )
 
-    def _signal(self, signal: Signal, redactor: Redactor, *, session_id: str) -> Signal:
+    def _signal(self, signal: Signal, redactor: Redactor, *, session_id: str, readable: bool) -> Signal:
+        """The signal without secrets; `readable`: its hint's tokens are those of the redactor's model."""
         named = self._own if signal.target is Target.STEP else self._named
+        hint = signal.hint if readable else None
+        if hint is not None and not redactor.is_clean(hint.token_ids, session_id=session_id):
+            hint = None  # of a hint with a hole nothing can be learned
         return msgspec.structs.replace(
             signal,
             signal_id=self._own("signal", signal.signal_id),
             target_id=named(str(signal.target), signal.target_id),
             source=redactor.text(signal.source, session_id=session_id),
             comment=redactor.text(signal.comment, session_id=session_id),
+            evidence=redactor.text(signal.evidence, session_id=session_id),
+            hint=msgspec.structs.replace(hint, step_id=self._own("step", hint.step_id)) if hint else None,
         )
 
     def _named(self, kind: str, name: str) -> str:
@@ -283,7 +364,7 @@ class Maker:
 
     def _encoded(self, draft: Draft) -> bytes:
         """The item's bytes; none for a single record so large and so repetitive that no server would unpack it."""
-        body = wire.encode(StepBatch(steps=draft.steps, signals=draft.signals))
+        body = wire.encode(StepBatch(steps=draft.steps, signals=draft.signals, marks=draft.marks))
         if draft.raw_bytes > MAX_RAW_BYTES:
             try:
                 wire.decode(body, StepBatch)
@@ -294,14 +375,18 @@ class Maker:
         return body
 
 
-def _add(draft: Draft, record: Step | Signal, *, source: Step | Signal, size: int) -> None:
+def _add(draft: Draft, record: Outgoing, *, source: Outgoing, size: int) -> None:
     draft.raw_bytes += size
     if isinstance(record, Step):
         draft.steps.append(record)
-    else:
+    elif isinstance(record, Signal):
         draft.signals.append(record)
+    else:
+        draft.marks.append(record)
     draft.sent_as[_id_of(source)] = _id_of(record)
 
 
-def _id_of(record: Step | Signal) -> str:
+def _id_of(record: Outgoing) -> str:
+    if isinstance(record, Mark):
+        return record.mark_id
     return record.step_id if isinstance(record, Step) else record.signal_id

@@ -1,7 +1,8 @@
 """Who allowed what, and to whom: the level in force, lower ones for an app or a session, and the pause. Read from the
 database at each use, so that one process may lower it while another uploads. Format: docs/formats/outbox.md.
 
-Off is the default, and what everything doubtful means: an expired receipt, another server, a changed policy text.
+Off is the default, and what everything doubtful means: an expired receipt, another server, a changed policy text. A
+doubt that was seen is written down, so that it stays off until its owner is asked again, also if the doubt goes away.
 """
 
 import time
@@ -14,7 +15,7 @@ import msgspec
 
 from clawloop_edge.errors import ConsentError
 from clawloop_edge.pool.heads import current
-from clawloop_edge.pool.state import read_state
+from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.going import goes_with
 from clawloop_edge.privacy.items import Items
@@ -24,6 +25,7 @@ from clawloop_edge.privacy.policy import DATA, POLICY_VERSION, PURPOSES, VALID_M
 from clawloop_edge.privacy.receipts import Receipt, ReceiptChain, Recipient, device_key
 from clawloop_edge.privacy.schema import prepare, purge_queue, read_cursor, take_back, write_cursor
 from clawloop_shared import signing
+from clawloop_shared.errors import SignatureInvalid
 from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level, lower
 
@@ -83,7 +85,7 @@ class ConsentLog:
             return ConsentState(Level.OFF, Level.OFF, "never asked", None)
         reason = self._doubt(receipt, database)
         if reason:
-            return ConsentState(Level.OFF, receipt.level, reason, receipt)
+            return ConsentState(Level.OFF, receipt.chosen, reason, receipt)
         pause = self._limits.find(database, Subject.PAUSE)
         until_ms = pause.until_ms if pause and self._clock() < pause.until_ms else 0
         if until_ms and receipt.level is not Level.OFF:
@@ -153,20 +155,36 @@ class ConsentLog:
 
         self._pool.submit(operation).result()
 
-    def resume(self) -> None:
-        """End a pause now."""
-        self._pool.submit(lambda database: self._settle(database, now=True)).result()
+    def resume(self) -> bool:
+        """End a pause now; whether there was one that was not over yet."""
 
-    def settle_pause(self) -> None:
-        """Note that a pause has ended by itself, if one has: what is kept after this was noted may leave again."""
+        def operation(database: "Database") -> bool:
+            lasts = self._ended(database, now=True) and not self._ended(database)
+            self._settle(database, now=True)
+            return lasts
+
+        return self._pool.submit(operation).result()
+
+    def settle(self) -> None:
+        """Write down what has come about without its owner's word: a pause that is over (what is kept after this may
+        leave again), and a doubt (nothing leaves any more until its owner is asked again).
+        """
         with self._pool.read() as database:
-            ended = self._ended(database)
+            ended, doubtful = self._ended(database), self._doubted(database) is not None
         if ended:
             self._pool.submit(self._settle).result()
+        if doubtful:
+            self._pool.submit(partial(self._withdraw, private=device_key(self._pool))).result()
 
     def set_recipient(self, recipient: Recipient) -> None:
         """Name the server that this device has joined. A receipt that names another one no longer holds."""
-        self._pool.set_state(_RECIPIENT, msgspec.msgpack.encode(recipient)).result()
+        private, value = device_key(self._pool), msgspec.msgpack.encode(recipient)
+
+        def operation(database: "Database") -> None:
+            write_state(database, self._pool.keyring, name=_RECIPIENT, value=value)
+            self._withdraw(database, private=private)
+
+        self._pool.submit(operation).result()
 
     def receipts(self) -> list[Receipt]:
         """All receipts, oldest first, after checking signatures and chain.
@@ -181,7 +199,8 @@ class ConsentLog:
     # Inside a write transaction
 
     def _decide(self, database: "Database", level: Level, *, past_after: int | None, private: bytes) -> Receipt:
-        before, last = self.state_in(database).ladder, current(database).seq
+        before = self.state_in(database).ladder if self._checked(database) else NOTHING
+        last = current(database).seq
         ladder = before.lowered(level)
         if past_after is not None or ladder.latest is not level:
             ladder = ladder.followed_by(level, after_seq=last if past_after is None else min(past_after, last))
@@ -194,6 +213,17 @@ class ConsentLog:
             back_to = min(past_after, read_cursor(database, self._pool.keyring))
             write_cursor(database, self._pool.keyring, seq=back_to)
         return receipt
+
+    def _withdraw(self, database: "Database", *, private: bytes) -> None:
+        """Write down that the latest receipt holds no more, if it does not, and take back what waits."""
+        found = self._doubted(database)
+        if found is None:
+            return
+        receipt, doubt = found
+        withdrawn = self._receipt(database, NOTHING, private=private)
+        withdrawn = msgspec.structs.replace(withdrawn, doubt=doubt, doubted=receipt.level)
+        self._receipts.append(database, withdrawn, private=private)
+        purge_queue(database, self._pool.keyring)
 
     def _receipt(self, database: "Database", ladder: Ladder, *, private: bytes) -> Receipt:
         *earlier, last = ladder.rungs
@@ -254,10 +284,26 @@ class ConsentLog:
         pause = self._limits.find(database, Subject.PAUSE)
         return pause.ladder if pause else EVERYTHING
 
+    def _doubted(self, database: "Database") -> tuple[Receipt, str] | None:
+        """The latest receipt and why it no longer holds, if that was not written down yet."""
+        receipt = self._checked(database)
+        if receipt is None or receipt.level is Level.OFF:
+            return None
+        doubt = self._doubt(receipt, database)
+        return (receipt, doubt) if doubt else None
+
+    def _checked(self, database: "Database") -> Receipt | None:
+        """The latest receipt; None also for one that this device did not sign: it allows nothing, and must not keep its
+        owner from deciding anew."""
+        try:
+            return self._receipts.latest(database)
+        except (ConsentError, SignatureInvalid):
+            return None
+
     def _doubt(self, receipt: Receipt, database: "Database") -> str:
         """Why a receipt no longer holds; empty if it does."""
         if receipt.level is Level.OFF:
-            return ""
+            return receipt.doubt
         if self._clock() >= receipt.expires_ms:
             return "the consent is over a year old"
         if receipt.recipient.key != self._recipient(database).key:

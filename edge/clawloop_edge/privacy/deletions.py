@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FIRST_WAIT_MS, LONGEST_WAIT_MS = 30_000, 6 * 3_600_000
 _ALL = "SELECT request_id, due_ms, facts FROM deletions ORDER BY seq"
+_WAITING = "SELECT request_id, due_ms, facts FROM deletions WHERE body IS NOT NULL ORDER BY seq"
 _DUE = "SELECT request_id FROM deletions WHERE body IS NOT NULL AND due_ms <= ? ORDER BY seq"
 
 
@@ -39,7 +40,7 @@ class DeletionState(StrEnum):
     DONE = "done"
     """the server signed that it is deleted"""
     GONE = "gone"
-    """the server has deleted this device, and with it all that it had sent"""
+    """the server signed that it has deleted this whole device, and with it all that it had sent"""
     STRANDED = "stranded"
     """this device does not know any more how to reach that server; only its operator can delete it"""
 
@@ -120,6 +121,17 @@ class Deletions:
             made.append(deletion.request_id)
         return made
 
+    def waiting(self) -> list[Deletion]:
+        """The requests that no server has answered yet, oldest first."""
+        with self._pool.read() as database:
+            return [self._open(database, row) for row in database.conn.execute(_WAITING).fetchall()]
+
+    def count_waiting(self) -> int:
+        """How many these are, without opening anything."""
+        with self._pool.read() as database:
+            count: int = database.conn.execute("SELECT count(*) FROM deletions WHERE body IS NOT NULL").fetchone()[0]
+        return count
+
     def all(self) -> list[Deletion]:
         """All requests, oldest first."""
         with self._pool.read() as database:
@@ -183,7 +195,7 @@ class Deletions:
             )
         done = msgspec.structs.replace(
             found,
-            state=DeletionState.DONE,
+            state=DeletionState.GONE if said.device_deleted else DeletionState.DONE,
             tries=found.tries + 1,
             problem="",
             due_ms=0,
@@ -209,19 +221,6 @@ class Deletions:
 
         self._pool.submit(operation).result()
         return done
-
-    def gone(self, request_id: str, problem: str) -> None:
-        """Note that the server has deleted this device, and with it all that it had sent."""
-
-        def operation(database: "Database") -> None:
-            found = self._find(database, request_id)
-            if found.state is DeletionState.WAITING:
-                changed = msgspec.structs.replace(
-                    found, state=DeletionState.GONE, problem=problem, due_ms=0, done_ms=self._clock()
-                )
-                self._update(database, changed)
-
-        self._pool.submit(operation).result()
 
     def take_over(self, other: "Deletions") -> None:
         """Ask on for what another pool has asked for, whose place this one takes. Waits for the disk."""

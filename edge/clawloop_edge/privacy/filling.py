@@ -12,6 +12,7 @@ import msgspec
 
 from clawloop_edge.errors import RedactionError
 from clawloop_edge.pool.crypt import POOL_SCOPE
+from clawloop_edge.pool.curation import Curations
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.batch import Collected, Collector, Draft, LineRedactor, Maker
@@ -48,7 +49,7 @@ class Filler:
 
     def fill(self) -> int:
         """Make items of what was kept since the last time; gives how many were made."""
-        self._consent.settle_pause()
+        self._consent.settle()
         made = 0
         while (collected := self._collect()[0]) is not None:
             maker = Maker(self.redactor, self._pseudonym, proceed=self._proceed)
@@ -114,6 +115,8 @@ class Filler:
             return False
         if read_cursor(database, self._pool.keyring) != collected.cursor:
             return False
+        if Curations(database, self._pool.keyring).last_seq() != collected.curated:
+            return False
         ladders = collected.ladders.items()
         return all(allowance.ladder(name, app=collected.apps[name]) == ladder for name, ladder in ladders)
 
@@ -123,6 +126,7 @@ class Filler:
             sha256=sha256(draft.body),
             steps=len(draft.steps),
             signals=len(draft.signals),
+            marks=len(draft.marks),
             created_ms=now_ms,
             app=collected.apps[draft.session_id],
             redacted=draft.redacted_tokens,

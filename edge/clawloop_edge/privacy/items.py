@@ -25,8 +25,8 @@ _READY = """
         UNION ALL SELECT seq, size, item_id FROM outbox WHERE state = 'sent' AND body IS NOT NULL
     ) WHERE size <= ?2 ORDER BY seq LIMIT ?3"""
 _COUNT = """
-    SELECT (SELECT count(*) FROM outbox WHERE state IN ('queued', 'approved'))
-        + (SELECT count(*) FROM outbox WHERE state = 'sent' AND body IS NOT NULL)"""
+    SELECT (SELECT count(*) FROM outbox WHERE state IN ('queued', 'approved')),
+        (SELECT count(*) FROM outbox WHERE state = 'sent' AND body IS NOT NULL)"""
 _OLD = (
     "SELECT item_id FROM outbox INDEXED BY outbox_old"
     " WHERE body IS NOT NULL AND state = 'received' AND received_ms <= ?1"
@@ -44,10 +44,11 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     created_ms: int
     app: str = ""
     redacted: int = 0
+    marks: int = 0
 
 
 class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item as it is listed: steps and signals of one session at one level. It is held until `release_ms`.
+    """One item as it is listed: steps, signals and marks of one session at one level. It is held until `release_ms`.
 
     `has_bytes`: whether its bytes are still here.
     """
@@ -68,6 +69,12 @@ class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
     app: str
     redacted_tokens: int
     has_bytes: bool
+    marks: int = 0
+
+    @property
+    def has_left(self) -> bool:
+        """Whether its bytes went out, maybe in part."""
+        return self.state in (ItemState.SENT, ItemState.RECEIVED)
 
     def may_leave(self, now_ms: int) -> bool:
         """Whether nothing but the level stands in its way."""
@@ -76,9 +83,10 @@ class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutboxTotals(msgspec.Struct, frozen=True):
-    """Items that the server does not have yet, and the items and bytes that have left."""
+    """Items that have yet to leave, those sent and not acknowledged, and the items and bytes that have left."""
 
     waiting: int
+    unacknowledged: int
     items: int
     bytes: int
 
@@ -148,7 +156,7 @@ class Items:
     def totals(self, database: "Database") -> OutboxTotals:
         """Counts, without opening anything."""
         run = database.conn.execute
-        return OutboxTotals(run(_COUNT).fetchone()[0], *run(_LEFT).fetchone())
+        return OutboxTotals(*run(_COUNT).fetchone(), *run(_LEFT).fetchone())
 
     def _as_item(self, database: "Database", row: tuple[Any, ...]) -> OutboxItem:
         item_id, session_id, level, state, kind, receipt_id, release_ms, received_ms, size, has_bytes, sealed = row
@@ -171,4 +179,5 @@ class Items:
             app=facts.app,
             redacted_tokens=facts.redacted,
             has_bytes=bool(has_bytes),
+            marks=facts.marks,
         )

@@ -30,6 +30,11 @@ DEFAULT_KEEP_RECEIVED_DAYS = 7
 MAX_ITEMS = 256
 """in one upload: a bound on the transaction that marks them"""
 _DAY_MS = 86_400_000
+_TELLING = """ WHERE state IN ('queued', 'approved') AND item_id != ?1 AND item_id IN (
+    SELECT told.item_id FROM outbox_records AS own JOIN steps ON steps.step_id = own.record_id
+    JOIN signals AS g ON g.target IN ('step', 'run', 'session', 'trajectory')
+        AND g.target_id IN (steps.step_id, steps.run_id, steps.session_id, steps.trajectory_id)
+    JOIN outbox_records AS told ON told.record_id = g.signal_id WHERE own.item_id = ?1)"""
 _ITEM_OVERHEAD_BYTES = 256
 
 Listing = list[OutboxItem]
@@ -177,7 +182,8 @@ class Outbox:
 
     def waiting(self) -> int:
         """How many items the server does not have yet (for `StatusReply.outbox_items`)."""
-        return self.totals().waiting
+        totals = self.totals()
+        return totals.waiting + totals.unacknowledged
 
     def totals(self) -> OutboxTotals:
         """Counts, without opening anything."""
@@ -191,6 +197,11 @@ class Outbox:
         where = " WHERE item_id IN (SELECT item_id FROM outbox_records WHERE record_id = ?)"
         with pool.read() as database:
             return [*own._items.all(database, where, record_id)]
+
+    def telling_of(self, item_id: str) -> Listing:
+        """The other items that have yet to leave and hold signals on steps of this one, oldest first."""
+        with self._pool.read() as database:
+            return [*self._items.all(database, _TELLING, item_id)]
 
     def find(self, name: str) -> OutboxItem:
         """The item of that id, or of the only id that begins so. Raises PoolError: there is none, or several."""
@@ -216,11 +227,8 @@ class Outbox:
 
         def operation(database: "Database") -> OutboxItem:
             item = self._items.find(database, item_id)
-            if item.state in (ItemState.SENT, ItemState.RECEIVED):
-                raise ConsentError(
-                    f"item {item.item_id} was {item.state} and has left; to have the server delete it: "
-                    f"clawloop-edge sessions forget {item.session_id}"
-                )
+            if item.has_left:
+                raise ConsentError(f"item {item.item_id} was {item.state} and has left; only its server can delete it")
             if item.has_bytes:
                 destroy_item(database, self._pool.keyring, item_id=item.item_id)
             return item

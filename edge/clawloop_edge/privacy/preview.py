@@ -3,9 +3,11 @@ snapshot; opens next to nothing.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
+from clawloop_edge.pool.curation import Curations
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.privacy.consent import Allowance
 from clawloop_edge.privacy.ladder import Ladder
@@ -13,9 +15,15 @@ from clawloop_edge.privacy.ladder import Ladder
 _DISORDER = 256
 """so many steps may have been kept in another order than they began in: calls that ran beside each other"""
 _NEVER_QUEUED = (
-    "SELECT step_id, seq, session_id FROM steps AS s WHERE trainable AND seq > ?"
+    "SELECT step_id, seq, session_id, run_id FROM steps AS s WHERE trainable AND seq > ?"
     " AND NOT EXISTS (SELECT 1 FROM outbox_records AS r WHERE r.record_id = s.step_id) ORDER BY seq"
 )
+
+
+class _Names(NamedTuple):
+    step_id: str
+    run_id: str
+    session_id: str
 
 
 class AppCount(msgspec.Struct, frozen=True):
@@ -27,7 +35,10 @@ class AppCount(msgspec.Struct, frozen=True):
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True):
-    """Trainable steps that would go into the outbox, and when the first and the last of them were made (0: none)."""
+    """Trainable steps that would go into the outbox, and when the first and the last of them were made (0: none).
+
+    Those that their owner does not want learned from would not.
+    """
 
     steps: int
     sessions: int
@@ -42,12 +53,13 @@ def preview(reading: Reading, allowance: Allowance, *, after_seq: int) -> Previe
     apps: dict[str, str] = {}
     steps: dict[str, int] = {}
     first = last = ""
-    for step_id, seq, session_id in reading.database.conn.execute(_NEVER_QUEUED, (after_seq,)):
+    curations = Curations(reading.database, reading.keyring)
+    for step_id, seq, session_id, run_id in reading.database.conn.execute(_NEVER_QUEUED, (after_seq,)):
         if session_id not in ladders:
             known = reading.session(session_id)
             apps[session_id] = known.app if known else ""
             ladders[session_id] = allowance.ladder(session_id, app=apps[session_id])
-        if ladders[session_id].at(seq).sends_steps:
+        if ladders[session_id].at(seq).sends_steps and not curations.off(_Names(step_id, run_id, session_id)):
             steps[session_id] = steps.get(session_id, 0) + 1
             first, last = first or step_id, step_id
     return Preview(

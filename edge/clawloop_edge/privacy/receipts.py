@@ -14,6 +14,7 @@ from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.ladder import Ladder, Rung
 from clawloop_edge.privacy.schema import chain
 from clawloop_shared import signing
+from clawloop_shared.errors import SignatureInvalid
 from clawloop_shared.files import sha256
 from clawloop_shared.levels import Level
 
@@ -37,6 +38,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
     `level` holds for what was kept after the change `after_seq`; what was kept before it leaves at most as the rungs of
     `earlier` say. `previous_sha256` is the hash of the signed receipt before it; empty for the first.
+
+    With a `doubt` it is no decision of the owner: the device took the level `doubted` back by itself, because of that.
     """
 
     receipt_id: str
@@ -52,6 +55,13 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     after_seq: int
     previous_sha256: str
     earlier: list[Rung] = []
+    doubt: str = ""
+    doubted: Level = Level.OFF
+
+    @property
+    def chosen(self) -> Level:
+        """What the owner decided last."""
+        return self.doubted if self.doubt else self.level
 
     @property
     def ladder(self) -> Ladder:
@@ -110,27 +120,53 @@ class ReceiptChain:
         """Sign and keep a receipt. Needs a write transaction."""
         payload = msgspec.json.encode(receipt, order="sorted")
         signed = SignedReceipt(payload, signing.sign(private, DOMAIN, payload=payload))
+        self._insert(database, receipt.receipt_id, signed)
+
+    def _insert(self, database: "Database", receipt_id: str, signed: SignedReceipt) -> None:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
-        body = scope.seal("receipts", receipt.receipt_id, column="body", plain=msgspec.msgpack.encode(signed))
+        body = scope.seal("receipts", receipt_id, column="body", plain=msgspec.msgpack.encode(signed))
         insert = "INSERT INTO receipts (receipt_id, body) VALUES (?, ?)"
-        database.conn.execute(insert, (receipt.receipt_id, body))
-        chain(database, self._pool, kind="receipt", record_id=receipt.receipt_id, body=body)
+        database.conn.execute(insert, (receipt_id, body))
+        chain(database, self._pool, kind="receipt", record_id=receipt_id, body=body)
+
+    def take_over(self, other: "ReceiptChain") -> bool:
+        """Have the receipts of another pool that go on from where these end, signatures unchecked. Waits for the disk.
+
+        False, and nothing is taken, if they are no such receipts.
+        """
+        with self._pool.read() as database:
+            here = list(self._signed(database))
+        with other._pool.read() as database:
+            there = list(other._signed(database))
+        if [signed for _, signed in here] != [signed for _, signed in there[: len(here)]]:
+            return False
+
+        def operation(database: "Database") -> None:
+            for receipt_id, signed in there[len(here) :]:
+                self._insert(database, receipt_id, signed)
+
+        self._pool.submit(operation).result()
+        return True
 
     def all(self, database: "Database") -> Iterator[Receipt]:
         """All receipts, oldest first, with signatures and chain checked.
 
         Raises:
-            SignatureInvalid: a receipt was not signed by this device.
+            SignatureInvalid: a receipt was not signed by the key that it names, or the last one not by this device's.
             ConsentError: a receipt is missing from the chain.
         """
+        self.latest(database)  # of this device's key; it vouches for those before it, also of a key that was lost
         previous = ""
-        for receipt_id, body in database.conn.execute(_ALL):
-            signed = self._unseal(database, receipt_id, body)
-            receipt = self._open(database, signed)
+        for receipt_id, signed in self._signed(database):
+            receipt = _open(signed, _claimed_key(signed))
             if receipt.previous_sha256 != previous:
                 raise ConsentError(f"the receipt before {receipt_id} is missing or changed; set the level again")
             previous = signed.sha256
             yield receipt
+
+    def _signed(self, database: "Database") -> Iterator[tuple[str, SignedReceipt]]:
+        for receipt_id, body in database.conn.execute(_ALL):
+            yield receipt_id, self._unseal(database, receipt_id, body)
 
     def _latest(self, database: "Database") -> SignedReceipt | None:
         row = database.conn.execute(f"{_ALL} DESC LIMIT 1").fetchone()
@@ -145,6 +181,24 @@ class ReceiptChain:
         private = read_state(database, self._pool.keyring, name=_DEVICE_KEY)
         if private is None:
             raise ConsentError("this device's key is gone, so its consent cannot be checked; set the level again")
-        public = signing.public_key(private)
-        signing.verify(public, DOMAIN, payload=signed.payload, signature=signed.signature)
-        return msgspec.json.decode(signed.payload, type=Receipt)
+        try:
+            return _open(signed, signing.public_key(private))
+        except SignatureInvalid as error:
+            raise SignatureInvalid(
+                "the latest consent was not signed with this device's key, so it allows nothing; set the level again"
+            ) from error
+
+
+class _Claim(msgspec.Struct, frozen=True):
+    device_key: bytes
+
+
+def _claimed_key(signed: SignedReceipt) -> bytes:
+    """The key that a receipt says it was signed with, unproven."""
+    return msgspec.json.decode(signed.payload, type=_Claim).device_key
+
+
+def _open(signed: SignedReceipt, public: bytes) -> Receipt:
+    """Raises SignatureInvalid: not signed by this key."""
+    signing.verify(public, DOMAIN, payload=signed.payload, signature=signed.signature)
+    return msgspec.json.decode(signed.payload, type=Receipt)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from clawloop_edge.pool import heads
+from clawloop_edge.pool import curation, heads
 from clawloop_edge.pool.crypt import Keyring
 from clawloop_edge.pool.heads import Chained
 from clawloop_edge.pool.state import read_state, write_state
@@ -102,7 +102,8 @@ CHAINED = (
 
 
 def prepare(pool: Pool) -> None:
-    """Have these tables in `pool`."""
+    """Have these tables in `pool`, and those of the words that the outbox obeys."""
+    curation.prepare(pool)
 
     def into_the_chain(database: "Database") -> None:
         """Receipts and entries from before the pool had one chain of everything."""

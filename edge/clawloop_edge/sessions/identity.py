@@ -30,6 +30,7 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True):
     group_id: str
     index: int
     created_ms: int
+    group_size: int = 0
     closed: bool = False
 
 

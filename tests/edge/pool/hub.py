@@ -44,6 +44,8 @@ class Hub:
         self.message = "not now"
         self.pause_s = 0.0
         """between two bytes of an answer"""
+        self.device_deleted = False
+        """whether the operator has deleted the device"""
         self.answers_for = ""
         """another request's id, to lie about"""
 
@@ -62,6 +64,7 @@ class Hub:
             unknown=0,
             adapters=self.adapters,
             at_ms=5000,
+            device_deleted=self.device_deleted,
         )
         return wire.encode(sign_forgotten(receipt, self.private))
 

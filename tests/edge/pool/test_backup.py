@@ -12,7 +12,7 @@ import pytest
 
 from clawloop_edge.errors import PoolError
 from clawloop_edge.pool import restore as restoring
-from clawloop_edge.pool.backup import Backup, back_up, read_backup
+from clawloop_edge.pool.backup import Backup, Manifest, back_up, read_backup
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.passphrase import Cost, seal_keys
 from clawloop_edge.pool.records import KeptStep
@@ -27,7 +27,7 @@ from .homes import contents, copy_home, outcome, store_of
 
 MakeKept = Callable[..., KeptStep]
 WORDS = "correct horse battery staple"
-NO_ROOMS = Rooms(adopt=lambda _: None, mend=lambda _, __: None)
+NO_ROOMS = Rooms(adopt=lambda _: None, mend=lambda *_: None)
 
 
 @pytest.fixture
@@ -291,13 +291,13 @@ def test_rooms_see_the_pool_before_it_counts_and_can_refuse_it(home: Path, tmp_p
     def adopt(pool: Pool) -> None:
         seen.append(f"adopt {pool.stats().steps}")
 
-    def mend(pool: Pool, present: Pool | None) -> None:
+    def mend(pool: Pool, present: Pool | None, _: Manifest) -> None:
         assert present is not None
         assert present.folder == home
         pool.set_state("mended", b"1").result()
         seen.append(f"mend {pool.folder.name}")
 
-    def refuse(_: Pool, __: Pool | None) -> None:
+    def refuse(*_: object) -> None:
         raise PoolError("not this one")
 
     with pytest.raises(PoolError, match="not this one"):

@@ -67,7 +67,7 @@ with Pool.open(home, store_of(home), writer=True) as pool:
     print(len(pool.step_ids()))
 restore.restore(
     home, home.with_name("b"), store=store_of(home), passphrase=lambda: "", replace=True,
-    rooms=restore.Rooms(adopt=lambda _: None, mend=lambda _, __: None), progress=in_silence,
+    rooms=restore.Rooms(adopt=lambda _: None, mend=lambda *_: None), progress=in_silence,
 )
 with Pool.open(home, store_of(home)) as pool:
     print(len(pool.step_ids()), pool.verify().problems)
@@ -151,7 +151,7 @@ def test_a_backup_of_rows_alone_is_encrypted_where_that_can_be_done(made: Path, 
         store=store_of(anew),
         passphrase=lambda: "a passphrase",
         replace=False,
-        rooms=Rooms(adopt=lambda _: None, mend=lambda _, __: None),
+        rooms=Rooms(adopt=lambda _: None, mend=lambda *_: None),
         progress=in_silence,
     )
     assert outcome(anew) == ""

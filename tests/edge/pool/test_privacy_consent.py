@@ -176,3 +176,57 @@ def test_a_consent_from_before_the_texts_were_these_holds_no_more(pool: Pool) ->
     chain, private = ReceiptChain(pool), device_key(pool)
     pool.submit(lambda database: chain.append(database, old, private=private)).result()
     assert (consent.level(), consent.state().reason) == (Level.OFF, "what the level means has changed")
+
+
+@pytest.mark.parametrize("doubt", ["another server", "another text", "a year"])
+def test_a_doubt_that_goes_away_lets_nothing_out_that_was_kept_in_it_nor_after_it_unasked(
+    pool: Pool, make_kept: MakeKept, monkeypatch: pytest.MonkeyPatch, doubt: str
+) -> None:
+    now_ms = 1_000
+    consent = ConsentLog(pool, clock=lambda: now_ms)
+    one, two = Recipient(url="https://one", key=b"one"), Recipient(url="https://two", key=b"two")
+    consent.set_recipient(one)
+    receipt, outbox = consent.set_level(Level.FULL), Outbox(pool, consent, hold_s=0)
+    with monkeypatch.context() as otherwise:
+        if doubt == "another server":
+            consent.set_recipient(two)
+        elif doubt == "another text":
+            otherwise.setitem(policy.TEXTS, Level.FULL, "Everything leaves, and your photos too.")
+        else:
+            now_ms = receipt.expires_ms
+        pool.keep_step(make_kept(session="in doubt")).result()
+        assert outbox.fill() == 0
+        reason = consent.state().reason
+    consent.set_recipient(one)
+    now_ms = 2_000
+    pool.keep_step(make_kept(session="after it")).result()
+    assert outbox.fill() == 0
+    state = consent.state()
+    assert (state.level, state.chosen, state.reason) == (Level.OFF, Level.FULL, reason)
+    consent.set_level(Level.FULL)
+    pool.keep_step(make_kept(session="asked again")).result()
+    outbox.fill()
+    assert [item.session_id for item in outbox.list()] == ["asked again"]
+    assert [each.level for each in consent.receipts()] == [Level.FULL, Level.OFF, Level.FULL]
+
+
+def test_a_server_of_another_key_gets_nothing_of_what_waited_for_the_first(pool: Pool, make_kept: MakeKept) -> None:
+    consent = ConsentLog(pool)
+    consent.set_level(Level.FULL)
+    pool.keep_step(make_kept()).result()
+    outbox = Outbox(pool, consent, hold_s=0)
+    assert outbox.fill() == 1
+    consent.set_recipient(Recipient(url="https://two", key=b"two"))
+    assert [item.has_bytes for item in outbox.list()] == [False]
+
+
+def test_a_device_whose_key_is_lost_can_be_asked_again(pool: Pool) -> None:
+    consent = ConsentLog(pool)
+    before = consent.set_level(Level.FULL)
+    pool.submit(lambda database: database.execute("DELETE FROM state WHERE name = 'device.key'")).result()
+    with pytest.raises(ConsentError, match="set the level again"):
+        consent.level()
+    after = consent.set_level(Level.METRICS)
+    assert consent.level() is Level.METRICS
+    assert consent.receipts() == [before, after]
+    assert before.device_key != after.device_key == signing.public_key(device_key(pool))

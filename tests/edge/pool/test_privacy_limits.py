@@ -193,7 +193,7 @@ def test_a_pause_that_ended_unnoticed_is_not_stretched_over_by_the_next(
 ) -> None:
     consent.pause(clock.now_ms + 1_000)
     clock.now_ms += 1_000
-    consent.settle_pause()
+    consent.settle()
     pool.keep_step(make_kept(session="between")).result()
     consent.pause(clock.now_ms + 1_000)
     consent.pause(clock.now_ms + 2_000)

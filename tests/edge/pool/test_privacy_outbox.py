@@ -265,7 +265,9 @@ def test_the_bytes_of_what_the_server_has_are_destroyed_after_their_time(
     with pool.read() as database:
         keys = database.conn.execute("SELECT scope FROM keys WHERE scope GLOB 'outbox/*'").fetchall()
     assert keys == [(f"outbox/{two}",)]
-    assert outbox.totals() == OutboxTotals(waiting=1, items=2, bytes=sum(item.size_bytes for item in outbox.list()))
+    assert outbox.totals() == OutboxTotals(
+        waiting=0, unacknowledged=1, items=2, bytes=sum(item.size_bytes for item in outbox.list())
+    )
 
 
 def test_each_level_has_its_own_hold(pool: Pool, make_kept: MakeKept) -> None:
@@ -372,7 +374,7 @@ def test_what_was_sent_comes_again_until_it_is_received_and_is_written_down_each
     assert [entry.kind for entry in entries] == ["sent", "sent", "received"]
     assert {entry.sha256 for entry in entries} == {sha256(item.body)}
     assert {entry.receipt_id for entry in entries} == {receipt.receipt_id}
-    assert outbox.totals() == OutboxTotals(waiting=0, items=1, bytes=len(item.body))
+    assert outbox.totals() == OutboxTotals(waiting=0, unacknowledged=0, items=1, bytes=len(item.body))
     with pytest.raises(ConsentError, match="was received"):
         outbox.drop(item.item_id)
 
@@ -458,3 +460,40 @@ def test_two_that_fill_at_once_make_nothing_twice(tmp_path: Path, key: bytes, ma
             future.result()
         boxes[0].fill()
         assert sorted(sent_steps(boxes[0])) == sorted(each.step.step_id for each in kept)
+
+
+@pytest.mark.parametrize("target", [Target.STEP, Target.SESSION])
+def test_what_is_said_of_a_step_that_its_owner_took_out_stays_here_and_is_counted(
+    pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept, make_signal: MakeSignal, target: Target
+) -> None:
+    consent.set_level(Level.FULL)
+    kept, other = make_kept(session="a"), make_kept(session="b")
+    pool.keep_step(kept).result()
+    outbox.fill()
+    (item,) = outbox.list()
+    outbox.drop(item.item_id)
+    for each in (kept, other):
+        pool.keep_step(other).result()
+        name = each.step.step_id if target is Target.STEP else each.step.session_id
+        pool.keep_signal(make_signal(name, target=target, comment="about Jane's letter")).result()
+    outbox.fill()
+    (left,) = [found for found in outbox.list() if found.has_bytes]
+    assert (left.session_id, left.steps, left.signals) == ("b", 1, 1)
+    assert outbox.left_out() == {"signals on steps that you took out of the outbox": 1}
+
+
+def test_an_item_that_is_dropped_names_those_that_tell_of_its_steps(
+    pool: Pool, consent: ConsentLog, make_kept: MakeKept, make_signal: MakeSignal
+) -> None:
+    consent.set_level(Level.FULL)
+    outbox, kept = Outbox(pool, consent), make_kept()
+    pool.keep_step(kept).result()
+    outbox.fill()
+    pool.keep_signal(make_signal(kept.step.step_id)).result()
+    outbox.fill()
+    pool.keep_step(make_kept(session="other")).result()
+    outbox.fill()
+    first, second, _ = outbox.list()
+    outbox.drop(first.item_id)
+    assert outbox.telling_of(first.item_id) == [second]
+    assert outbox.telling_of(second.item_id) == []

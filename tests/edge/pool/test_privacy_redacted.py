@@ -13,7 +13,7 @@ from clawloop_edge.privacy.outbox import Outbox
 from clawloop_shared import wire
 from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
-from clawloop_shared.records import Policy, Signal, Step, StepBatch, Target
+from clawloop_shared.records import Hint, Policy, Signal, Step, StepBatch, Target
 
 from .conftest import Blotter, MakeKept, MakeSignal
 
@@ -200,3 +200,58 @@ def test_a_signal_on_redacted_and_open_steps_leaves_no_higher_than_its_session(
     outbox.fill()
     item, found = only_batch(outbox)
     assert (item.level, found.signals[0].comment) == (Level.REDACTED, "[redacted]")
+
+
+def keep_hinted(pool: Pool, make_kept: MakeKept, *token_ids: int, line: str = "line") -> Signal:
+    """A step and a signal with a hint on it, both kept."""
+    step = step_with(make_kept, step_id=f"step-{'ab' * 16}", policy=Policy(line))
+    keep(pool, make_kept, step)
+    signal = Signal(
+        signal_id=new_id(),
+        target=Target.STEP,
+        target_id=step.step_id,
+        source="hindsight",
+        value=-1.0,
+        created_ms=1,
+        comment="it is secret",
+        evidence="a secret hint",
+        hint=Hint(step.step_id, 2, list(token_ids)),
+    )
+    pool.keep_signal(signal).result()
+    return signal
+
+
+def test_a_clean_hint_goes_along_under_the_name_of_its_step_and_its_words_are_redacted(
+    pool: Pool, outbox: Outbox, make_kept: MakeKept
+) -> None:
+    keep_hinted(pool, make_kept, 5, 6, 7)
+    outbox.fill()
+    found = only_batch(outbox)[1]
+    (signal,), (step,) = found.signals, found.steps
+    assert (signal.comment, signal.evidence) == ("it is [redacted]", "a [redacted] hint")
+    assert signal.hint == Hint(step.step_id, 2, [5, 6, 7])
+    assert step.step_id != f"step-{'ab' * 16}"
+
+
+def test_a_hint_with_something_to_take_out_stays_at_home(pool: Pool, outbox: Outbox, make_kept: MakeKept) -> None:
+    keep_hinted(pool, make_kept, 5, 666, 7)
+    outbox.fill()
+    (signal,) = only_batch(outbox)[1].signals
+    assert signal.hint is None
+    assert signal.value == -1.0
+
+
+def test_a_hint_of_another_model_cannot_be_looked_through_and_stays(
+    pool: Pool, outbox: Outbox, make_kept: MakeKept
+) -> None:
+    keep_hinted(pool, make_kept, 5, 6, 7, line="another line")
+    outbox.fill()
+    (signal,) = only_batch(outbox)[1].signals
+    assert signal.hint is None
+
+
+def test_at_full_a_hint_leaves_as_it_is(pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept) -> None:
+    consent.set_level(Level.FULL)
+    kept = keep_hinted(pool, make_kept, 5, 666, 7)
+    outbox.fill()
+    assert only_batch(outbox)[1].signals == [kept]

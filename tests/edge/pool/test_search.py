@@ -208,9 +208,7 @@ def _other(path: Path) -> None:
     path.write_bytes(b"no database " * 1000)
 
 
-@pytest.mark.parametrize(
-    ("damage", "logged"), [(_delete, 0), (_empty, 0), (_cut, 1), (_flip, 1), (_other, 1)], ids=lambda one: str(one)
-)
+@pytest.mark.parametrize(("damage", "logged"), [(_delete, 0), (_empty, 0), (_cut, 1), (_flip, 1), (_other, 1)])
 def test_a_lost_or_damaged_index_is_made_again_with_one_line(
     pool: Pool, looked: Path, damage: Callable[[Path], None], logged: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -294,6 +292,21 @@ def test_no_word_of_a_forgotten_session_stays_in_the_index_and_its_key_is_anothe
     assert len(found(pool, "wheel5")) == 1
     assert found(pool, "xylophone") == []
     assert sorted(path.name for path in tmp_path.glob("search.*")) == ["search.db", "search.lock"]
+
+
+def test_the_key_of_an_index_that_is_not_there_goes_with_what_is_forgotten(
+    pool: Pool, make_kept: MakeKept, tmp_path: Path
+) -> None:
+    keep(pool, make_kept(session="one"), make_kept(session="two"))
+    found(pool, "hello")
+    old_key = search_key(pool)
+    (tmp_path / INDEX_NAME).rename(tmp_path / "copy.db")
+    pool.submit(lambda db: pool.forgetting.forget(db, ["one"])).result()
+    SearchIndex(pool).forget()
+    with pool.read() as database:
+        assert not database.conn.execute("SELECT 1 FROM keys WHERE scope = ?", (SEARCH_SCOPE,)).fetchone()
+    assert {hit.session_id for hit in found(pool, "hello")} == {"two"}
+    assert search_key(pool) != old_key
 
 
 def test_what_was_let_go_of_is_found_no_more(pool: Pool, make_kept: MakeKept) -> None:

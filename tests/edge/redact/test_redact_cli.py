@@ -52,9 +52,12 @@ def test_a_text_that_holds_nothing_is_said_to(tmp_path: Path) -> None:
     assert "nothing would be taken out" in run(tmp_path, "test", "-", given="a quiet day\n")[1]
 
 
-def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["redact", "test", str(tmp_path / "none")])
-    assert "cannot read" in str(result.exception)
+@pytest.mark.parametrize("word", ["none", "my password is hunter2", "long" * 2000])
+def test_where_there_is_no_such_file_a_pipe_is_offered_and_what_may_be_a_text_not_repeated(word: str) -> None:
+    said = str(CliRunner().invoke(app, ["redact", "test", word]).exception)
+    assert "there is no such file" in said
+    assert "redact test -" in said
+    assert word not in said
 
 
 def test_the_kinds_are_listed_for_a_person_and_for_a_program(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""How the whole suite runs: the longest files first, so that all workers end together, and none in another's way."""
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from demoworld import stage
+
+LONGEST_FIRST = (
+    "integration/test_mixed_load.py",
+    "integration/test_wire_capture.py",
+    "integration/test_loop.py",
+    "integration/test_sdks.py",
+    "edge/gateway/test_whitebox.py",
+    "edge/test_engine_grammar.py",
+    "edge/gateway/test_trajectories.py",
+    "edge/test_engine_memory.py",
+    "edge/test_engine.py",
+    "integration/test_forget.py",
+    "edge/test_engine_lasting.py",
+    "integration/test_flower.py",
+    "edge/test_upstream_exact.py",
+    "edge/pool/test_backup.py",
+)
+"""files of more than ten seconds; a worker takes whole files, these in this order and then the others in theirs"""
+_HERE = Path(__file__).parent
+_MOST_WORKERS = 4
+
+
+def pytest_configure() -> None:
+    """No test depends on how long one example takes, and no two workers give the same port to what they start."""
+    settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    stage.PORTS = stage.PORTS[worker % _MOST_WORKERS :: _MOST_WORKERS]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {_HERE / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the libraries' two million objects out of the garbage collections of every test."""
+    gc.collect()
+    gc.freeze()
