@@ -152,7 +152,7 @@ class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1
     """What was done at a `ForgetRequest`: how many steps and signals were deleted, how many of the ids were not known.
 
     `adapters` are the versions that had learned from any of it, or went on from one that had: they cannot unlearn.
-    `device_deleted`: the operator deleted the whole device, so nothing of it is there, nor known which adapters it taught.
+    `device_deleted`: the operator deleted the whole device, so nothing of it is there, nor known whom it taught.
     """
 
     request_id: str

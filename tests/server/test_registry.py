@@ -12,6 +12,7 @@ from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import AdapterInvalid, StorageError
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe
+from clawloop_shared.records import Trajectory
 
 
 @pytest.fixture
@@ -81,14 +82,14 @@ def test_what_a_crash_left_behind_is_replaced(registry: Registry, home: Home, ba
 def test_round_candidate_and_consumption_are_one_transaction(registry: Registry, vault: Vault, base: Base) -> None:
     round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1)
 
-    def finish(trajectory_ids: list[str]) -> None:
+    def finish(trajectories: list[Trajectory]) -> None:
         with registry.within() as database:
             version = registry.record_candidate(candidate(base, round_id=round_id))
             registry.finish_round(round_id, RoundState.PASSED, version=version)
-            vault.consume(round_id, trajectory_ids, database)
+            vault.consume(round_id, trajectories, database)
 
     with pytest.raises(Exception, match="not ready any more"):
-        finish(["not there"])
+        finish([Trajectory(trajectory_id="not there", steps=[], signals=[], reward=0.0, weight=1.0)])
     assert registry.round(round_id).state is RoundState.RUNNING
     assert registry.adapters() == []
     finish([])
