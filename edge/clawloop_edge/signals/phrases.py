@@ -147,6 +147,7 @@ ENGLISH = Language(
     lead_in=(
         "got it|makes sense|(?:that |this |it )(?:makes|made) sense(?: now)?|i see|understood|alright|all right|right",
         "good to know|cool|nice one|yep|yup|sure|fine|good|wonderful|i'll (?:try|do|take) (?:that|it|this)",
+        "(?:that's |that is |it's |this is )?(?:correct|right|the (?:right )?one)|exactly that",
     ),
     clouds=(
         "but|however|except|though|although|unfortunately|myself|broken|broke|breaks?|doesn't|does not|didn't|did not",
@@ -250,6 +251,7 @@ GERMAN = Language(
     ),
     lead_in=(
         "verstehe|verstanden|alles klar|(?:das )?(?:ergibt|macht) sinn|aha|gut|schön|stimmt|cool|fein|klar|in ordnung",
+        "(?:das (?:ist|war) )?(?:richtig|korrekt)|das (?:ist|war) (?:er|sie|es)",
         "gut zu wissen|das probiere ich(?: aus)?|mache ich",
     ),
     clouds=(
