@@ -347,4 +347,5 @@ async def test_headers_that_come_byte_by_byte_are_cut_off_also_on_a_connection_t
                 writer.write(b"b")
                 await asyncio.wait([cut], timeout=0.05)
             assert time.monotonic() - began > 0.3
-            assert cut.result() == b""
+            if not isinstance(cut.exception(), ConnectionResetError):  # of a byte that came too late
+                assert cut.result() == b""
