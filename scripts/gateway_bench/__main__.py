@@ -59,6 +59,9 @@ def main() -> int:
     parser.add_argument(
         "--litellm", action="store_true", help="LiteLLM too, installed into .litellm/ if it is not there"
     )
+    parser.add_argument(
+        "--unscored", action="store_true", help="clawloop without scorers too, beside the one with them"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--rounds", type=int, help=f"rounds, interleaved ({Plan.rounds})")
     options = parser.parse_args()
@@ -67,7 +70,7 @@ def main() -> int:
     plan = QUICK if options.quick else Plan()
     plan = replace(plan, rounds=options.rounds or plan.rounds)
     try:
-        report = measure_all(plan, with_litellm=options.litellm, say=console.print)
+        report = measure_all(plan, with_litellm=options.litellm, unscored=options.unscored, say=console.print)
     except StageError as error:
         console.print(f"bench-gateway: {error}", markup=False)
         return 1
@@ -78,7 +81,7 @@ def main() -> int:
     return 0 if report.sound else 1
 
 
-def measure_all(plan: Plan, *, with_litellm: bool, say: Callable[[str], object]) -> Report:
+def measure_all(plan: Plan, *, with_litellm: bool, unscored: bool = False, say: Callable[[str], object]) -> Report:
     """Start all, measure all, stop all."""
     versions = {name: version(name) for name in ("clawloop", "aiohttp", "uvloop")}
     versions["Python"] = platform.python_version()
@@ -96,6 +99,8 @@ def measure_all(plan: Plan, *, with_litellm: bool, say: Callable[[str], object])
             relay = stack.enter_context(start.relay(folder, direct))
             ours, edge = stack.enter_context(start.edge(folder, direct))
             others = [stack.enter_context(start.litellm(folder, direct))] if with_litellm else []
+            if unscored:
+                others.append(stack.enter_context(start.edge(folder, direct, name="unscored", scored=False))[0])
         with start.cores(0):
             run = Run(plan, [direct, relay, ours, *others], say)
             uvloop.run(run.measure())

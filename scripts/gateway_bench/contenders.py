@@ -150,12 +150,16 @@ def relay(folder: Path, direct: Contender) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def edge(folder: Path, direct: Contender) -> Iterator[tuple[Contender, Part]]:
-    """Our edge, set up as a user would: a home of its own, its token, its encrypted pool."""
+def edge(
+    folder: Path, direct: Contender, *, name: str = "clawloop", scored: bool = True
+) -> Iterator[tuple[Contender, Part]]:
+    """Our edge, set up as a user would: a home of its own, its token, its encrypted pool; with the scorers that run by
+    default, which look at the upstream server's untrainable steps as they would at others, or (not `scored`) none."""
     (port,) = free_ports(1)
-    part = Part("clawloop", "clawloop-edge", folder / "edge", port, "CLAWLOOP_EDGE_HOME")
+    part = Part(name, "clawloop-edge", folder / name, port, "CLAWLOOP_EDGE_HOME")
     server = f"http://127.0.0.1:{direct.port}/v1"
     part.run("setup", "--upstream", server, "--upstream-model", MODEL, "--port", str(port), "--key-file", "--yes")
+    part.configure({"signals": {"untrainable": True} if scored else {"scorers": []}})
     began = time.monotonic()
     part.start()
     try:

@@ -1,7 +1,8 @@
 """What may be shown to a model on another machine that judges, and the record of it (`signals.asking.Border`).
 
 The owner allowed the address itself in the configuration. Here their other words count: a session or an app that may
-not send steps, or that a pause has touched, is not shown; below level `full` what is shown is redacted, or it is not.
+not send steps, or that a pause has touched, is not shown, nor one that was forgotten since it was read; below level
+`full` what is shown is redacted, or it is not.
 """
 
 import asyncio
@@ -43,6 +44,8 @@ class Abroad:
 
     def _cleared(self, texts: Sequence[str], *, session_id: str, app: str) -> list[str] | None:
         with self._pool.read() as database:
+            if self._pool.tombstones.forgot(database, session=session_id):
+                return None
             level = self._consent.state_in(database).level
             own = self._consent.within(database, supposed=EVERYTHING).ladder(session_id, app=app).latest
         if not own.sends_steps:

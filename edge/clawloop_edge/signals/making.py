@@ -31,7 +31,8 @@ def signals_of(source: str, case: Case, verdicts: Sequence[Verdict], *, digest: 
         target, target_id = verdict.target or case.target, verdict.target_id or case.target_id
         number = numbers[target, target_id]
         numbers[target, target_id] += 1
-        named = (digest, case.moment, case.target, case.target_id, case.answer.step.session_id)
+        answer = case.answer.step  # another one, where a run or trajectory went on after it was judged
+        named = (digest, case.moment, case.target, case.target_id, answer.session_id, answer.step_id)
         signals.append(
             check_signal(
                 Signal(
@@ -42,13 +43,18 @@ def signals_of(source: str, case: Case, verdicts: Sequence[Verdict], *, digest: 
                     value=verdict.value,
                     weight=verdict.weight,
                     created_ms=now_ms,
-                    evidence=verdict.evidence[:MAX_EVIDENCE_CHARS],
-                    comment=verdict.comment[:MAX_COMMENT_CHARS],
+                    evidence=_text(verdict.evidence)[:MAX_EVIDENCE_CHARS],
+                    comment=_text(verdict.comment)[:MAX_COMMENT_CHARS],
                     hint=verdict.hint,
                 )
             )
         )
     return signals
+
+
+def _text(words: str) -> str:
+    """What can be kept of words: JSON lets a model write half a character, and no file takes that."""
+    return words.encode("utf-8", "replace").decode()
 
 
 def _signal_id(source: str, named: tuple[object, ...]) -> str:

@@ -18,12 +18,21 @@ from clawloop_shared.records import Hint, Trajectory
 
 Logprobs = Callable[[Sequence[Sample]], list[list[float]]]
 """of each sample's trained tokens, under the current policy"""
+Hints = dict[tuple[int, str], Hint]
+"""by the place of a trajectory in its update, and the id of a step"""
 
 
-def latest_hints(trajectories: Iterable[Trajectory]) -> dict[str, Hint]:
-    """The newest hint of each step, by its id."""
-    signals = sorted((s for t in trajectories for s in t.signals), key=lambda s: (s.created_ms, s.signal_id))
-    return {signal.hint.step_id: signal.hint for signal in signals if signal.hint is not None}
+def latest_hints(trajectories: Iterable[Trajectory], *, vocab_size: int) -> Hints:
+    """The newest hint of each step that has one of tokens which the model has. Only what judges a trajectory may hint
+    at its steps: the steps of another may be of another device."""
+    found: Hints = {}
+    for index, trajectory in enumerate(trajectories):
+        own = {step.step_id for step in trajectory.steps}
+        for signal in sorted(trajectory.signals, key=lambda s: (s.created_ms, s.signal_id)):
+            hint = signal.hint
+            if hint is not None and hint.step_id in own and max(hint.token_ids) < vocab_size:
+                found[index, hint.step_id] = hint
+    return found
 
 
 def with_hint(sample: Sample, hint: Hint, *, max_tokens: int) -> Sample | None:
@@ -41,7 +50,7 @@ def with_hint(sample: Sample, hint: Hint, *, max_tokens: int) -> Sample | None:
 
 def with_hindsight(
     samples: Sequence[Sample],
-    hints: dict[str, Hint],
+    hints: Hints,
     *,
     logprobs: Logprobs,
     weight: float,
@@ -55,8 +64,8 @@ def with_hindsight(
     found = {
         index: hinted
         for index, sample in enumerate(samples)
-        if sample.step_id in hints
-        and (hinted := with_hint(sample, hints[sample.step_id], max_tokens=max_tokens)) is not None
+        if (hint := hints.get((sample.trajectory, sample.step_id))) is not None
+        and (hinted := with_hint(sample, hint, max_tokens=max_tokens)) is not None
     }
     if not found or not weight:
         return list(samples), 0

@@ -131,7 +131,7 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
         samples, tracked = _samples(learned, settings, state=state)
         samples, hinted = with_hindsight(
             samples,
-            latest_hints(learned),
+            latest_hints(learned, vocab_size=engine.model.config.vocab_size),
             logprobs=engine.logprobs,
             weight=settings.hindsight,
             clip=settings.hindsight_clip,

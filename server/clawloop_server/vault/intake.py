@@ -166,6 +166,8 @@ def refuse(reason: Reason, detail: str, *, record: Record) -> Refused:
 def _check_names(required: str, *names: str) -> None:
     if not required or max(len(name) for name in (required, *names)) > MAX_NAME_CHARS:
         raise RecordError(f"an id is empty or longer than {MAX_NAME_CHARS} characters")
+    if any("\0" in name for name in (required, *names)):  # it stands between names where several make one key
+        raise RecordError("an id has a NUL in it")
 
 
 def _check_length(what: str, text: str, *, limit: int) -> None:

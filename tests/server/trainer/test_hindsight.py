@@ -5,7 +5,6 @@ import math
 import random
 from collections.abc import Sequence
 
-import msgspec
 import pytest
 
 from clawloop_server.trainer.engine import TrainEngine
@@ -45,7 +44,7 @@ def told(answers: list[list[float]], sample: Sample = SAMPLE) -> tuple[list[Samp
     def logprobs(samples: Sequence[Sample]) -> list[list[float]]:
         return [next(given) for _ in samples]
 
-    return with_hindsight([sample], {"s": HINT}, logprobs=logprobs, weight=0.5, clip=1.0, max_tokens=64)
+    return with_hindsight([sample], {(0, "s"): HINT}, logprobs=logprobs, weight=0.5, clip=1.0, max_tokens=64)
 
 
 def test_a_hint_goes_into_the_prompt_and_the_answer_stays_token_for_token() -> None:
@@ -71,16 +70,44 @@ def test_a_hint_under_which_the_policy_is_not_finite_teaches_nothing() -> None:
     assert told([[-3.0, -2.0], [-2.4, math.nan]]) == ([SAMPLE], 0)
 
 
+def make_step(name: str = "s") -> Step:
+    return Step(
+        step_id=name,
+        session_id="session",
+        run_id="run",
+        prompt_ids=[5, 6, 7],
+        response_ids=[8, 9],
+        response_logprobs=[-5.5, -6.0],
+        policy=Policy("line", 0),
+        sampling=Sampling(),
+        finish_reason="stop",
+        created_ms=1,
+    )
+
+
+def trajectory(*signals: Signal, step: str = "s", name: str = "t") -> Trajectory:
+    return Trajectory(trajectory_id=name, steps=[make_step(step)], signals=[*signals], reward=-1.0, weight=1.0)
+
+
 def test_the_newest_hint_of_a_step_counts() -> None:
     other = Hint("s", 2, [50])
-    trajectory = Trajectory(
-        trajectory_id="t",
-        steps=[],
-        signals=[signal("late", other, at_ms=2), signal("early", HINT), signal("none", None, at_ms=3)],
-        reward=-1.0,
-        weight=1.0,
-    )
-    assert latest_hints([trajectory]) == {"s": other}
+    found = trajectory(signal("late", other, at_ms=2), signal("early", HINT), signal("none", None, at_ms=3))
+    assert latest_hints([found], vocab_size=320) == {(0, "s"): other}
+
+
+def test_nobody_hints_at_the_step_of_another_trajectory_even_if_it_has_the_same_name() -> None:
+    mine, theirs = trajectory(signal("mine", HINT)), trajectory(signal("theirs", Hint("s", 1, [50])), step="other")
+    assert latest_hints([theirs, mine], vocab_size=320) == {(1, "s"): HINT}
+    namesake = trajectory(signal("theirs", Hint("s", 1, [50])), name="u")
+    hints = latest_hints([mine, namesake], vocab_size=320)
+    assert hints[0, "s"] == HINT
+
+
+def test_a_hint_of_tokens_that_the_model_does_not_have_ends_no_round(engine: TrainEngine) -> None:
+    vocabulary = engine.model.config.vocab_size
+    hostile = trajectory(signal("g", Hint("s", 1, [vocabulary])))
+    limits = Limits(line_id="line", vocab_size=vocabulary, max_tokens=64)
+    assert run_round(engine, [hostile], state=TrainState(), limits=limits).mean("hinted_steps") == 0.0
 
 
 def test_learning_from_hints_alone_moves_the_policy_towards_what_it_says_when_it_is_told(engine: TrainEngine) -> None:
@@ -95,7 +122,7 @@ def test_learning_from_hints_alone_moves_the_policy_towards_what_it_says_when_it
         advantages=[0.0] * 6,
     )
     blank = dataclasses.replace(blank, logprobs=engine.logprobs([blank])[0])
-    hints = {"s": Hint("s", 12, [rng.randrange(2, 300) for _ in range(8)])}
+    hints = {(0, "s"): Hint("s", 12, [rng.randrange(2, 300) for _ in range(8)])}
     (taught,), used = with_hindsight([blank], hints, logprobs=engine.logprobs, weight=1.0, clip=1.0, max_tokens=64)
     assert used == 1
     assert len({round(a, 6) for a in taught.advantages}) > 1  # a token's own advantage, not the trajectory's
@@ -111,20 +138,7 @@ def test_learning_from_hints_alone_moves_the_policy_towards_what_it_says_when_it
 
 
 def test_a_round_uses_hints_and_counts_them(engine: TrainEngine) -> None:
-    step = Step(
-        step_id="s",
-        session_id="session",
-        run_id="run",
-        prompt_ids=[5, 6, 7],
-        response_ids=[8, 9],
-        response_logprobs=[-5.5, -6.0],
-        policy=Policy("line", 0),
-        sampling=Sampling(),
-        finish_reason="stop",
-        created_ms=1,
-    )
-    hinted = Trajectory(trajectory_id="t", steps=[step], signals=[signal("g", HINT)], reward=-1.0, weight=1.0)
-    plain = msgspec.structs.replace(hinted, signals=[signal("g", None)])
+    hinted, plain = trajectory(signal("g", HINT)), trajectory(signal("g", None))
     limits = Limits(line_id="line", vocab_size=320, max_tokens=64)
     counted = [run_round(engine, [t], state=TrainState(), limits=limits).mean("hinted_steps") for t in (hinted, plain)]
     assert counted == [1.0, 0.0]
