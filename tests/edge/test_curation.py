@@ -18,6 +18,7 @@ from clawloop_edge.privacy import curating
 from clawloop_edge.privacy.batch import LineRedactor
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_edge.privacy.forget import Forgetter, Wanted
+from clawloop_edge.privacy.limits import Subject
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.preview import preview
 from clawloop_edge.privacy.returning import come_back
@@ -341,3 +342,36 @@ class NothingToHide:
 
     def is_clean(self, ids: object, *, session_id: str) -> bool:
         return True
+
+
+@pytest.mark.parametrize("when", ["said before", "said meanwhile"])
+@pytest.mark.parametrize("what", ["device", "session"])
+def test_a_mark_that_could_not_leave_for_a_while_leaves_when_it_may(
+    pool: Pool, outbox: Outbox, when: str, what: str
+) -> None:
+    consent, step = ConsentLog(pool), keep(pool)
+
+    def allow(level: Level) -> None:
+        if what == "device":
+            consent.set_level(level)
+        else:
+            consent.set_limit(Subject.SESSION, "s1", level=level)
+        outbox.fill()
+
+    outbox.fill()
+    send_all(outbox)
+    if when == "said before":
+        say(pool, Target.STEP, step.step_id, word=OFF)
+        outbox.fill()
+        allow(Level.OFF)
+    else:
+        allow(Level.OFF)
+        say(pool, Target.STEP, step.step_id, word=OFF)
+        outbox.fill()
+    assert waiting(outbox) == []
+    allow(Level.FULL)
+    (batch,) = waiting(outbox)
+    assert [(mark.step_id, mark.trainable) for mark in batch.marks] == [(step.step_id, False)]
+    assert not batch.steps
+    allow(Level.FULL)
+    assert len(waiting(outbox)) == 1

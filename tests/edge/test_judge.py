@@ -28,6 +28,7 @@ from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.abroad import Abroad
 from clawloop_edge.privacy.audit import ASKED, AuditLog
 from clawloop_edge.privacy.consent import ConsentLog
+from clawloop_edge.privacy.forget import Forgetter, Wanted
 from clawloop_edge.privacy.limits import Subject
 from clawloop_edge.signals.asking import MAX_REPLY_BYTES, Clearing, checked_url, is_loopback, object_in
 from clawloop_edge.signals.judge import JudgeScorer, Part, Vote, framed, verdicts_of, vote_in
@@ -38,6 +39,7 @@ from clawloop_shared.levels import Level
 
 from .fake_judge import FakeJudge, obedient, outside, votes
 from .fake_vllm import running
+from .kept import kept_step
 from .scored import case, settings_of
 
 Open = Callable[..., Any]
@@ -378,6 +380,11 @@ async def test_below_full_what_is_asked_elsewhere_is_redacted_or_not_asked(pool:
         await Clearing(Abroad(pool, consent, redactor=lambda: None), remote=True).texts(a_case(), ["x"])
 
 
+async def test_an_invisible_character_hides_nothing_from_the_redactor(pool: Pool) -> None:
+    shown = Clearing(Abroad(pool, ConsentLog(pool), redactor=Words), remote=True)
+    assert await shown.texts(a_case(), ["It is Syd\u200bney."]) == ["It is [redacted]."]
+
+
 @pytest.mark.parametrize("level", [Level.OFF, Level.METRICS])
 @pytest.mark.parametrize(("subject", "name"), [(Subject.SESSION, "session-1"), (Subject.APP, "app")])
 async def test_a_session_that_stays_at_home_is_not_shown_elsewhere(
@@ -390,6 +397,18 @@ async def test_a_session_that_stays_at_home_is_not_shown_elsewhere(
     with pytest.raises(NotScorable, match="may not leave this machine"):
         await Clearing(border, remote=True).texts(a_case(), ["x"])
     assert await Clearing(border, remote=False).texts(a_case(), ["x"]) == ["x"]
+
+
+async def test_a_session_that_was_forgotten_while_a_judge_was_waited_for_is_not_shown_elsewhere(pool: Pool) -> None:
+    pool.keep_step(kept_step("session-1")).result()
+    consent = ConsentLog(pool)
+    consent.set_level(Level.FULL)
+    shown = Clearing(Abroad(pool, consent, redactor=Words), remote=True)
+    assert await shown.texts(a_case(), ["x"]) == ["x"]
+    forgetter = Forgetter(pool, [])
+    forgetter.forget(forgetter.preview(Wanted(session_ids=["session-1"])))
+    with pytest.raises(NotScorable, match="may not leave this machine"):
+        await shown.texts(a_case(), ["x"])
 
 
 async def test_what_goes_elsewhere_is_written_down_before_it_goes(pool: Pool) -> None:

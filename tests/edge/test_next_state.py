@@ -95,6 +95,13 @@ def test_what_an_agent_puts_around_a_turn_is_no_word_of_the_user(frame: str) -> 
     assert next_turn([user([{"type": "text", "text": context}])]) == ""
 
 
+def test_commands_to_the_agent_are_not_said_of_the_answer_and_what_follows_them_is() -> None:
+    assert next_turn([user("/bad too short\nthank you")]) == "thank you"
+    assert next_turn([user("/good\n/status\n\nno, that is wrong")]) == "no, that is wrong"
+    assert next_turn([user("/bad it is wrong")]) == ""
+    assert next_turn([user("/etc/hosts is not what I meant")]) == "/etc/hosts is not what I meant"
+
+
 @pytest.mark.parametrize(
     "wake",
     [

@@ -27,9 +27,10 @@ from clawloop_edge.opening import open_pool
 from clawloop_edge.rollout.agent import Limits, Outcome, run_agent
 from clawloop_edge.rollout.environment import agent_environment, base_environment
 from clawloop_edge.rollout.journal import JOURNAL_NAME, Begun, Ending, Journal, Opened, Settings
-from clawloop_edge.rollout.judging import told_reward
+from clawloop_edge.rollout.judging import hidden_fields, told_reward
 from clawloop_edge.rollout.report import pass_at_k
-from clawloop_edge.rollout.tasks import read_tasks
+from clawloop_edge.rollout.tasks import Task, read_tasks
+from clawloop_edge.signals.settings import ExactSettings, SignalsSettings
 from clawloop_shared.errors import ConfigError, StorageError
 from clawloop_shared.records import Channel, Signal, Step
 from demoworld.stage import Part, make_edge
@@ -170,6 +171,18 @@ def test_an_agent_may_judge_itself_on_its_last_line_and_sees_the_answer_only_if_
         assert report_of(tmp_path / name)["mean_reward"] == reward
     for line in (b"", b"[1]", b'{"reward": true}', b'{"reward": 1.5}', b'{"reward": NaN}', b'{"reward": "1"}'):
         assert told_reward(line) is None
+
+
+def test_whatever_says_what_is_right_is_hidden_from_agents() -> None:
+    hidden = hidden_fields(SignalsSettings(exact=ExactSettings(keys=("label.gold",))))
+    fields = {
+        "prompt": "?",
+        "answer": 1,
+        "answer_regex": "x",
+        "reward_model": {"ground_truth": 1},
+        "label": {"gold": 1},
+    }
+    assert Task(key="k", name="n", line=1, fields=fields).told(hidden) == {"prompt": "?"}
 
 
 def test_sixty_four_agents_run_at_the_same_time(edge: Part, tmp_path: Path) -> None:

@@ -329,3 +329,27 @@ def test_what_followed_is_found_word_for_word_by_call_by_text_or_not_at_all() ->
     assert found(asked, kept([user("a summary"), said("b", "call1"), *tail], said("d"))) == tail
     assert found(asked, kept([user("a summary"), said("e"), user("f")], said("d"))) == [user("f")]
     assert found(asked, kept([user("a summary"), user("f")], said("d"))) == [user("a summary"), user("f")]
+
+
+async def test_half_a_character_in_a_judges_words_is_kept_as_a_question_mark(pool: Pool) -> None:
+    scorer = Noting(lambda case: [Verdict(value=1.0, comment="so \ud800", evidence="\udfff")])
+    talk = Talk(pool)
+    async with running(worker_of(pool, scorer)):
+        first = talk.step([user("q")], said("a"), run="r1")
+        talk.step([user("q"), said("a"), user("x")], said("b"), run="r2", parent=first)
+        await until(lambda: bool(kept_signals(pool)))
+    assert {(signal.comment, signal.evidence) for signal in kept_signals(pool)} == {("so ?", "?")}
+    assert len(scorer.seen) == 1
+
+
+async def test_a_trajectory_that_went_on_after_it_was_judged_has_the_later_word_too(pool: Pool) -> None:
+    says = iter([-1.0, 1.0])
+    scorer = Noting(lambda case: [Verdict(value=next(says))], name="exact", moments=frozenset({Moment.ENDED}))
+    talk = Talk(pool, "t")
+    async with running(worker_of(pool, scorer, idle_s=0.0)):
+        first = talk.step([user("q")], said("a"), run="r1", trajectory_id="t")
+        await until(lambda: len(kept_signals(pool, "t")) == 1)
+        later = [user("q"), said("a"), user("x")]
+        talk.step(later, said("b"), run="r1", parent=first, trajectory_id="t")
+        await until(lambda: len(kept_signals(pool, "t")) == 2)
+    assert sorted(signal.value for signal in kept_signals(pool, "t")) == [-1.0, 1.0]

@@ -70,10 +70,10 @@ def names(found: list[Trajectory]) -> list[str]:
         (2, {"open": 2}, Stage.WAITING),
         (2, {"judged": 1}, Stage.PARTIAL),
         (2, {"judged": 1, "open": 1}, Stage.PARTIAL),
-        (2, {"judged": 2}, Stage.COMPLETE),
-        (2, {"judged": 2, "open": 1}, Stage.COMPLETE),
-        (2, {"judged": 1, "left out": 1}, Stage.COMPLETE),
-        (2, {"judged": 1, "consumed": 1}, Stage.COMPLETE),
+        (2, {"judged": 2}, Stage.QUIET),
+        (2, {"judged": 2, "open": 1}, Stage.QUIET),
+        (2, {"judged": 1, "left out": 1}, Stage.QUIET),
+        (2, {"judged": 1, "consumed": 1}, Stage.QUIET),
         (2, {"left out": 2}, Stage.WAITING),
         (0, {"judged": 3}, Stage.QUIET),
         (0, {"judged": 3, "open": 1}, Stage.PARTIAL),
@@ -100,14 +100,15 @@ def test_a_round_takes_whole_groups_and_one_that_is_too_large_blocks_nothing() -
 # the vault
 
 
-def test_a_group_of_known_size_goes_as_soon_as_all_are_judged(
+def test_a_group_of_known_size_goes_once_all_are_judged_and_nothing_more_came(
     waiting: Vault, device: str, add_member: Make, make_signal: Make, base: Base
 ) -> None:
     for name in "abc":
-        assert waiting.count_ready(base.line_id, now_ms=1) == 0
+        assert waiting.count_ready(base.line_id, now_ms=1 + SETTLE_S * 1000) == 0
         waiting.receive(device, [item(add_member(name, size=3), make_signal(Target.TRAJECTORY, name))], now_ms=1)
-    assert waiting.count_ready(base.line_id, now_ms=1) == 3
-    found = waiting.ready(base.line_id, 9, now_ms=1)
+    assert waiting.count_ready(base.line_id, now_ms=SETTLE_S * 1000) == 0
+    assert waiting.count_ready(base.line_id, now_ms=1 + SETTLE_S * 1000) == 3
+    found = waiting.ready(base.line_id, 9, now_ms=1 + SETTLE_S * 1000)
     assert sorted(names(found)) == ["a", "b", "c"]
     assert len({t.group_id for t in found}) == 1
 
@@ -126,7 +127,8 @@ def test_what_is_judged_of_an_abandoned_group_goes_in_the_end_and_the_rest_follo
     waiting.consume("round", taken)
     assert waiting.stats().trajectories == {"train": {"consumed": 3, "open": 1}}
     waiting.receive(device, [item(make_signal(Target.TRAJECTORY, "c", -1.0))], now_ms=after)
-    assert [(names([t]), t.reward) for t in waiting.ready(base.line_id, 9, now_ms=after)] == [(["c"], -1.0)]
+    later = after + SETTLE_S * 1000
+    assert [(names([t]), t.reward) for t in waiting.ready(base.line_id, 9, now_ms=later)] == [(["c"], -1.0)]
 
 
 def test_groups_of_one_name_on_two_devices_or_channels_are_strangers(
@@ -293,3 +295,18 @@ def test_nothing_is_looked_through_whole_to_take_in_or_hand_out_a_little(
     whole = re.compile(rf"SCAN {tables}\b|SEARCH {tables} USING PRIMARY KEY \(device_id=\?\)")
     assert len(plans) > 20
     assert [plan for plan in plans if whole.search(plan)] == []
+
+
+def test_names_that_run_into_each_other_stop_nobody_elses_training(
+    vault: Vault, device: str, add_device: Make, base: Base, make_step: Make
+) -> None:
+    good = make_step(run_id="good")
+    vault.receive(device, [item(good, said(Target.STEP, good.step_id))])
+    alike = [make_step(run_id="r", session_id="s\0g"), make_step(run_id="r", session_id="s", group_id="g")]
+    vault.receive(add_device(), [item(*alike, *(said(Target.STEP, step.step_id) for step in alike))])
+    assert "good" in {trajectory.steps[0].run_id for trajectory in vault.ready(base.line_id, 10)}
+    assert vault.stats().set_aside == {"bad step": 1}
+
+
+def said(target: Target, target_id: str) -> Signal:
+    return Signal(signal_id=new_id(), target=target, target_id=target_id, source="user", value=1.0, created_ms=1)

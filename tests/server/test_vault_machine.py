@@ -260,9 +260,8 @@ class Machine(RuleBasedStateMachine):
         if quiet_ms >= TIMEOUT_S * 1000:
             return True
         awaited = [other for other in group if not other.consumed and self.live(other) and not self.is_judged(other)]
-        if unit.size:
-            return len(group) - len(awaited) >= unit.size
-        return not awaited and quiet_ms >= SETTLE_S * 1000
+        whole = len(group) - len(awaited) >= unit.size if unit.size else not awaited
+        return whole and quiet_ms >= SETTLE_S * 1000
 
     def unit_of(self, found: Trajectory) -> Unit:
         device = next(n for n in (0, 1) if found.trajectory_id in self.owned(n))

@@ -97,6 +97,7 @@ def rollout(
     from clawloop_edge.rollout.agent import Limits
     from clawloop_edge.rollout.environment import base_environment
     from clawloop_edge.rollout.journal import Settings
+    from clawloop_edge.rollout.judging import hidden_fields
     from clawloop_edge.rollout.runner import Plan
 
     if resume and out is None:
@@ -118,7 +119,7 @@ def rollout(
         channel=channel,
         environment=base_environment(env or []),
         limits=Limits(timeout_s=timeout, memory_bytes=memory << 20),
-        tell_answer=tell_answer,
+        hidden=() if tell_answer else hidden_fields(home_of(context).require().load_config().signals),
         failed_reward=failed_reward,
         seed=seed,
     )

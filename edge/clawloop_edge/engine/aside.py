@@ -110,7 +110,13 @@ async def _text_answer(engine: TextEngine, question: Question) -> str:
 def unmarked(text: str) -> str:
     """A text in which nothing reads as a chat template's mark or as a tag, and nothing is invisible: as data in a
     prompt it stays data, whatever template the prompt goes through."""
-    return _TAG.sub(lambda match: _PLAIN[match.group()], _UNSEEN.sub("", text))
+    return _TAG.sub(lambda match: _PLAIN[match.group()], visible(text))
+
+
+def visible(text: str) -> str:
+    """A text without what nobody sees in it. To be done before a text is redacted: a secret with an invisible character
+    in it is not known for one, and would be whole again afterwards."""
+    return _UNSEEN.sub("", text)
 
 
 def shortened(text: str, most_chars: int) -> str:

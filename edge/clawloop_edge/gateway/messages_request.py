@@ -33,7 +33,7 @@ from clawloop_edge.gateway.settings import GatewaySettings
 
 Temperature = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_UNKNOWN_TYPE = re.compile(r"Invalid (?:enum )?value ('.{0,64}')")
+_UNKNOWN_TYPE = re.compile(r"has an unknown value: ('.{0,64}')")
 _ENTRY_BYTES = 300
 _MAX_BYTES = 4 << 20
 

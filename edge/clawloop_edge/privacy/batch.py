@@ -94,12 +94,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Collected:
-    """Records of the changes after `cursor` up to `upto`, and what they were judged by: the ladders, and the words of
-    their owner up to the change `curated`."""
+    """Records of the changes after `cursor` up to `upto`, marks of the words after `heard` up to `said`, and what they
+    were judged by: the ladders, and the words of their owner up to the change `curated`."""
 
     receipt_id: str
     cursor: int
     upto: int
+    heard: int
+    said: int
     curated: int
     sources: list[Source]
     apps: dict[str, str]
@@ -151,15 +153,18 @@ class Collector:
         self.stopped = False
         self._curations = Curations(reading.database, reading.keyring)
 
-    def collect(self, cursor: int) -> Collected | None:
-        """Records after `cursor`; None if nothing was kept since that could be looked at."""
+    def collect(self, cursor: int, heard: int) -> Collected | None:
+        """Records after `cursor` and marks of words after `heard`; None if there is nothing that could be looked at.
+
+        The two are apart because words are looked at again when more may leave, also those on what left long ago.
+        """
         receipt, sends_after = self._allowance.state.receipt, self._allowance.state.ladder.sends_after
         if receipt is None or sends_after is None:
             return None
         sources: list[Source] = []
-        size, upto = 0, cursor
+        size, upto, said = 0, cursor, heard
         curated = self._curations.last_seq()
-        for seq, change in merge(self._changes(max(cursor, sends_after)), self._words(cursor), key=itemgetter(0)):
+        for seq, change in merge(self._changes(max(cursor, sends_after)), self._words(heard), key=itemgetter(0)):
             found = [*self._sources(change)]
             if not self._can_redact and any(source.level is Level.REDACTED for source in found):
                 self.stopped = True
@@ -168,10 +173,21 @@ class Collector:
             if sources and size > MAX_COLLECTED_BYTES:
                 break
             sources += found
-            upto = seq
-        if upto == cursor:
+            upto, said = (upto, seq) if isinstance(change, Curation) else (seq, said)
+        if (upto, said) == (cursor, heard):
             return None
-        return Collected(receipt.receipt_id, cursor, upto, curated, sources, self.apps, self.ladders, self.left_out)
+        return Collected(
+            receipt_id=receipt.receipt_id,
+            cursor=cursor,
+            upto=upto,
+            heard=heard,
+            said=said,
+            curated=curated,
+            sources=sources,
+            apps=self.apps,
+            ladders=self.ladders,
+            left_out=self.left_out,
+        )
 
     def _changes(self, after_seq: int) -> Iterator[tuple[int, Change | Curation]]:
         while page := self._reading.changes(after_seq, _PAGE):
@@ -179,7 +195,7 @@ class Collector:
             after_seq = page[-1].seq
 
     def _words(self, after_seq: int) -> Iterator[tuple[int, Change | Curation]]:
-        """What was said since the outbox was filled last, also while no step could leave: it is of what left before."""
+        """What was said since the outbox last looked, also while no step could leave: it is of what left before."""
         while page := self._curations.after(after_seq, _PAGE):
             yield from page
             after_seq = page[-1][0]

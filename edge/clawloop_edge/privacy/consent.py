@@ -23,7 +23,7 @@ from clawloop_edge.privacy.ladder import EVERYTHING, NOTHING, Ladder, Rung
 from clawloop_edge.privacy.limits import Limit, Limits, Subject
 from clawloop_edge.privacy.policy import DATA, POLICY_VERSION, PURPOSES, VALID_MS, policy_sha256
 from clawloop_edge.privacy.receipts import Receipt, ReceiptChain, Recipient, device_key
-from clawloop_edge.privacy.schema import prepare, purge_queue, read_cursor, take_back, write_cursor
+from clawloop_edge.privacy.schema import prepare, purge_queue, read_cursor, take_back, write_cursor, write_words
 from clawloop_shared import signing
 from clawloop_shared.errors import SignatureInvalid
 from clawloop_shared.ids import new_id
@@ -206,6 +206,7 @@ class ConsentLog:
             ladder = ladder.followed_by(level, after_seq=last if past_after is None else min(past_after, last))
         receipt = self._receipt(database, ladder, private=private)
         self._receipts.append(database, receipt, private=private)
+        write_words(database, self._pool.keyring, seq=0)
         if not before.latest.sends_steps:
             purge_queue(database, self._pool.keyring)
         self._purge(database)
@@ -266,6 +267,7 @@ class ConsentLog:
     def _put(self, database: "Database", subject: Subject, name: str, *, ladder: Ladder, until_ms: int = 0) -> Limit:
         limit = Limit(subject=subject, name=name, ladder=ladder, set_ms=self._clock(), until_ms=until_ms)
         self._limits.put(database, limit)
+        write_words(database, self._pool.keyring, seq=0)
         return limit
 
     def _settle(self, database: "Database", *, now: bool = False) -> None:

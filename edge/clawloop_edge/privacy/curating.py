@@ -27,8 +27,6 @@ _WAITING = (
 _FIRST = f"""SELECT min(seq) FROM (
     SELECT seq FROM steps WHERE step_id IN (SELECT record_id FROM outbox_records WHERE item_id IN {_IDS})
     UNION ALL SELECT seq FROM signals WHERE signal_id IN (SELECT record_id FROM outbox_records WHERE item_id IN {_IDS})
-    UNION ALL SELECT seq FROM curations
-        WHERE curation_id IN (SELECT substr(record_id, 1, 26) FROM outbox_records WHERE item_id IN {_IDS})
     )"""  # noqa: S608
 _FIRST_AT_HOME = (
     f"SELECT min(seq) FROM steps AS s WHERE step_id IN {_IDS}"  # noqa: S608
@@ -63,7 +61,7 @@ def _look_again(database: "Database", steps: str) -> int | None:
 def _take_out(database: "Database", pool: Pool, steps: str) -> int | None:
     """Take back the items that wait with one of these steps; gives the first change of what they held."""
     items = [row[0] for row in database.conn.execute(_WAITING, (steps,))]
-    found: int | None = database.conn.execute(_FIRST, [_ids(items)] * 3).fetchone()[0]
+    found: int | None = database.conn.execute(_FIRST, [_ids(items)] * 2).fetchone()[0]
     take_back(database, pool.keyring, item_ids=items)
     return found
 

@@ -18,7 +18,7 @@ from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.batch import Collected, Collector, Draft, LineRedactor, Maker
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_edge.privacy.items import Facts
-from clawloop_edge.privacy.schema import ItemState, item_scope, read_cursor, write_cursor
+from clawloop_edge.privacy.schema import ItemState, item_scope, read_cursor, read_words, write_cursor, write_words
 from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
@@ -79,7 +79,8 @@ class Filler:
             if not allowance.state.level.sends_steps:
                 return None, False
             collector = Collector(reading, allowance, can_redact=self.redactor is not None)
-            return collector.collect(read_cursor(reading.database, self._pool.keyring)), collector.stopped
+            at = [read(reading.database, self._pool.keyring) for read in (read_cursor, read_words)]
+            return collector.collect(*at), collector.stopped
 
     def _proceed(self) -> None:
         if self._stopping.is_set():
@@ -98,6 +99,7 @@ class Filler:
         if not self._holds(database, collected):
             return 0
         write_cursor(database, self._pool.keyring, seq=collected.upto)
+        write_words(database, self._pool.keyring, seq=collected.said)
         forgotten = self._pool.tombstones.forgotten_sessions(database, {draft.session_id for draft in drafts})
         drafts = [draft for draft in drafts if draft.session_id not in forgotten]
         for draft in drafts:
@@ -113,7 +115,8 @@ class Filler:
         receipt = allowance.state.receipt
         if receipt is None or receipt.receipt_id != collected.receipt_id or not allowance.state.level.sends_steps:
             return False
-        if read_cursor(database, self._pool.keyring) != collected.cursor:
+        at = [read(database, self._pool.keyring) for read in (read_cursor, read_words)]
+        if at != [collected.cursor, collected.heard]:
             return False
         if Curations(database, self._pool.keyring).last_seq() != collected.curated:
             return False

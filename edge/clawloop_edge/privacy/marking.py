@@ -11,8 +11,6 @@ from clawloop_shared.records import Mark
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
-ID_CHARS = 26
-"""of what a mark's own id begins with: the id of the word that it passes on"""
 _LEFT = (
     "SELECT s.step_id, r.sent_as, o.level FROM steps AS s JOIN outbox_records AS r ON r.record_id = s.step_id"
     " JOIN outbox AS o USING (item_id) WHERE s.{column} = ? AND s.session_id = ? AND o.state IN ('sent', 'received')"

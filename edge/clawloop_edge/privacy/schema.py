@@ -22,6 +22,9 @@ WAITING = "state IN ('queued', 'approved', 'sent') AND body IS NOT NULL"
 CURSOR = "outbox.cursor"
 """state: the last change (8 bytes, big-endian) that the outbox has looked at"""
 
+WORDS = "outbox.words"
+"""state: the last word on learning that it has looked at, likewise; none: it looks at all of them"""
+
 
 class ItemState(StrEnum):
     """How far an outbox item has come."""
@@ -139,6 +142,18 @@ def write_cursor(database: "Database", keyring: Keyring, *, seq: int) -> None:
     write_state(database, keyring, name=CURSOR, value=seq.to_bytes(8, "big"))
 
 
+def read_words(database: "Database", keyring: Keyring) -> int:
+    """The change of the last word on learning that the outbox has looked at."""
+    found = read_state(database, keyring, name=WORDS)
+    return int.from_bytes(found, "big") if found else 0
+
+
+def write_words(database: "Database", keyring: Keyring, *, seq: int) -> None:
+    """Move the outbox to another word; 0: what may leave has changed, so all are to be looked at again. Needs a write
+    transaction."""
+    write_state(database, keyring, name=WORDS, value=seq.to_bytes(8, "big"))
+
+
 def destroy_item(database: "Database", keyring: Keyring, *, item_id: str) -> None:
     """Destroy the bytes of an item that has not been received. One that was sent stays listed as sent."""
     keyring.destroy(database, item_scope(item_id))
@@ -160,6 +175,8 @@ def take_back(database: "Database", keyring: Keyring, *, item_ids: Iterable[str]
             (item_id, ItemState.DROPPED),
         )
         count += 1
+    if count:
+        write_words(database, keyring, seq=0)  # marks among it go again as soon as they may
     return count
 
 

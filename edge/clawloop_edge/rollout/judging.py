@@ -14,7 +14,7 @@ import msgspec
 
 from clawloop_edge.errors import ScorerFailed
 from clawloop_edge.rollout.journal import Ended, Score
-from clawloop_edge.rollout.tasks import Task
+from clawloop_edge.rollout.tasks import ANSWERS, Task
 from clawloop_edge.signals.limits import ScorerLimits
 from clawloop_edge.signals.protocol import Case, Moment, Scorer, Verdict
 from clawloop_edge.signals.registry import SCORERS, Deps
@@ -135,6 +135,12 @@ class Judge:
             steps=steps,
             metadata=task.fields,
         )
+
+
+def hidden_fields(settings: SignalsSettings) -> frozenset[str]:
+    """The fields of a task that say what is right: those that scorers read by default, and by these settings."""
+    read = {key.partition(".")[0] for key in (*settings.exact.keys, *settings.regex.keys)}
+    return frozenset({*ANSWERS, *read})
 
 
 def open_judge(names: Iterable[str], settings: SignalsSettings, *, home: Path, pool: Pool | None) -> Judge:

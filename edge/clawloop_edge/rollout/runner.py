@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -20,7 +20,7 @@ from clawloop_edge.rollout.agent import Limits, run_agent
 from clawloop_edge.rollout.environment import agent_environment
 from clawloop_edge.rollout.journal import Begun, Ended, Ending, Journal, Score, Scored
 from clawloop_edge.rollout.judging import FAILED, Judge, told_reward
-from clawloop_edge.rollout.tasks import Task
+from clawloop_edge.rollout.tasks import ANSWERS, Task
 from clawloop_shared.files import publish_secret
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ _SEEDS = 1 << 31
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """How tasks are played. `environment` is what every agent is given; `failed_reward` judges runs that failed, which
-    have no reward otherwise."""
+    """How tasks are played. `environment` is what every agent is given, `hidden` the fields of a task that none is
+    told; `failed_reward` judges runs that failed, which have no reward otherwise."""
 
     command: list[str]
     n: int
@@ -38,7 +38,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     channel: Literal["train", "val"]
     environment: Mapping[str, str]
     limits: Limits
-    tell_answer: bool = False
+    hidden: Collection[str] = ANSWERS
     failed_reward: float | None = None
     seed: int | None = None
 
@@ -126,7 +126,7 @@ class Rollout:
         except CallRefused as error:
             return Ended(run=run, trajectory_id="", ending=Ending.REFUSED, detail=str(error))
         self._journal.append(Begun(run=run, trajectory_id=trajectory.trajectory_id, group=group))
-        told = msgspec.json.encode(task.told(answer=plan.tell_answer))
+        told = msgspec.json.encode(task.told(plan.hidden))
         task_file = self._task_file(task, told)
         environment = agent_environment(
             plan.environment,

@@ -6,6 +6,7 @@ Whatever keys a task has are data: nothing here or behind it makes names of tabl
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from clawloop_shared.errors import ConfigError
 Json = dict[str, Any]
 MAX_TASK_BYTES = 64 << 10
 """what the edge takes as a trajectory's metadata, and what fits into an environment variable"""
-ANSWER = "answer"
+ANSWERS = ("answer", "answer_regex", "ground_truth", "reward_model")
+"""where a task may say what is right"""
 _MAX_NAME_CHARS = 200
 
 
@@ -28,9 +30,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     line: int
     fields: Json
 
-    def told(self, *, answer: bool) -> Json:
-        """What an agent is told: everything, its answer only if that is wanted."""
-        return {name: value for name, value in self.fields.items() if answer or name != ANSWER}
+    def told(self, hidden: Collection[str]) -> Json:
+        """What an agent is told: all fields but those that are `hidden`."""
+        return {name: value for name, value in self.fields.items() if name not in hidden}
 
 
 class BrokenLine(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from clawloop_edge.engine.aside import LocalModel, Question
+from clawloop_edge.engine.aside import LocalModel, Question, visible
 from clawloop_edge.errors import EngineError, NotScorable, RedactionError, RequestError, ScorerFailed
 from clawloop_edge.pool.records import Json
 from clawloop_edge.signals.model_settings import LOCAL, AskedSettings, EndpointSettings
@@ -200,7 +200,8 @@ class Clearing:
             return list(texts)
         last = case.answer
         try:
-            found = await self._border.cleared(texts, session_id=last.step.session_id, app=last.app)
+            shown = [visible(text) for text in texts]
+            found = await self._border.cleared(shown, session_id=last.step.session_id, app=last.app)
         except RedactionError as error:
             raise ScorerFailed(f"what would be asked cannot be redacted now: {error}") from error
         if found is None:

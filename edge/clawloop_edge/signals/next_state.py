@@ -48,6 +48,8 @@ _QUOTED_LINE = re.compile(r"^\s*>.*$", re.MULTILINE)
 _QUOTES = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»|»[^«\n]*«|(?<!\w)[‘'][^'’\n]{2,}[’'](?!\w)")
 _URL = re.compile(r"https?://\S+")
 _REACTION = re.compile(r"System: \[[^\]\n]{1,60}\] [A-Z][\w .-]{0,30} reaction (added|removed): (\S+) by [^\n]{1,200}")
+_COMMANDS = re.compile(r"\A(?:/[a-z][\w-]*(?:[ \t][^\n]*)?(?:\n+|\Z))+")
+"""lines to the agent itself (`/bad too short`), which OpenClaw keeps before what is said next"""
 _CLAUSE = re.compile(r"[.!?;,:\n]+|(?<=\s)-(?=\s)")
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _WORD = re.compile(r"\w+(?:'\w+)?")
@@ -55,7 +57,7 @@ _LOOKS = {"’": "'", "‘": "'", "`": "'", "…": ".", "—": " - ", "–": " -
 _SKIN = range(0x1F3FB, 0x1F400)
 _LIKED = frozenset("👍❤🔥🎉👏💯😍🥰🙏✅🤩💪🏆⭐🌟👌")
 _DISLIKED = frozenset("👎💩🤮❌😡🤬😠🖕😤")
-_WAKES = ("[OpenClaw ", "[cron:", "[Subagent Context]", "[Inter-session message]", "Pre-compaction memory flush", "/")
+_WAKES = ("[OpenClaw ", "[cron:", "[Subagent Context]", "[Inter-session message]", "Pre-compaction memory flush")
 
 
 class Kind(StrEnum):
@@ -334,7 +336,8 @@ def next_turn(following: Sequence[Json]) -> str:
             break
         if message.get("role") == "user":
             texts += [t for t in user_texts(message.get("content")) if not openclaw.is_summary(t)]
-    return "\n".join(text for text in texts if not text.startswith(_WAKES))
+    words = (_COMMANDS.sub("", text) for text in texts)
+    return "\n".join(text for text in words if text and not text.startswith(_WAKES))
 
 
 def last_turn(messages: Sequence[Json]) -> str:

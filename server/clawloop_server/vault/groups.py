@@ -43,9 +43,7 @@ class Stage(StrEnum):
     PARTIAL = "partial"
     """a part is judged: that goes without the rest after `group_timeout_s` without news"""
     QUIET = "quiet"
-    """all that came is judged, but more may come: it goes after `settle_s` without news"""
-    COMPLETE = "complete"
-    """as many as it was to have are judged: it goes at once"""
+    """as many as it was to have are judged, or all that came: it goes after `settle_s` without news"""
 
 
 def stage_of(size: int, members: dict[TrajectoryState, int]) -> Stage:
@@ -57,14 +55,13 @@ def stage_of(size: int, members: dict[TrajectoryState, int]) -> Stage:
     if not judged:
         return Stage.WAITING
     awaited = members.get(TrajectoryState.OPEN, 0)
-    if size:
-        return Stage.COMPLETE if sum(members.values()) - awaited >= size else Stage.PARTIAL
-    return Stage.PARTIAL if awaited else Stage.QUIET
+    is_whole = sum(members.values()) - awaited >= size if size else not awaited
+    return Stage.QUIET if is_whole else Stage.PARTIAL
 
 
 def deadlines(now_ms: int, settings: RewardSettings) -> dict[Stage, int]:
     """For each stage that may go: the latest last arrival (ms) with which a group goes now."""
-    waits_s = {Stage.COMPLETE: 0.0, Stage.QUIET: settings.settle_s, Stage.PARTIAL: settings.group_timeout_s}
+    waits_s = {Stage.QUIET: settings.settle_s, Stage.PARTIAL: settings.group_timeout_s}
     # What waits for nothing does not depend on a clock that may have been set back since.
     return {stage: now_ms - round(wait_s * 1000) if wait_s else _ALWAYS_MS for stage, wait_s in waits_s.items()}
 

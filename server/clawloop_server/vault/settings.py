@@ -13,7 +13,7 @@ class RewardSettings(RewardRules, frozen=True, kw_only=True, forbid_unknown_fiel
     """How signals are weighed, and how long trajectories wait for more of them."""
 
     settle_s: _Wait = 60.0
-    """nothing must have come for so long before a judged trajectory is learned from, unless its group is complete"""
+    """nothing must have come for so long before a judged trajectory, or a group of them, is learned from"""
     group_timeout_s: _Wait = 3600.0
     """after so long without news, what is judged of an incomplete group goes without the rest"""
 

@@ -184,3 +184,10 @@ def test_spans_are_sorted_within_the_text_and_apart(pieces: list[str]) -> None:
         assert at <= span.start < span.end <= len(text)
         at = span.end
     assert spans == Detector(patterns()).find(text)
+
+
+@pytest.mark.parametrize("unseen", ["\u200b", "\u00ad\u200d", "\ufeff", "\u2063", "\U000e0041"])
+def test_a_secret_with_characters_inside_that_nobody_sees_is_one_all_the_same(detector: Detector, unseen: str) -> None:
+    hidden = GITHUB[:9] + unseen + GITHUB[9:30] + unseen + GITHUB[30:]
+    assert found(detector, f"é\nfirst\nuse {hidden} here\nlast") == [hidden]
+    assert found(detector, f"a family {unseen} and no secret") == []

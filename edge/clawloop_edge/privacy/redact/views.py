@@ -1,4 +1,5 @@
-"""Other readings of a text: what its JSON escapes, its %-codes, and its base64 and hex runs stand for.
+"""Other readings of a text: what its JSON escapes, its %-codes, and its base64 and hex runs stand for, and what is left
+without the characters that nobody sees.
 
 A view is searched like a text; what is found there is put back on the characters that it was read from: the escape or
 the %-code exactly, of base64 and hex the whole run.
@@ -28,6 +29,9 @@ _BEGINS_AS_TEXT = re.compile(r"(?:[A-Za-f][A-HQ-Xg-nw-z0-3][A-Za-z0-9+/_-]{2}){2
 _WIDTHS = frozenset((60, 64, 70, 72, 76, 80))
 _BREAK = re.compile(r"\r?\n|\\n")
 _HEX = re.compile(r"(?:[0-9a-f]{2}){12,}|(?:[0-9A-F]{2}){12,}")
+_UNSEEN = re.compile(
+    r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e007f]+"
+)
 _ALPHABET = str.maketrans("-_", "+/", "=")
 _PROBE = 32
 
@@ -78,7 +82,7 @@ class _Builder:
 
 def views(text: str) -> Iterator[View]:
     """All readings of a text that differ from it."""
-    for view in (_unescaped(text), _unquoted(text), _decoded(text)):
+    for view in (_unescaped(text), _unquoted(text), _decoded(text), _seen(text)):
         if view is not None:
             yield view
 
@@ -112,6 +116,23 @@ def _lines_with(text: str, mark: str) -> Iterator[tuple[int, int]]:
 def _character(escape: re.Match[str]) -> str:
     long, short, plain = escape.groups()
     return chr(int(long or short, 16)) if plain is None else _PLAIN_ESCAPES.get(plain, plain)
+
+
+def _seen(text: str) -> View | None:
+    """The lines that have characters that nobody sees, without these: a secret with one inside is one all the same."""
+    if text.isascii() or _UNSEEN.search(text) is None:
+        return None
+    builder, end = _Builder(), 0
+    while (mark := _UNSEEN.search(text, end)) is not None:
+        at = text.rfind("\n", end, mark.start()) + 1 or end
+        end = text.find("\n", mark.end())
+        end = end if end >= 0 else len(text)
+        for unseen in _UNSEEN.finditer(text, at, end):
+            builder.add(text[at : unseen.start()], at, unseen.start(), straight=True)
+            at = unseen.end()
+        builder.add(text[at:end], at, end, straight=True)
+        builder.add("\n", end, end, straight=False)
+    return builder.view()
 
 
 def _unquoted(text: str) -> View | None:
