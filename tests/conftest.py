@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from demoworld import stage
 
 LONGEST_FIRST = (
+    "integration/test_examples.py",
     "integration/test_mixed_load.py",
     "integration/test_wire_capture.py",
     "integration/test_loop.py",
@@ -24,6 +25,12 @@ LONGEST_FIRST = (
     "integration/test_flower.py",
     "edge/test_upstream_exact.py",
     "edge/pool/test_backup.py",
+    "edge/test_rollout.py",
+    "edge/test_curation_surface.py",
+    "edge/test_signals_worker.py",
+    "edge/test_signals_rule.py",
+    "edge/test_signals_edge.py",
+    "edge/test_client.py",
 )
 """files of more than ten seconds; a worker takes whole files, these in this order and then the others in theirs"""
 _HERE = Path(__file__).parent
