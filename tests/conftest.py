@@ -10,29 +10,33 @@ from hypothesis import HealthCheck, settings
 from demoworld import stage
 
 LONGEST_FIRST = (
-    "integration/test_examples.py",
-    "integration/test_mixed_load.py",
     "integration/test_wire_capture.py",
+    "integration/test_mixed_load.py",
     "integration/test_loop.py",
-    "integration/test_sdks.py",
-    "edge/gateway/test_whitebox.py",
-    "edge/test_engine_grammar.py",
-    "edge/gateway/test_trajectories.py",
-    "edge/test_engine_memory.py",
-    "edge/test_engine.py",
-    "integration/test_forget.py",
-    "edge/test_engine_lasting.py",
     "integration/test_flower.py",
-    "edge/test_upstream_exact.py",
+    "integration/test_forget.py",
+    "integration/test_sdks.py",
+    "integration/test_examples.py",
+    "edge/pool/test_privacy_cli.py",
+    "edge/test_engine_lasting.py",
     "edge/pool/test_backup.py",
+    "integration/test_canaries.py",
+    "edge/gateway/test_trajectories.py",
+    "edge/test_engine_grammar.py",
+    "edge/test_upstream_exact.py",
+    "edge/gateway/test_whitebox.py",
+    "edge/gateway/test_bad_http.py",
+    "edge/test_engine.py",
+    "edge/test_engine_memory.py",
     "edge/test_rollout.py",
+    "edge/gateway/test_bad_requests.py",
     "edge/test_curation_surface.py",
     "edge/test_signals_worker.py",
     "edge/test_signals_rule.py",
     "edge/test_signals_edge.py",
     "edge/test_client.py",
 )
-"""files of more than ten seconds; a worker takes whole files, these in this order and then the others in theirs"""
+"""files of some ten seconds and more; a worker takes whole files, these in this order and then the others in theirs"""
 _HERE = Path(__file__).parent
 _MOST_WORKERS = 4
 

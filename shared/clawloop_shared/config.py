@@ -30,7 +30,16 @@ def load(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.toml.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; compare with docs/configuration.md") from error
+        raise ConfigError(f"{path}: {_told(error)}; compare with docs/configuration.md") from error
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a file, in our words where tomllib shows Python's: a table that stands in it twice."""
+    twice = re.fullmatch(r"Cannot declare \((.*?),?\) twice (\(at line \d+).*", str(error))
+    if twice is None:
+        return str(error)
+    table = ".".join(name.strip().strip("'") for name in twice[1].split(","))
+    return f"the table [{table}] is there already {twice[2]}); change that one"
 
 
 def save(path: Path, config: msgspec.Struct) -> None:

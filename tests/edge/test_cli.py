@@ -13,6 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from clawloop_edge import state
+from clawloop_edge.cli import service
 from clawloop_edge.cli.root import app
 from clawloop_edge.cli.service import ask
 from clawloop_edge.config import EdgeConfig
@@ -198,6 +199,33 @@ def test_status_tells_an_edge_from_another_program_and_asks_no_proxy(
     failed = run(home, "status")
     assert isinstance(failed.exception, ConfigError)
     assert "not as this edge does" in str(failed.exception)
+
+
+def test_status_is_told_in_words_and_not_as_python_has_it() -> None:
+    counts = {"judged": 2, "made": 1, "failed": {"not scorable": 1}, "given_up": 0, "problem": ""}
+    facts = {
+        "running": True,
+        "versions_loaded": [0, 1],
+        "left_out": {},
+        "scorers": {"rule": counts, "exact": {"judged": 0}},
+        "rewards": {"sources": {}, "warnings": []},
+    }
+    assert list(service._told(facts)) == [
+        ("running", "yes"),
+        ("versions loaded", "0, 1"),
+        ("left out", ""),
+        ("scorer rule", "judged 2, made 1, failed not scorable 1"),
+        ("scorer exact", "nothing yet"),
+        ("rewards", "nothing odd; see clawloop-edge rewards"),
+    ]
+
+
+def test_a_table_that_stands_twice_is_named_with_its_line(home: EdgeHome) -> None:
+    home.config_file.write_text("[signals.rule]\ncall_s = 1.0\n[signals.rule]\n")
+    with pytest.raises(
+        ConfigError, match=r"the table \[signals.rule\] is there already \(at line 3\); change that one"
+    ):
+        home.load_config()
 
 
 @pytest.mark.parametrize("line", ["[privacy]\nhold_s = inf", "[node]\npoll_s = 0", "[gateway]\nport = 99999"])

@@ -20,6 +20,7 @@ from clawloop_edge.cli.root import app
 from clawloop_edge.cli.transcript import whereabouts
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
+from clawloop_edge.pool.curation import Word, curate
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import ConsentLog
@@ -160,6 +161,22 @@ def test_a_transcript_tells_who_spoke_and_what_became_of_each_step(home: EdgeHom
         assert words.count("please fix the build") == 1
         assert words.count("line 0") == 1
         assert words.count("user ok") == 2
+
+
+def test_a_transcript_knows_what_its_owner_took_out_and_shows_a_runs_judgement_at_its_end(
+    home: EdgeHome, kept: list[KeptStep]
+) -> None:
+    step = next(one.step for one in kept if one.step.trainable)
+    with open_pool(home, writer=True) as pool:
+        mark = Signal(
+            signal_id=new_id(), target=Target.RUN, target_id=step.run_id, source="rule", value=-1.0, created_ms=1
+        )
+        pool.keep_signal(mark).result()
+        curate(pool, Target.STEP, step.step_id, word=Word(trainable=False)).result()
+    words = " ".join(shown(home, "sessions", "show", step.session_id).split())
+    assert words.count("trainable: no (you said so)") == 1
+    assert words.count("its run: -1 rule") == 1
+    assert "judged as a whole: +0.5 user " in words
 
 
 def test_a_full_transcript_folds_nothing(home: EdgeHome, kept: list[KeptStep]) -> None:

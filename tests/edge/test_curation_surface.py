@@ -223,6 +223,7 @@ async def test_lists_need_the_token_and_know_their_parameters(edge: aiohttp.Clie
     for query in ("tga=x", "limit=0", "limit=1000", "trainable=maybe", "reward_min=2", "before=null", "tag=a&tag=b"):
         async with edge.get(f"/v1/steps?{query}") as reply:
             assert reply.status == 400, query
+            assert query.split("=")[0] in (await reply.json())["error"]["message"].split()[0]
     async with edge.get("/v1/review", headers={"Authorization": "Bearer wrong"}) as reply:
         assert reply.status == 401
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
-from clawloop_edge.signals.health import MAX_SOURCES, OTHERS, Line, RewardHealth, Sums, report_of, warnings_of
+from clawloop_edge.signals.health import MAX_SOURCES, OTHERS, Line, RewardHealth, Source, Sums, report_of, warnings_of
 from clawloop_edge.signals.watch import HealthWatch, kept_sums
 from clawloop_shared.records import Policy, Sampling, Signal, Step, Target
 
@@ -81,6 +81,14 @@ def test_drift_is_seen_and_a_young_source_has_none(health: RewardHealth, say: Sa
     for _ in range(150):
         say("judge", rng.choice((-1.0, -1.0, -1.0, 1.0)))
     assert any("of late" in warning for warning in warnings_of(health.sums))
+
+
+def test_what_a_young_source_says_of_late_is_the_mean_and_not_its_first_word() -> None:
+    source = Source()
+    for value in (1.0, -1.0, -1.0, -1.0):
+        source.add(value, tokens=3, steps=1)
+    assert source.fast == pytest.approx(-0.5)
+    assert source.drift == pytest.approx(0.0)
 
 
 def test_a_source_that_always_says_the_same_is_named(health: RewardHealth, say: Say) -> None:

@@ -316,6 +316,21 @@ def test_without_an_edge_nothing_is_begun(edge: Part, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_program_that_is_not_there_is_named_before_anything_is_run(edge: Part, tmp_path: Path) -> None:
+    command = [
+        "rollout",
+        "--agent",
+        "no-such-program x",
+        "--tasks",
+        str(tmp_path / "t"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    failed = run(edge, *command)
+    assert "no program no-such-program can be started" in str(failed.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rule_that_cannot_be_imported_is_found_before_anything_is_run(
     edge: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,8 @@ async def test_a_rollout_is_judged_by_a_rule_and_counted(
                 await post(f"/{name}/g1/v1/complete_trajectory")
                 while 'clawloop_signals_made_total{source="rule"} 1.0' not in await get("/metrics"):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
-                status = await get("/v1/status")
+                while '"rule": {"judged": 1,' not in (status := await get("/v1/status")):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait_for(serving, 30)
         with pool.reading() as reading:

@@ -281,6 +281,7 @@ async def test_a_scorer_that_hangs_or_fails_holds_up_nobody_and_makes_no_signal(
         await hanging.asked.wait()
         await until(lambda: worker.counts["rule"].given_up == 1 and worker.counts["exact"].made == 1)
         await until(lambda: worker.counts["regex"].failed["invalid verdict"] == 1)
+        assert worker.counts["regex"].given_up == 1
         began = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - began < 2
     assert len(failing.seen) == 3

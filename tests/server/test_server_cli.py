@@ -1,4 +1,5 @@
 import http.client
+import io
 import json
 import os
 import signal
@@ -240,6 +241,14 @@ def test_data_stats_counts_and_says_what_was_set_aside(run: Run, made: Home, ope
     assert "not running" in run("status")
 
 
+def test_without_a_terminal_a_question_names_the_option_that_answers_it(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert "no terminal to ask at; give --yes" in run("init", code=1)
+    assert not folder.exists()
+
+
 def test_adapters_are_released_held_and_rolled_back(run: Run, made: Home, opened: Vault) -> None:
     base, registry = find_base(made), Registry(opened.database, made.adapters)
     for _ in range(2):
@@ -264,7 +273,9 @@ def test_rounds_are_listed_and_shown(run: Run, made: Home, opened: Vault) -> Non
     assert (found["state"], found["version"], found["reason"]) == ("passed", 1, "better")
     assert run("rounds", "show", found["round_id"], "--json") == {"round": found, "lineage": []}
     assert "better" in run("rounds", "show", found["round_id"])
-    assert "better" in " ".join(run("rounds", "list").split())
+    listed = " ".join(run("rounds", "list").split())
+    assert "0 → 1" in listed
+    assert "better" in listed
     assert run("train", "status", "--json")["last_round"] == found
     assert "rounds list" in run("rounds", "show", "nothing", code=1)
 

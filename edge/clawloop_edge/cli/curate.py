@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import typer
+from rich.table import Table
 from typer.core import TyperGroup
 
 from clawloop_edge.cli.context import (
@@ -20,7 +23,6 @@ from clawloop_edge.cli.context import (
     home_of,
     opened_pool,
     print_json,
-    print_table,
     shown,
     the_session,
     time_range,
@@ -133,14 +135,8 @@ def list_steps(
         print_json({"steps": [seen.facts() for seen in found.steps], "next": found.next})
         return
     now = datetime.now()
-    rows = [_row(seen, now) for seen in found.steps]
     more = " so far" if found.next else ""
-    print_table(
-        ("when", "step", "app", "trainable", "said", "reward"),
-        rows,
-        empty=f"no step is like that{more}",
-        whole={"when"},
-    )
+    console.print(_listing(found.steps, now=now) if found.steps else f"no step is like that{more}")
     if found.next:
         again = " ".join(["curate list", *given(options), f"--before {found.next}"])
         typer.echo(shown(f"more: {command(home_of(context), again)}"))
@@ -233,12 +229,21 @@ def told_of(curated: Curated) -> str:
     return "; ".join(filter(None, (learned, quality, tags, note)))
 
 
-def _row(seen: Seen, now: datetime) -> tuple[str, ...]:
-    line = seen.line
-    trainable = "yes" if seen.trainable else f"no ({line.untrainable or 'you said so'})"
-    sources = ", ".join(sorted({signal.source for signal in seen.signals}))
-    reward = f"{seen.reward.value:+.2f} ({sources})" if seen.reward else ""
-    return told(line.at_ms, now=now), line.step_id, line.app, trainable, told_of(seen.curated), reward
+def _listing(steps: Sequence[Seen], *, now: datetime) -> Table:
+    """Two lines a step: its whole id and reward; then its agent, whether it is learned from, and what was said."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("when", no_wrap=True)
+    table.add_column("step, and what you said of it", overflow="fold")
+    table.add_column("reward", overflow="fold")
+    for seen in steps:
+        line = seen.line
+        sources = ", ".join(sorted({signal.source for signal in seen.signals}))
+        reward = f"{seen.reward.value:+.2f} ({sources})" if seen.reward else ""
+        table.add_row(told(line.at_ms, now=now), shown(line.step_id, style="bold"), shown(reward))
+        learned = "trainable" if seen.trainable else f"not trainable ({line.untrainable or 'you said so'})"
+        said = told_of(msgspec.structs.replace(seen.curated, trainable=None))
+        table.add_row("", shown(" · ".join(filter(None, (line.app, learned, said))), style="dim"))
+    return table
 
 
 def register(app: typer.Typer) -> None:

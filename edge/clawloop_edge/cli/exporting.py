@@ -41,7 +41,12 @@ Out = Annotated[Path, typer.Argument(help=_OUT, metavar="FILE|FOLDER")]
 In = Annotated[Path, typer.Argument(help="File that `pool export` wrote.", metavar="FILE", exists=True, dir_okay=False)]
 Form = Annotated[
     Literal["jsonl", "parquet", "chat", "trl-preference", "trl-completion", "verl"] | None,
-    typer.Option("--format", help="By default what the name ends in: jsonl or parquet. The others are text alone."),
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="jsonl, parquet, chat, trl-preference, trl-completion or verl; by default what the name ends in: jsonl or "
+        "parquet. The others are text alone.",
+    ),
 ]
 
 
@@ -114,7 +119,7 @@ def _say_written(manifest: Manifest | DerivedManifest, *, file: Path, as_json: b
     rows = f" as {manifest.rows:,} rows" if isinstance(manifest, DerivedManifest) else ""
     typer.echo(f"{manifest.steps:,} steps and {manifest.signals:,} signals{rows} are in {file} ({size:,} bytes)")
     for why, number in manifest.left_out.items() if isinstance(manifest, DerivedManifest) else ():
-        typer.echo(f"left out: {number:,} {why}")
+        typer.echo(f"left out: {why}: {number:,}")
     typer.echo("that file is not encrypted: whoever can read it reads your conversations; delete it when you are done")
 
 

@@ -84,7 +84,7 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
 @group.command("set")
 def set_level(
     context: typer.Context,
-    level: Level,
+    level: Annotated[Level, typer.Argument(help=f"{', '.join(Level)}.", metavar="LEVEL")],
     app: OfApp = "",
     session: OfSession = "",
     include_past: Past = False,

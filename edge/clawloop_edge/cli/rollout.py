@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ Channel = Annotated[
 ]
 Scorers = Annotated[
     list[str] | None,
-    typer.Option("--scorer", help="exact, regex, module:function, stdout, or another of [signals]; may be repeated."),
+    typer.Option("--scorer", help="exact, regex, module:function, stdout, or another scorer by name; may be repeated."),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder for journal, logs and report.json; by default a new one.")
@@ -125,10 +126,7 @@ def rollout(
     )
     folder = (out or Path(datetime.now().strftime("rollout-%Y%m%d-%H%M%S"))).absolute()
     report = _rollout(context, plan, settings=settings, tasks_file=tasks, folder=folder, resume=resume, pass_at=pass_at)
-    if as_json:
-        print_json(report)
-    else:
-        _print(report, folder)
+    print_json(report) if as_json else _print(report, folder)
     _complain(report, folder)
 
 
@@ -348,6 +346,8 @@ def _command(agent: str, *, shell: bool) -> list[str]:
         raise ConfigError(f"--agent cannot be read ({error}); mind its quotes, or give --shell") from error
     if not words:
         raise ConfigError("--agent is empty; give a program, like 'python agent.py'")
+    if shutil.which(words[0]) is None:
+        raise ConfigError(f"--agent: no program {words[0]} can be started from here; mend its name, or give --shell")
     return words
 
 

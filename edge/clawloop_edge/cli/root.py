@@ -86,7 +86,6 @@ for module in (
     rewards,
     privacy,
     redact,
-    rewards,
     rollout,
     server,
     adapters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import closing
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -148,9 +149,31 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     elif not found["running"]:
         typer.echo(f"not running; start it with: {command(home, 'serve')}")
     else:
-        print_table(("what", "is"), [(k.replace("_", " "), v) for k, v in found.items()], empty="")
+        print_table(("what", "is"), list(_told(found)), empty="")
     if not found["running"]:
         raise typer.Exit(1)
+
+
+def _told(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Facts as a person reads them: one line a scorer, and what has a command of its own is named by it."""
+    for name, value in facts.items():
+        if name == "scorers":
+            yield from ((f"scorer {scorer}", _plain(counts) or "nothing yet") for scorer, counts in value.items())
+        elif name == "rewards":
+            yield "rewards", "; ".join(value.get("warnings") or ()) or "nothing odd; see clawloop-edge rewards"
+        else:
+            yield name.replace("_", " "), _plain(value)
+
+
+def _plain(value: object) -> str:
+    """A value in words; of one with names only what says something."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(each)}" for name, each in value.items() if each)
+    return str(value)
 
 
 def ask(home: EdgeHome) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def header(session: SessionSummary, *, now: datetime) -> RenderableType:
 
 
 def step_shown(
-    view: View, *, signals: Sequence[Signal], items: Sequence[OutboxItem], full: bool, now: datetime
+    view: View, *, signals: Sequence[Signal], items: Sequence[OutboxItem], taken_out: bool, full: bool, now: datetime
 ) -> RenderableType:
-    """One step: what is new in it, its reply, and what became of it."""
+    """One step: what is new in it, its reply, and what became of it. `taken_out`: by its owner, of training."""
     kept = view.kept
     lines: list[RenderableType] = [_rule(view, now)]
     if view.note:
@@ -82,14 +82,22 @@ def step_shown(
     lines += _message(kept.reply, full=full)
     step, took = kept.step, lasted(kept.finished_ms - kept.started_ms)
     facts = (
-        f"trainable: {trainable(step)}",
+        "trainable: no (you said so)" if taken_out and step.trainable else f"trainable: {trainable(step)}",
         f"adapter {step.policy.version}",
         f"{view.tokens[0]:,} + {view.tokens[1]:,} tokens in {took}",
-        judged(signals),
+        *_judgements(signals),
         whereabouts(items, now=now),
     )
     lines.append(shown(" · ".join(filter(None, facts)), style="dim"))
     return Padding(Group(*lines), (0, 0, 1, 0))
+
+
+def _judgements(signals: Sequence[Signal]) -> Iterator[str]:
+    """What was said of a step, and of the run or trajectory that it ends."""
+    for target in (Target.STEP, Target.RUN, Target.TRAJECTORY):
+        said = judged([one for one in signals if one.target is target])
+        if said:
+            yield said if target is Target.STEP else f"its {target.value}: {said}"
 
 
 def _rule(view: View, now: datetime) -> RenderableType:
@@ -157,22 +165,36 @@ def _value(value: Any) -> str:
     return " ".join(text.split())
 
 
+def _ends(steps: Sequence[View]) -> dict[tuple[Target, str], str]:
+    """The step at which a signal on a step, a run or a trajectory is shown: the last of them."""
+    found: dict[tuple[Target, str], str] = {}
+    for step in (view.kept.step for view in steps):
+        ends = (Target.STEP, step.step_id), (Target.RUN, step.run_id), (Target.TRAJECTORY, step.trajectory_id)
+        found |= dict.fromkeys(ends, step.step_id)
+    return found
+
+
 def print_session(pool: Pool, session_id: str, *, full: bool, now: datetime) -> None:
     """Print a session step by step."""
+    from clawloop_edge.pool.curation import Curations
     from clawloop_edge.privacy.outbox import Outbox
 
     with pool.reading() as reading:
         session, signals = reading.session(session_id), reading.session_signals(session_id)
         steps = list(views(reading.session_steps(session_id)))
+        known = Curations(reading.database, reading.keyring)
+        taken_out = {view.kept.step.step_id for view in steps if known.off(view.kept.step)}
     if session is None:  # it was forgotten between being named and being read
         return
     console.print(header(session, now=now))
-    whole = [one for one in signals if one.target is not Target.STEP]
+    last = _ends(steps)
+    whole = [one for one in signals if (one.target, one.target_id) not in last]
     if whole:
         console.print(shown(f"judged as a whole: {judged(whole)}"))
     console.print()
     for view in steps:
         step_id = view.kept.step.step_id
-        own = [one for one in signals if one.target is Target.STEP and one.target_id == step_id]
+        own = [one for one in signals if last.get((one.target, one.target_id)) == step_id]
         items = Outbox.items_with(pool, step_id)
-        console.print(step_shown(view, signals=own, items=items, full=full, now=now))
+        off = step_id in taken_out
+        console.print(step_shown(view, signals=own, items=items, taken_out=off, full=full, now=now))

@@ -18,6 +18,7 @@ Stop = Annotated[str, Meta(min_length=1)]
 Stops = Annotated[list[Stop], Meta(max_length=16)]
 _PLACE = re.compile(r" - at `\$\.?(.*?)`\Z")
 _MISSING = re.compile(r"\AObject missing required field `(.*?)`")
+_UNKNOWN = re.compile(r"\AObject contains unknown field `(.*?)`")
 _EXPECTED = re.compile(r"\AExpected `([a-z |]+)`(.*?)(?:, got `([a-z]+)`)?\Z")
 _NO_MEMBER = re.compile(r"\AInvalid (?:enum )?value ")
 _JSON_WORDS = {
@@ -66,17 +67,17 @@ def decode_json(data: bytes) -> Any:
         raise RequestError("the body is not JSON that can be read: nested too deep", code="invalid_json") from error
 
 
-def convert_body(value: Any, kind: type[T], *, where: str = "") -> T:
-    """`value` as `kind`.
+def convert_body(value: Any, kind: type[T], *, where: str = "", strict: bool = True) -> T:
+    """`value` as `kind`; not `strict`: texts stand for numbers, as in a query.
 
     Raises:
         RequestError: a field is missing or has another type; `param` names it.
     """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
         text = str(error)
-        places = [found.group(1) for pattern in (_PLACE, _MISSING) if (found := pattern.search(text))]
+        places = [found.group(1) for pattern in (_PLACE, _MISSING, _UNKNOWN) if (found := pattern.search(text))]
         param = ".".join(filter(None, (where, *places))).replace(".[", "[")
         message = f"{param or 'the body'} {_wrong(_PLACE.sub('', text))}"
         raise RequestError(message, param=param or None, code="invalid_type") from error
@@ -86,6 +87,8 @@ def _wrong(text: str) -> str:
     """What is wrong with a field, in JSON's words: `must be an integer or null, not a string`."""
     if _MISSING.match(text):
         return "is missing"
+    if _UNKNOWN.match(text):
+        return "is not known here"
     expected = _EXPECTED.match(text)
     if expected is None:
         return _NO_MEMBER.sub("has an unknown value: ", text)

@@ -152,10 +152,7 @@ def _query(request: web.Request, kind: type[T]) -> T:
     twice = next((name for name in request.query if len(request.query.getall(name)) > 1), None)
     if twice is not None:
         raise RequestError(f"{twice[:80]} is given more than once", param=twice[:80], code="invalid_type")
-    try:
-        return msgspec.convert(dict(request.query), kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"the query: {error}", code="invalid_type") from error
+    return convert_body(dict(request.query), kind, strict=False)
 
 
 def _given(value: V | UnsetType) -> V | None:

@@ -145,7 +145,10 @@ class Journal:
         before = found.opened.settings
         if before != opened.settings:
             found.close()
-            raise ConfigError(f"this rollout was begun with other settings: {_difference(before, opened.settings)}")
+            different = _difference(before, opened.settings)
+            raise ConfigError(
+                f"this rollout was begun with other settings: {different}; give those again, or name another --out"
+            )
         return found
 
     def __enter__(self) -> Self:

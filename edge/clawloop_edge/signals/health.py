@@ -80,11 +80,10 @@ class Source(msgspec.Struct):
     def add(self, value: float, *, tokens: int, steps: int) -> None:
         """Count a judgement of an answer of so many sampled tokens, in a run of so many steps."""
         self.histogram[min(BINS - 1, int((value + 1) / 2 * BINS))] += 1
-        first = self.count == 0
-        self.fast = value if first else self.fast + FAST * (value - self.fast)
-        # While it is young, the long mean is the plain one: a slow average would still be at its first value.
-        weight = max(SLOW, 1 / (self.count + 1))
-        self.slow = value if first else self.slow + weight * (value - self.slow)
+        # While they are young, both are the plain mean: a slow average would still be at its first value.
+        plain = 1 / (self.count + 1)
+        self.fast += max(FAST, plain) * (value - self.fast)
+        self.slow += max(SLOW, plain) * (value - self.slow)
         self.lengths.add(value, tokens)
         self.calls.add(value, steps)
 

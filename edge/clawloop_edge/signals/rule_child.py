@@ -123,6 +123,8 @@ def _load(begin: Begin) -> Rule | None:
         found: Any = importlib.import_module(name)
         for part in attribute.split("."):
             found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise _Refused(f"{begin.function} cannot be imported: there is no module {error.name}") from error
     except (ImportError, AttributeError) as error:
         raise _Refused(f"{begin.function} cannot be imported ({type(error).__name__}){_place(error)}") from error
     if not callable(found):
@@ -194,7 +196,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen ")]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 

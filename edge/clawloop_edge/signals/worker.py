@@ -240,7 +240,7 @@ class SignalWorker:
         put_off = [(each.row, self._clock_ms() + self._delay_ms(each.row.tries)) for each in again]
         done = [each.row for each in outcomes if each not in again]
         await self._in_thread(lambda: self._docket.settle(done, again=put_off))
-        counts.given_up += sum(each.again for each in outcomes) - len(again)
+        counts.given_up += sum(each.failure not in ("", "gone") for each in outcomes) - len(again)
         for outcome in outcomes:
             self._count(scorer.name, outcome)
 

@@ -57,7 +57,9 @@ def list_adapters(home: HomeOption = None, as_json: JsonOption = False) -> None:
     rows = []
     for record in found:
         measured = record.facts.evaluation
-        scores = (f"{measured.reward:.3f}", f"{measured.reward_before:.3f}", measured.episodes)
+        scores: tuple[object, ...] = ("", "", "none played")
+        if measured.episodes:
+            scores = (f"{measured.reward:.3f}", f"{measured.reward_before:.3f}", measured.episodes)
         tail = (record.facts.rank, when(record.released_ms), record.facts.round_id)
         rows.append((record.version, record.state.value, *scores, *tail))
     print_table("adapters", columns, rows=rows)

@@ -16,6 +16,7 @@ import typer
 
 from clawloop_server import home as homes
 from clawloop_server.home import Home
+from clawloop_shared.errors import ConfigError
 
 HomeOption = Annotated[
     Path | None,
@@ -31,7 +32,13 @@ _PIPE_WIDTH = 240
 
 def group(summary: str) -> typer.Typer:
     """A group of commands that shows its help when none is named."""
-    return typer.Typer(help=summary, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+    return typer.Typer(
+        help=summary,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def folder_of(home: Path | None) -> Path:
@@ -121,10 +128,29 @@ def when(time_ms: int | None) -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Return if the person agrees; else the command ends with exit 1."""
-    if not yes and not typer.confirm(question):
+    """Return if the person agrees; else the command ends with exit 1. It asks on stderr: stdout holds facts alone.
+
+    Raises:
+        ConfigError: there is no terminal to ask at.
+    """
+    if yes:
+        return
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort as error:
+        if sys.stdin.isatty():
+            raise
+        typer.echo(err=True)
+        raise ConfigError("there is no terminal to ask at; give --yes") from error
+    if not agreed:
         typer.echo("nothing was changed", err=True)
         raise typer.Exit(1)
+
+
+def counted(number: int, what: str) -> str:
+    """So many things in words: `1 device`, `2 trajectories`."""
+    many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else many}"
 
 
 def parse_duration_s(text: str) -> float:

@@ -9,6 +9,7 @@ import typer
 from clawloop_server.cli.common import (
     HomeOption,
     JsonOption,
+    counted,
     group,
     open_server,
     print_facts,
@@ -60,13 +61,14 @@ def list_rounds(
     if as_json:
         print_json(found)
         return
-    columns = ("round", "state", "from", "adapter", "trajectories", "steps", "started", "seconds", "reason")
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for r in found:
-        seconds = round((r.finished_ms - r.started_ms) / 1000, 1) if r.finished_ms else ""
-        counts = (r.base_version, r.version, r.trajectories, r.steps)
-        rows.append((r.round_id, r.state.value, *counts, when(r.started_ms), seconds, r.reason))
-    print_table("rounds", columns, rows=rows)
+        took = f", {(r.finished_ms - r.started_ms) / 1000:.1f} s" if r.finished_ms else ""
+        made = f"{r.base_version} → {r.version}" if r.version else f"{r.base_version} →"
+        used = f"{counted(r.trajectories, 'trajectory')}, {counted(r.steps, 'step')}"
+        rows.append((r.round_id, r.state.value, made, used))
+        rows.append((f"{when(r.started_ms)}{took}", "", "", r.reason))
+    print_table("rounds", ("round", "state", "adapter", "learned from, reason"), rows=rows)
 
 
 @app.command()
@@ -93,7 +95,11 @@ def show(
         "started": when(found.started_ms),
         "finished": when(found.finished_ms),
     }
-    facts |= {name: value for name, value in found.metrics.items() if not isinstance(value, list | dict)}
+    facts |= {
+        name: f"{value:.4g}" if isinstance(value, float) else value
+        for name, value in found.metrics.items()
+        if not isinstance(value, list | dict)
+    }
     print_facts("round", facts)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from clawloop_server.cli.common import HomeOption, JsonOption, home_of, open_server, print_facts, print_json
+from clawloop_server.cli.common import HomeOption, JsonOption, counted, home_of, open_server, print_facts, print_json
 
 if TYPE_CHECKING:
     from clawloop_server.home import Home
@@ -66,7 +66,7 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "ready trajectories": f"{found.ready_trajectories} of {found.round_trajectories} for a round",
         "rounds": f"{rounds.passed} passed, {rounds.refused} refused, {rounds.failed} failed",
         "round under way": rounds.running or "none",
-        "adapter": f"{adapter.version}, in use on {adapter.in_use} devices" if adapter else "none released",
+        "adapter": f"{adapter.version}, in use on {counted(adapter.in_use, 'device')}" if adapter else "none released",
     }
     if found.waiting_adapters:
         facts["waiting"] = f"{found.waiting_adapters} adapters are not released; see `clawloop-server adapters list`"
