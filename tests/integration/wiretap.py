@@ -22,6 +22,8 @@ from clawloop_server.fleet.tls import TlsFiles
 from clawloop_shared.messages import RECORD, Invitation, read_invitation, write_invitation
 
 _BLOCK = 16 << 10
+_BETWEEN = b"\r\n\r\n"
+"""head and body"""
 
 
 @dataclass
@@ -41,6 +43,11 @@ class Request:
     path: str
     headers: bytes
     body: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """As it was sent."""
+        return len(self.headers) + len(_BETWEEN) + len(self.body)
 
 
 class Tap:
@@ -85,9 +92,9 @@ class Tap:
         return max((connection.last_s for connection in self.connections), default=0.0)
 
     def forget(self) -> None:
-        """Keep only what is sent from now on."""
+        """Keep only the requests that are not yet sent whole."""
         for connection in self.connections:
-            connection.sent.clear()
+            del connection.sent[: sum(request.size_bytes for request in _requests(bytes(connection.sent)))]
         self.connections = [connection for connection in self.connections if connection.open]
 
     def requests(self) -> Iterator[Request]:
@@ -179,8 +186,8 @@ async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
 
 def _requests(data: bytes) -> Iterator[Request]:
     """HTTP/1.1 requests with a content length, as the edge's clients write them; a cut one at the end is left out."""
-    while b"\r\n\r\n" in data:
-        head, _, data = data.partition(b"\r\n\r\n")
+    while _BETWEEN in data:
+        head, _, data = data.partition(_BETWEEN)
         line, *fields = head.split(b"\r\n")
         names = {name.strip().lower(): value.strip() for name, _, value in (f.partition(b":") for f in fields)}
         assert b"transfer-encoding" not in names, "this reader knows only bodies of a stated length"
