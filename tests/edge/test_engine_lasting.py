@@ -64,7 +64,7 @@ async def test_scoring_and_loading_hold_up_no_stream(engine: MlxEngine, make_ada
         await engine.use(version)
     every = sorted(gap for found in await asyncio.gather(*streams) for gap in found)
     median = every[len(every) // 2]
-    assert every[-4 - len(every) // 200] <= median + 0.15, "but for a pause of the machine itself"
+    assert every[-4 - len(every) // 200] <= median + 0.3, "but for a pause of the machine itself"
 
 
 async def test_pieces_give_what_one_pass_gives(engine: MlxEngine, make_adapter: Callable[..., Files]) -> None:
