@@ -2,7 +2,10 @@
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,6 +40,8 @@ LONGEST_FIRST = (
     "edge/test_client.py",
 )
 """files of some ten seconds and more; a worker takes whole files, these in this order and then the others in theirs"""
+LONGEST_S = 400
+"""after which a test has failed: one that waits for what never comes must not hold up all the others"""
 _HERE = Path(__file__).parent
 _MOST_WORKERS = 4
 
@@ -58,3 +63,19 @@ def pytest_collection_finish() -> None:
     """Leave the libraries' two million objects out of the garbage collections of every test."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Break off a test that takes longer than any may."""
+
+    def break_off(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"{item.nodeid} took more than {LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, break_off)
+    signal.alarm(LONGEST_S)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
