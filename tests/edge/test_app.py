@@ -26,6 +26,7 @@ from clawloop_edge.node.join import Membership
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.consent import wall_clock_ms
 from clawloop_shared import config, signing, wire
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import sha256
@@ -185,7 +186,8 @@ async def test_a_consent_that_cannot_be_checked_is_none(edge: Edge) -> None:
 
 
 def say(engine: MlxEngine, words: str) -> KeptStep:
-    """A step whose prompt is what a person said, with the logprobs that the model gives its answer."""
+    """A step of now, which retention lets be, whose prompt is what a person said."""
+    now = wall_clock_ms()
     ids = engine.tokenizer.encode(words)
     answer = engine.tokenizer.encode("done, and nothing else was asked for")
     step = Step(
@@ -198,9 +200,9 @@ def say(engine: MlxEngine, words: str) -> KeptStep:
         policy=engine.policy,
         sampling=Sampling(),
         finish_reason="stop",
-        created_ms=1,
+        created_ms=now,
     )
-    return KeptStep(step=step, messages=[], reply={"role": "assistant"}, started_ms=1, finished_ms=2)
+    return KeptStep(step=step, messages=[], reply={"role": "assistant"}, started_ms=now, finished_ms=now + 1)
 
 
 async def test_at_redacted_the_outbox_holds_no_secret_and_logprobs_of_what_is_sent(
