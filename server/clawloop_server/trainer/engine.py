@@ -5,7 +5,8 @@
     logprobs           of samples, under the adapter or the bare base
     generate           replies, for evaluation
     save_adapter       in PEFT form, as the edges read it
-    save / load        everything that the next step depends on, bit for bit
+    save_state         everything that the next step depends on, bit for bit
+    load_state         and back
 
 It is algorithm-blind: samples carry their advantages and weights. It knows no reward, round, database or clock.
 """
@@ -33,9 +34,13 @@ from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import score_row
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_server.trainer.world import Alone, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 
+ROW_TOKENS = 1024
+NOTHING = Sample(step_id="", trajectory=0, token_ids=[0, 0], trained=[1], logprobs=[0.0], advantages=[0.0], weight=1.0)
+"""what a process that has no row of its own goes through with the others"""
 _EXP_AVG, _EXP_AVG_SQ, _STEP, _ADAPTER, _RNG = "exp_avg/", "exp_avg_sq/", "step/", "adapter/", "rng/cpu"
 
 
@@ -52,9 +57,11 @@ class PoisonedSamples(TrainerError):
 class TrainEngine:
     """One model, one adapter, one optimizer, in one process."""
 
-    def __init__(self, model: Any, settings: TrainSettings) -> None:
-        """`model`: a peft model as `attach_adapter` makes it."""
+    def __init__(self, model: Any, settings: TrainSettings, *, world: World | None = None) -> None:
+        """`model`: a peft model as `attach_adapter` makes it; `world`: the processes that train it, by default this one
+        alone."""
         self.model = model
+        self._world = world or Alone()
         self.settings = check_settings(settings)
         self._parameters: dict[str, Tensor] = {
             name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad
@@ -93,17 +100,23 @@ class TrainEngine:
             PoisonedSamples: logprobs that are not finite; the gradients that were there are gone, too.
         """
         total = normalizer or float(sum(len(sample.trained) for sample in samples))
-        sums = Sums()
+        sums, broken = Sums(), list[int]()
         for row in self._rows(samples):
-            loss, found = self._row_loss(row, settings, normalizer=total)
-            torch.autograd.backward(loss)
-            sums += found
-        return sums
+            if row is None:
+                self._take_part(settings)
+                continue
+            loss, found, poisoned = self._row_loss(row, settings, normalizer=total)
+            torch.autograd.backward(loss * self._world.size)  # FSDP takes the mean over processes
+            sums, broken = sums + found, broken + poisoned
+        if broken := self._world.union(broken):
+            self._optimizer.zero_grad()
+            raise PoisonedSamples(broken)
+        return self._world.total(sums)
 
-    def _row_loss(self, row: PackedRow, settings: LossSettings, *, normalizer: float) -> tuple[Tensor, Sums]:
+    def _row_loss(self, row: PackedRow, settings: LossSettings, *, normalizer: float) -> tuple[Tensor, Sums, list[int]]:
+        """The loss of a row, what to log, and the trajectories whose logprobs are not finite."""
         reference_P = self._reference(row) if settings.kl_beta else None
         logprobs_P, entropy_P = score_row(self.model, row, entropy=True)
-        self._check_finite(row, logprobs_P.detach())
         inputs = LossInputs(
             logprobs_P=logprobs_P,
             behaviour_P=row.behaviour_P,
@@ -116,23 +129,29 @@ class TrainEngine:
             reference_P=reference_P,
         )
         loss, sums = policy_loss(inputs, settings)
-        return loss, sums + Sums(entropy=float(entropy_P.sum()) if entropy_P is not None else 0.0)
+        broken = sorted(set(row.trajectory_U[row.unit_P[~logprobs_P.detach().isfinite()]].tolist()))
+        return loss, sums + Sums(entropy=float(entropy_P.sum()) if entropy_P is not None else 0.0), broken
 
     @torch.no_grad()
     def _reference(self, row: PackedRow) -> Tensor:
         with self.model.disable_adapter():
             return score_row(self.model, row)[0]
 
-    def _check_finite(self, row: PackedRow, logprobs_P: Tensor) -> None:
-        broken = sorted(set(row.trajectory_U[row.unit_P[~logprobs_P.isfinite()]].tolist()))
-        if broken:
-            self._optimizer.zero_grad()
-            raise PoisonedSamples(broken)
+    def _take_part(self, settings: LossSettings) -> None:
+        """Go through a row of two tokens that teaches nothing, because the processes that have one wait for this."""
+        (row,) = pack([NOTHING], row_tokens=2)
+        row = row.to(self._device)
+        if settings.kl_beta:
+            self._reference(row)
+        torch.autograd.backward(0.0 * score_row(self.model, row)[0].sum())
 
-    def _rows(self, samples: Sequence[Sample]) -> Iterator[PackedRow]:
-        device = next(iter(self._parameters.values())).device
-        for row in pack(samples, row_tokens=self.settings.row_tokens):
-            yield row.to(device)
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def _rows(self, samples: Sequence[Sample]) -> Iterator[PackedRow | None]:
+        for row in self._world.share(pack(samples, row_tokens=self.settings.row_tokens or ROW_TOKENS)):
+            yield None if row is None else row.to(self._device)
 
     def optim_step(self, lr: float) -> float:
         """One AdamW step on the gradients; their norm before clipping. Without finite gradients nothing moves."""
@@ -150,8 +169,12 @@ class TrainEngine:
         found: dict[int, list[float]] = {}
         with nullcontext() if adapter else self.model.disable_adapter():
             for row in self._rows(samples):
+                if row is None:
+                    score_row(self.model, pack([NOTHING], row_tokens=2)[0].to(self._device))
+                    continue
                 parts = torch.split(score_row(self.model, row)[0], list(row.counts_S))
                 found |= {member: part.tolist() for member, part in zip(row.members_S, parts, strict=True)}
+        found = self._world.together(found)
         return [found[member] for member in range(len(samples))]
 
     def generate(self, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:
@@ -160,7 +183,7 @@ class TrainEngine:
 
     def adapter(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors under their PEFT names."""
-        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        return {name: self._world.whole(parameter.detach()).clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def set_adapter(self, tensors: dict[str, Tensor]) -> None:
@@ -175,7 +198,7 @@ class TrainEngine:
                 "the adapter has other tensors than [train] rank and target_modules ask for; change the settings back"
             )
         for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
+            self._world.put(parameter, tensors[name])
 
     @contextmanager
     def with_adapter(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -214,7 +237,7 @@ class TrainEngine:
             WEIGHTS_FILE: to_safetensors(tensors, metadata={"format": "pt"}),
         }
 
-    def save(self, path: Path, *, text: str) -> None:
+    def save_state(self, path: Path, *, text: str) -> None:
         """Publish a checkpoint: adapter, AdamW, torch's random state, and `text` for whatever else the caller keeps.
 
         Raises:
@@ -236,7 +259,7 @@ class TrainEngine:
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
 
-    def load(self, path: Path) -> str:
+    def load_state(self, path: Path) -> str:
         """Go back to a checkpoint; the text that was saved with it.
 
         Raises:

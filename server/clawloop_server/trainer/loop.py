@@ -5,18 +5,17 @@ order comes from the seed and the number of the round, never from the clock or f
 database, file or gate.
 """
 
-import random
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from clawloop_server.errors import TrainerError
-from clawloop_server.trainer.advantages import AdvantageState, Rewarded, advantage_named, rescale
+from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
-from clawloop_server.trainer.hindsight import latest_hints, with_hindsight
+from clawloop_server.trainer.guards import mean
+from clawloop_server.trainer.learning import Lessons, batches, prepare
 from clawloop_server.trainer.losses import Sums
-from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
-from clawloop_server.trainer.settings import TrainSettings
+from clawloop_server.trainer.rows import Limits, screen
 from clawloop_shared.records import Trajectory
 
 NOT_FINITE = "logprobs under the current policy are not finite"
@@ -45,8 +44,7 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
 
     def mean(self, metric: str) -> float:
         """The mean of a metric over the updates; 0 if there were none."""
-        found = [update[metric] for update in self.updates if metric in update]
-        return sum(found) / len(found) if found else 0.0
+        return mean(self.updates, metric)
 
 
 Report = Callable[[dict[str, float]], None]
@@ -73,9 +71,8 @@ def run_round(
         raise TrainerError(
             f"none of {len(trajectories)} trajectories can be used: {', '.join(reasons) or 'none given'}"
         )
-    random.Random(f"{settings.seed} round {state.rounds}").shuffle(usable)
     set_aside, metrics, learned = dict(screened.rejected_trajectories), [], list[Trajectory]()
-    for batch in _batches(usable, settings):
+    for batch in batches(usable, settings, seed=f"{settings.seed} round {state.rounds}"):
         done = run_update(engine, batch, state=state, max_tokens=limits.max_tokens)
         state = done.state
         set_aside |= dict.fromkeys(done.poisoned, NOT_FINITE)
@@ -93,24 +90,6 @@ def run_round(
     )
 
 
-def unhealthy(result: RoundResult, settings: TrainSettings) -> str:
-    """Why the outcome of a round must not be published, whatever a gate measures; empty if it may."""
-    ess, kept = result.mean("ess"), result.mean("kept")
-    if not result.trajectory_ids:
-        return "no trajectory could be learned from"
-    if ess < settings.min_ess:
-        return f"effective sample size {ess:.2f} is below {settings.min_ess}: the data are too far from the policy"
-    if kept < settings.min_kept:
-        return f"only {kept:.2f} of the tokens could be used, below {settings.min_kept}: the data are too stale"
-    return ""
-
-
-def _batches(usable: list[Trajectory], settings: TrainSettings) -> list[list[Trajectory]]:
-    """All of them: a group that is larger than a round makes a longer round, and nothing of it is passed by."""
-    size = settings.batch_trajectories
-    return [usable[at : at + size] for at in range(0, len(usable), size)]
-
-
 class UpdateResult(msgspec.Struct, frozen=True):
     """One optimizer step: the state after it, its metrics, what it learned from, and what it could not."""
 
@@ -126,22 +105,14 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
     Hints are used as far as a step with its hint has at most `max_tokens`.
     """
     settings, learned, poisoned = engine.settings, list(batch), list[str]()
-    sums, tracked, hinted = Sums(), state.advantages, 0
+    sums, lessons = Sums(), Lessons(tracked=state.advantages)
     while learned:
-        samples, tracked = _samples(learned, settings, state=state)
-        samples, hinted = with_hindsight(
-            samples,
-            latest_hints(learned, vocab_size=engine.model.config.vocab_size),
-            logprobs=engine.logprobs,
-            weight=settings.hindsight,
-            clip=settings.hindsight_clip,
-            max_tokens=max_tokens,
-        )
+        lessons = prepare(learned, engine, tracked=state.advantages, version=state.version, max_tokens=max_tokens)
         try:
-            sums = engine.forward_backward(samples, settings.loss)
+            sums = engine.forward_backward(lessons.samples, settings.loss)
             break
         except PoisonedSamples as error:
-            tracked = state.advantages  # what is left out teaches the baseline nothing either
+            lessons = Lessons(tracked=state.advantages)  # what is left out teaches the baseline nothing either
             poisoned += [learned[index].trajectory_id for index in error.trajectories]
             learned = [t for index, t in enumerate(learned) if index not in error.trajectories]
     lr = settings.lr_at(state.updates)
@@ -152,22 +123,11 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
         "gradient_norm": norm,
         "reward": sum(t.reward for t in learned) / max(1, len(learned)),
         "trajectories": float(len(learned)),
-        "hinted_steps": float(hinted if learned else 0),
+        "hinted_steps": float(lessons.hinted),
     }
     after = msgspec.structs.replace(
         state,
         updates=state.updates + 1,
-        advantages=msgspec.structs.replace(tracked, drift=metrics["k3"]),
+        advantages=msgspec.structs.replace(lessons.tracked, drift=metrics["k3"]),
     )
     return UpdateResult(after, metrics, learned, poisoned)
-
-
-def _samples(
-    batch: Sequence[Trajectory], settings: TrainSettings, *, state: TrainState
-) -> tuple[list[Sample], AdvantageState]:
-    rewarded = [
-        Rewarded(rescale(t.reward, low=settings.reward_low, high=settings.reward_high), confidence=t.weight)
-        for t in batch
-    ]
-    advantages, tracked = advantage_named(settings.advantage)(rewarded, state.advantages)
-    return make_samples(batch, advantages, version=state.version), tracked

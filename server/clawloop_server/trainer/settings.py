@@ -13,13 +13,24 @@ from clawloop_shared.errors import ConfigError
 from clawloop_shared.lora import LINEARS, MAX_RANK
 
 _MAX_ALPHA = 4096.0
+DEVICES = ("auto", "cpu", "mps", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+ATTENTIONS = ("auto", "dense", "flex")
+SWITCHES = ("auto", "on", "off")
+CREDITS = ("trajectory", "step")
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The loss: which tokens count, how much, and what holds the policy back."""
 
+    policy: str = "tis"
+    """the policy term: `tis`, `ppo`, `gspo` or `cispo`"""
     tis_cap: float = 2.0
     """upper bound of a token's importance weight"""
+    clip_low: float | None = None
+    """how far below 1 a ratio is cut by `ppo`, `gspo` and `cispo`; none: as their papers do"""
+    clip_high: float | None = None
+    """how far above 1"""
     opsm_delta: float = 0.05
     """a trajectory further than this from the policy that sampled it (mean nats a token) teaches no negative lesson"""
     geometric_low: float = 0.0
@@ -45,6 +56,14 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = LINEARS
+    device: str = "auto"
+    """`cpu`, `mps` or `cuda`; `auto` takes the fastest there is"""
+    dtype: str = "auto"
+    """of the base: `float32` or `bfloat16`; `auto` is bfloat16 on a GPU. The adapter is always float32"""
+    attention: str = "auto"
+    """`dense` or `flex`; `auto` is flex on CUDA"""
+    activation_checkpointing: str = "auto"
+    """`on` or `off`: whether activations are computed again in the backward pass; `auto` is on for a GPU"""
     lr: float = 5e-5
     """for models of 4 to 8 billion parameters; tiny ones need far more"""
     warmup_updates: int = 10
@@ -59,7 +78,13 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     advantage: str = "ema"
-    """a name in trainer/advantages.py"""
+    """what a trajectory of no group is compared with: `ema` or `tracker`"""
+    group_advantage: str = "dr-grpo"
+    """what a trajectory is compared with whose group has others: `dr-grpo`, `loo` or `grpo`; `none`: as the rest"""
+    credit: str = "trajectory"
+    """`trajectory`: each step gets the reward of all; `step`: each gets what was said of it and of what came after"""
+    discount: float = 1.0
+    """how much of a later step's reward counts for the one before it, with `credit = "step"`"""
     reward_low: float = -1.0
     """rewards in [reward_low, reward_high] become [0, 1] for the baseline"""
     reward_high: float = 1.0
@@ -67,8 +92,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """how much the advantage of a token gains for each nat by which a hint makes it likelier; 0: hints are not used"""
     hindsight_clip: float = 1.0
     """the most nats that count"""
-    row_tokens: int = 1024
-    """token budget of a packed row"""
+    row_tokens: int = 0
+    """token budget of a packed row; 0: what fits the free memory, and less after it did not fit"""
     max_sample_tokens: int = 32768
     seed: int = 0
     threads: int = 1
@@ -77,6 +102,12 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """a round whose effective sample size is below this is not published"""
     min_kept: float = 0.3
     """a round of which less than this part of the tokens could be used is not published"""
+    max_entropy_fall: float = 0.5
+    """a round whose entropy falls by more than this part is not published"""
+    checkpoint_every_s: float = 120.0
+    """how much work at most is done again after a crash; 0: the state is saved after each update"""
+    processes: int = 1
+    """processes on this machine that train together, a GPU each, by FSDP2"""
     loss: LossSettings = LossSettings()
 
     @property
@@ -114,7 +145,18 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         f"hindsight {settings.hindsight} is below 0": 0 <= settings.hindsight < math.inf,
         f"hindsight_clip {settings.hindsight_clip} is not above 0": 0 < settings.hindsight_clip < math.inf,
         f"reward_low {settings.reward_low} is not below reward_high": settings.reward_low < settings.reward_high,
-        f"row_tokens {settings.row_tokens} is below 1": settings.row_tokens >= 1,
+        f"device {settings.device!r}: known are {DEVICES}": settings.device in DEVICES,
+        f"dtype {settings.dtype!r}: known are {DTYPES}": settings.dtype in DTYPES,
+        f"attention {settings.attention!r}: known are {ATTENTIONS}": settings.attention in ATTENTIONS,
+        f"activation_checkpointing {settings.activation_checkpointing!r}: known are {SWITCHES}": (
+            settings.activation_checkpointing in SWITCHES
+        ),
+        f"credit {settings.credit!r}: known are {CREDITS}": settings.credit in CREDITS,
+        f"discount {settings.discount} is not in [0, 1]": 0 <= settings.discount <= 1,
+        f"max_entropy_fall {settings.max_entropy_fall} is not above 0": settings.max_entropy_fall > 0,
+        f"checkpoint_every_s {settings.checkpoint_every_s} is below 0": settings.checkpoint_every_s >= 0,
+        f"processes {settings.processes} is below 1": settings.processes >= 1,
+        f"row_tokens {settings.row_tokens} is below 0": settings.row_tokens >= 0,
         f"max_sample_tokens {settings.max_sample_tokens} is below 2": settings.max_sample_tokens >= 2,
         f"threads {settings.threads} is below 1": settings.threads >= 1,
         f"loss.tis_cap {loss.tis_cap} is not above 0": loss.tis_cap > 0,

@@ -27,8 +27,9 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Reply, Sampling
+from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.judge import Judge
-from clawloop_server.trainer.loop import Report, RoundResult, TrainState, run_round, unhealthy
+from clawloop_server.trainer.loop import Report, RoundResult, TrainState, run_round
 from clawloop_server.trainer.rows import Limits, Sample
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.tasks import Scores, Task, TemplateRenderer, load_tasks, play
@@ -209,7 +210,7 @@ class Worker:
             return
         checkpoint = self._checkpoint(named[0])
         if newest is None or checkpoint.exists():
-            saved = msgspec.json.decode(self._engine.load(checkpoint), type=Saved)
+            saved = msgspec.json.decode(self._engine.load_state(checkpoint), type=Saved)
         else:
             saved = self._start_from(newest)
         mine = self._saved(saved.state)
@@ -250,7 +251,7 @@ class Worker:
         return self._home.trainer / f"{name}.safetensors"
 
     def _save(self, name: str, state: TrainState) -> None:
-        self._engine.save(self._checkpoint(name), text=msgspec.json.encode(self._saved(state)).decode())
+        self._engine.save_state(self._checkpoint(name), text=msgspec.json.encode(self._saved(state)).decode())
 
     def _prune(self) -> None:
         """Remove checkpoints that nothing goes back to: all but those of the newest adapters."""
@@ -340,7 +341,7 @@ class Worker:
     # the gate
 
     def _judge(self, result: RoundResult, *, current: dict[str, Any]) -> Decision:
-        broken = unhealthy(result, self._settings)
+        broken = unhealthy(result.updates, self._settings)
         if broken:
             return refuse(broken)
         if not self._gate.tasks:

@@ -40,16 +40,16 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
     engine: TrainEngine, tiny_folder: Path, session: Session, tmp_path: Path
 ) -> None:
     train(engine, session, seeds=range(2))
-    engine.save(tmp_path / "state.safetensors", text="two updates")
+    engine.save_state(tmp_path / "state.safetensors", text="two updates")
     train(engine, session, seeds=range(2, 4))
     drawn = torch.rand(1)
     other = TrainEngine.open(tiny_folder, replace_seed(engine.settings, 99))
     assert not same(engine, other)
-    assert other.load(tmp_path / "state.safetensors") == "two updates"
+    assert other.load_state(tmp_path / "state.safetensors") == "two updates"
     train(other, session, seeds=range(2, 4))
     assert same(engine, other)
     assert torch.equal(torch.rand(1), drawn)
-    engine.load(tmp_path / "state.safetensors")
+    engine.load_state(tmp_path / "state.safetensors")
     train(engine, session, seeds=range(2, 4))
     assert same(engine, other)
 
@@ -61,7 +61,7 @@ def replace_seed(settings: TrainSettings, seed: int) -> TrainSettings:
 def test_a_checkpoint_is_one_private_file_without_pickle(engine: TrainEngine, session: Session, tmp_path: Path) -> None:
     train(engine, session, seeds=range(1))
     path = tmp_path / "state.safetensors"
-    engine.save(path, text="{}")
+    engine.save_state(path, text="{}")
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o600
     names = read_header(path.read_bytes(), max_bytes=1 << 24)
@@ -71,12 +71,12 @@ def test_a_checkpoint_is_one_private_file_without_pickle(engine: TrainEngine, se
 def test_other_files_are_not_taken_for_checkpoints(engine: TrainEngine, tmp_path: Path) -> None:
     (tmp_path / "torn").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(StorageError, match="torn"):
-        engine.load(tmp_path / "torn")
+        engine.load_state(tmp_path / "torn")
     with pytest.raises(StorageError, match="missing"):
-        engine.load(tmp_path / "missing")
+        engine.load_state(tmp_path / "missing")
     (tmp_path / "adapter").write_bytes(engine.adapter_files()[WEIGHTS_FILE])
     with pytest.raises(StorageError, match="not a checkpoint"):
-        engine.load(tmp_path / "adapter")
+        engine.load_state(tmp_path / "adapter")
 
 
 def test_the_adapter_passes_the_checks_of_an_edge_and_holds_the_trained_numbers(

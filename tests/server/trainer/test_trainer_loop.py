@@ -12,7 +12,7 @@ import torch
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.generation import Sampling as Drawing
-from clawloop_server.trainer.loop import NOT_FINITE, RoundResult, TrainState, run_round, unhealthy
+from clawloop_server.trainer.loop import NOT_FINITE, TrainState, run_round
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
 from clawloop_server.trainer.settings import LossSettings, TrainSettings
@@ -204,10 +204,10 @@ def test_a_round_learns_from_redacted_steps_beside_whole_ones(tiny_folder: Path,
 def test_the_next_round_goes_on_where_the_last_one_was_saved(fresh: Callable[[], TrainEngine], tmp_path: Path) -> None:
     engine = fresh()
     first = run_round(engine, some(12), state=TrainState(version=3), limits=LIMITS)
-    engine.save(tmp_path / "c", text=msgspec.json.encode(first.state).decode())
+    engine.save_state(tmp_path / "c", text=msgspec.json.encode(first.state).decode())
     second = run_round(engine, some(12, seed=1), state=first.state, limits=LIMITS)
     other = fresh()
-    state = msgspec.json.decode(other.load(tmp_path / "c"), type=TrainState)
+    state = msgspec.json.decode(other.load_state(tmp_path / "c"), type=TrainState)
     assert run_round(other, some(12, seed=1), state=state, limits=LIMITS) == second
     mine = engine.adapter()
     assert all(torch.equal(mine[name], tensor) for name, tensor in other.adapter().items())
@@ -250,24 +250,6 @@ def test_a_batch_that_is_all_poisoned_leaves_the_baseline_alone(
 def test_a_round_of_nothing_usable_says_why(fresh: Callable[[], TrainEngine]) -> None:
     with pytest.raises(TrainerError, match="another model line"):
         run_round(fresh(), [trajectory("t", step(policy=Policy("other")))], state=TrainState(), limits=LIMITS)
-
-
-def test_a_round_that_could_use_little_is_not_healthy() -> None:
-    def result(**metrics: float) -> RoundResult:
-        return RoundResult(
-            state=TrainState(),
-            updates=[metrics],
-            trajectory_ids=["t"],
-            steps=1,
-            reward=0.0,
-            set_aside={},
-            rejected_steps={},
-        )
-
-    settings = TrainSettings()
-    assert unhealthy(result(ess=0.9, kept=0.9), settings) == ""
-    assert "effective sample size 0.20" in unhealthy(result(ess=0.2, kept=0.9), settings)
-    assert "0.10 of the tokens" in unhealthy(result(ess=0.9, kept=0.1), settings)
 
 
 def bandit(engine: TrainEngine, *, good: int, version: int, rng: random.Random) -> Iterator[Trajectory]:
