@@ -18,10 +18,14 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Reply:
-    """Sampled ids, the end token included; `stopped` tells that there is one."""
+    """Sampled ids, the end token included; `stopped` tells that there is one.
+
+    `logprobs`: of each id under the distribution that it was drawn from, temperature applied; 0 if nothing was drawn.
+    """
 
     ids: list[int]
     stopped: bool
+    logprobs: list[float]
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,23 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampling
     stops = torch.tensor(sorted(sampling.eos_ids))
     batch, logits_BV = _prefill(model, [list(prompt) for prompt in prompts])
     sampled: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
     for _ in range(sampling.max_tokens):
-        token_B = _draw(logits_BV, sampling.temperature, generator=generator)
-        for row, token in zip(batch.rows_B.tolist(), token_B.tolist(), strict=True):
+        token_B, logprob_B = _draw(logits_BV, sampling.temperature, generator=generator)
+        drawn = zip(batch.rows_B.tolist(), token_B.tolist(), logprob_B.tolist(), strict=True)
+        for row, token, logprob in drawn:
             sampled[row].append(token)
+            logprobs[row].append(logprob)
         going_B = ~torch.isin(token_B, stops)
         if not bool(going_B.any()):
             break
         if not bool(going_B.all()):
             batch, token_B = _keep(batch, going_B), token_B[going_B]
         batch, logits_BV = _advance(model, batch, token_B)
-    return [Reply(ids, stopped=ids[-1] in sampling.eos_ids) for ids in sampled]
+    return [
+        Reply(ids, stopped=ids[-1] in sampling.eos_ids, logprobs=found)
+        for ids, found in zip(sampled, logprobs, strict=True)
+    ]
 
 
 def _prefill(model: Any, prompts: list[list[int]]) -> tuple[_Batch, Tensor]:
@@ -116,10 +126,13 @@ def _forward(model: Any, batch: _Batch, *, ids_BL: Tensor, position_BL: Tensor) 
     return logits
 
 
-def _draw(logits_BV: Tensor, temperature: float, *, generator: torch.Generator) -> Tensor:
+def _draw(logits_BV: Tensor, temperature: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(token_B, logprob_B)."""
     if temperature == 0:
-        return logits_BV.argmax(-1)
-    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        return logits_BV.argmax(-1), logits_BV.new_zeros(len(logits_BV))
+    chances_BV = (logits_BV / temperature).log_softmax(-1)
+    token_B1 = torch.multinomial(chances_BV.exp(), 1, generator=generator)
+    return token_B1.squeeze(1), chances_BV.gather(1, token_B1).squeeze(1)
 
 
 def _keep(batch: _Batch, going_B: Tensor) -> _Batch:
