@@ -126,7 +126,7 @@ def outcome(task: Task, *texts: str, stopped: bool = True) -> tuple[float, bool,
     letters, said = Letters(), iter(texts)
 
     def sampler(prompts: Sequence[Sequence[int]], turn: int) -> list[Reply]:
-        return [Reply(list(map(ord, next(said))), stopped=stopped) for _ in prompts]
+        return [Reply(list(map(ord, next(said))), stopped=stopped, logprobs=[]) for _ in prompts]
 
     found = play([task], sampler, renderer=letters, samples=1)
     assert next(said, None) is None
@@ -194,7 +194,7 @@ def test_each_task_is_played_as_often_as_asked(task: Task) -> None:
     def sampler(prompts: Sequence[Sequence[int]], turn: int) -> list[Reply]:
         batches.append((turn, len(prompts)))
         text = CALL if turn == 0 else "Ask Maria."
-        return [Reply(list(map(ord, text)), stopped=True) for _ in prompts]
+        return [Reply(list(map(ord, text)), stopped=True, logprobs=[]) for _ in prompts]
 
     found = play([task, task], sampler, renderer=Letters(), samples=3)
     assert found.rewards == [[1.0] * 3] * 2
