@@ -3,7 +3,7 @@
 The oldest go first; those that somebody still waits for (they have yet to leave) go only when no other is left. One
 that was used within the last hour is never taken. What goes is not forgotten for good: its ids may come again.
 If the disk is nearly full, and what may go would not be enough, nothing goes for that and no more is kept (`Gate`): to
-lose everything and still have no room would help nobody.
+lose everything and still have no room would help nobody. Nothing goes for its age by a clock that has just jumped.
 """
 
 import logging
@@ -31,6 +31,11 @@ SWEEP_EVERY_MS = 3_600_000
 SHORT_EVERY_MS = 60_000
 """how often it is tried again while the disk is nearly full"""
 _DAY_MS = 86_400_000
+JUMP_MS = 7 * _DAY_MS
+TRUSTED_AFTER_MS = _DAY_MS
+"""for how long the clock must have gone on without a jump before anything goes for its age: one wrong date, or the
+right one after it, would make a whole life older than `days`"""
+_CLOCK = "retention.clock"
 _OLDEST = "SELECT session_id, last_ms, size FROM sessions WHERE last_ms < ? ORDER BY last_ms, last_seq"
 _FULL = "SELECT session_id FROM sessions WHERE last_ms >= ? AND size >= ?"
 
@@ -64,6 +69,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     leaving: list[Leaving]
     lacking_bytes: int
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """What the wall clock said at the last sweep, and since when it has gone on without a jump."""
+
+    at_ms: int
+    since_ms: int
+
+    def then(self, now_ms: int) -> "Clock":
+        """The clock as it is now; more than `JUMP_MS` since the last sweep, or a step back, is a jump."""
+        return Clock(now_ms, self.since_ms if 0 <= now_ms - self.at_ms <= JUMP_MS else now_ms)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether something may go for its age."""
+        return self.at_ms - self.since_ms >= TRUSTED_AFTER_MS
 
 
 class Gate:
@@ -115,10 +136,11 @@ def plan(
     now_ms: int,
     free_bytes: int,
     waiting: Collection[str] = (),
+    aged: bool = True,
 ) -> Plan:
-    """What should go now. `free_bytes` is what the disk has left."""
+    """What should go now. `free_bytes` is what the disk has left; not `aged`: nothing goes for its age."""
     need = _Need(
-        expired_ms=now_ms - int(settings.days * _DAY_MS) if settings.days else 0,
+        expired_ms=now_ms - int(settings.days * _DAY_MS) if settings.days and aged else 0,
         over_bytes=used_bytes(database) - settings.max_bytes if settings.max_bytes else 0,
         short_bytes=settings.free_floor_bytes - free_bytes,
         shrinks=bool(pragma(database, "auto_vacuum")),
@@ -190,9 +212,17 @@ class Retention:
     def sweep(self) -> Plan:
         """Let go of what should go, each session in a transaction of its own; gives what was planned."""
         self._swept_ms = now_ms = self._clock_ms()
+        clock = self._clock(now_ms)
         with self._pool.read() as database:
             waiting = self._waiting(database)
-            found = plan(database, self._settings, now_ms=now_ms, free_bytes=self._free_bytes(), waiting=waiting)
+            found = plan(
+                database,
+                self._settings,
+                now_ms=now_ms,
+                free_bytes=self._free_bytes(),
+                waiting=waiting,
+                aged=clock.trusted,
+            )
             self._pool.gate.full = full_sessions(database, self._settings, now_ms=now_ms)
         gone = [
             each for each in found.leaving if self._pool.submit(partial(_let_go, pool=self._pool, each=each)).result()
@@ -203,6 +233,12 @@ class Retention:
             _log_gone(gone)
         self._close(self._lack(found))
         return found
+
+    def _clock(self, now_ms: int) -> Clock:
+        before = self._pool.get_state(_CLOCK)
+        clock = msgspec.msgpack.decode(before, type=Clock).then(now_ms) if before else Clock(now_ms, now_ms)
+        self._pool.set_state(_CLOCK, msgspec.msgpack.encode(clock)).result()
+        return clock
 
     def _lack(self, found: Plan) -> str:
         if not found.lacking_bytes:

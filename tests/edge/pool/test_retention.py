@@ -45,6 +45,13 @@ class World:
             pool, limits, waiting=lambda _: waiting, clock_ms=lambda: self.now_ms, free_bytes=lambda: self.free
         )
 
+    def sweep_for(self, days: float) -> None:
+        """A sweep every twelve hours until so many days have gone by."""
+        until_ms = self.now_ms + int(days * DAY_MS)
+        while self.now_ms < until_ms:
+            self.retention.sweep()
+            self.now_ms = min(until_ms, self.now_ms + 12 * HOUR_MS)
+
     def left(self) -> list[str]:
         """The sessions that are left after a sweep, oldest first."""
         self.retention.sweep()
@@ -54,14 +61,39 @@ class World:
 def test_a_session_goes_once_it_was_not_used_for_so_many_days(pool: Pool, make_kept: MakeKept) -> None:
     for age in (31, 29, 1):
         keep(pool, make_kept, f"used {age} days ago", at_ms=NOW_MS - age * DAY_MS)
-    world = World(pool, settings(days=30))
+    world = World(pool, settings(days=32))
+    world.sweep_for(days=2)
     assert world.left() == ["used 29 days ago", "used 1 days ago"]
-    world.now_ms += 2 * DAY_MS
+    world.sweep_for(days=2)
     assert world.left() == ["used 1 days ago"]
     assert pool.verify().problems == []
     assert unfinished(pool) == (), "nothing was forgotten for good"
-    world.now_ms += 300 * DAY_MS
+    world.sweep_for(days=32)
     assert world.left() == []
+
+
+@pytest.mark.parametrize("wrong_ms", [NOW_MS + 3_000 * DAY_MS, DAY_MS])
+def test_a_wrong_date_takes_nothing_if_it_is_put_right_within_a_day(
+    pool: Pool, make_kept: MakeKept, wrong_ms: int
+) -> None:
+    keep(pool, make_kept, "before", at_ms=NOW_MS)
+    world = World(pool, settings(days=30))
+    world.sweep_for(days=3)
+    right_ms, world.now_ms = world.now_ms, wrong_ms
+    world.sweep_for(days=0.9)
+    keep(pool, make_kept, "meanwhile", at_ms=wrong_ms)
+    world.now_ms = right_ms + DAY_MS
+    world.sweep_for(days=0.9)
+    assert sorted(world.left()) == ["before", "meanwhile"]
+
+
+def test_an_edge_that_starts_anew_goes_on_trusting_its_clock(pool: Pool, make_kept: MakeKept) -> None:
+    keep(pool, make_kept, "old", at_ms=1)
+    World(pool, settings(days=30)).sweep_for(days=1)
+    assert pool.stats().sessions == 1
+    later = World(pool, settings(days=30))
+    later.now_ms += DAY_MS
+    assert later.left() == []
 
 
 def test_without_limits_nothing_goes(pool: Pool, make_kept: MakeKept) -> None:
@@ -82,13 +114,15 @@ def test_a_session_that_may_be_in_use_is_never_taken(pool: Pool, make_kept: Make
 def test_a_session_that_was_used_since_it_was_looked_at_stays(pool: Pool, make_kept: MakeKept) -> None:
     keep(pool, make_kept, "old", at_ms=1)
     world = World(pool, settings(days=30))
+    world.retention.sweep()
+    world.now_ms += DAY_MS
 
     def waiting(_: object) -> Collection[str]:
-        keep(pool, make_kept, "old", at_ms=NOW_MS)
+        keep(pool, make_kept, "old", at_ms=world.now_ms)
         return ()
 
     world.retention = Retention(
-        pool, settings(days=30), waiting=waiting, clock_ms=lambda: NOW_MS, free_bytes=lambda: ROOM
+        pool, settings(days=30), waiting=waiting, clock_ms=lambda: world.now_ms, free_bytes=lambda: ROOM
     )
     assert world.left() == ["old"]
     assert pool.stats().steps == 4
@@ -123,7 +157,7 @@ def test_what_goes_gives_its_room_back_to_the_disk(
         pool.cut_log()
         before = (tmp_path / "pool.db").stat().st_size
         assert before > 2_000_000
-        World(pool, settings(days=1)).left()
+        World(pool, settings(days=1)).sweep_for(days=2)
         assert (tmp_path / "pool.db").stat().st_size < 1_000_000
         keep(pool, make_kept, "s1", at_ms=NOW_MS)
         assert pool.verify().problems == []
