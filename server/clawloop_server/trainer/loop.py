@@ -1,11 +1,14 @@
 """A round: rewarded trajectories in, an updated engine and an account of what happened out.
 
-The same engine state, trajectories and `TrainState` give the same round, bit for bit in one process on one thread: the
-order comes from the seed and the number of the round, never from the clock or from the order of arrival. Knows no
-database, file or gate.
+It is planned first: which trajectories can be used, and which update learns from which. Then it goes from update to
+update, and `Progress` is all that has to be kept to go on after any of them. The same engine state, plan, trajectories
+and `TrainState` give the same round, bit for bit in one process on one thread, in one go or in parts: the order comes
+from the seed and the number of the round, never from the clock or from the order of arrival. Knows no database, file
+or gate.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -16,6 +19,7 @@ from clawloop_server.trainer.guards import mean
 from clawloop_server.trainer.learning import Lessons, batches, prepare
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, screen
+from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.records import Trajectory
 
 NOT_FINITE = "logprobs under the current policy are not finite"
@@ -47,7 +51,51 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
         return mean(self.updates, metric)
 
 
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Which update learns from which trajectories, by their ids; which are of no use, and why; and how many steps of
+    the others are not learned from, by the reason."""
+
+    batches: list[list[str]]
+    set_aside: dict[str, str] = {}
+    rejected_steps: dict[str, int] = {}
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a round is. `at_update` is the next update; `learned` are the trajectories that the updates before it
+    learned from, `steps` and `rewards` the sums over these."""
+
+    state: TrainState
+    at_update: int = 0
+    updates: list[dict[str, float]] = []
+    learned: list[str] = []
+    steps: int = 0
+    rewards: float = 0.0
+    set_aside: dict[str, str] = {}
+
+
 Report = Callable[[dict[str, float]], None]
+Read = Callable[[int, Sequence[str]], Sequence[Trajectory]]
+"""gives what an update learns from, by its number (from 0) and the ids; what is not there any more it passes by"""
+Keep = Callable[[Progress], None]
+
+
+def plan_round(trajectories: Iterable[Trajectory], settings: TrainSettings, *, rounds: int, limits: Limits) -> Plan:
+    """Look at each trajectory once, in the order of their ids, and decide which update learns from which; none is held.
+
+    `rounds` is how many rounds there were before.
+    """
+    usable, set_aside, rejected = list[Trajectory](), dict[str, str](), Counter[str]()
+    for trajectory in trajectories:
+        screened = screen([trajectory], limits)
+        usable += [msgspec.structs.replace(t, steps=[], signals=[]) for t in screened.trajectories]
+        set_aside |= screened.rejected_trajectories
+        rejected += screened.rejected_steps
+    cut = batches(usable, settings, seed=f"{settings.seed} round {rounds}")
+    return Plan(
+        batches=[[t.trajectory_id for t in batch] for batch in cut],
+        set_aside=set_aside,
+        rejected_steps=dict(sorted(rejected.items())),
+    )
 
 
 def run_round(
@@ -63,30 +111,71 @@ def run_round(
     Raises:
         TrainerError: none of the trajectories can be used.
     """
-    settings = engine.settings
-    screened = screen(sorted(trajectories, key=lambda t: t.trajectory_id), limits)
-    usable = screened.trajectories
-    if not usable:
-        reasons = sorted(set(screened.rejected_trajectories.values()))
-        raise TrainerError(
-            f"none of {len(trajectories)} trajectories can be used: {', '.join(reasons) or 'none given'}"
-        )
-    set_aside, metrics, learned = dict(screened.rejected_trajectories), [], list[Trajectory]()
-    for batch in batches(usable, settings, seed=f"{settings.seed} round {state.rounds}"):
-        done = run_update(engine, batch, state=state, max_tokens=limits.max_tokens)
-        state = done.state
-        set_aside |= dict.fromkeys(done.poisoned, NOT_FINITE)
-        learned += done.learned
-        metrics.append(done.metrics)
-        report(done.metrics)
+    by_id = {t.trajectory_id: t for t in sorted(trajectories, key=lambda t: t.trajectory_id)}
+    plan = plan_round(by_id.values(), engine.settings, rounds=state.rounds, limits=limits)
+    return run_plan(
+        engine,
+        plan,
+        read=lambda number, ids: [by_id[trajectory_id] for trajectory_id in ids],
+        progress=Progress(state=state),
+        limits=limits,
+        report=report,
+    )
+
+
+def run_plan(
+    engine: TrainEngine,
+    plan: Plan,
+    *,
+    read: Read,
+    progress: Progress,
+    limits: Limits,
+    report: Report = lambda metrics: None,
+    keep: Keep = lambda progress: None,
+) -> RoundResult:
+    """Go on with a planned round where `progress` is, holding what one update learns from at a time.
+
+    `report` hears the metrics of each update, `keep` gets what to go on from after it.
+
+    Raises:
+        TrainerError: there is nothing that can be used.
+    """
+    if not any(plan.batches):
+        reasons = ", ".join(sorted(set(plan.set_aside.values()))) or "none given"
+        raise TrainerError(f"none of {len(plan.set_aside)} trajectories can be used: {reasons}")
+    for number in range(progress.at_update, len(plan.batches)):
+        batch = screen(read(number, plan.batches[number]), limits).trajectories
+        if batch:
+            done = run_update(engine, batch, state=progress.state, max_tokens=limits.max_tokens)
+            metrics = done.metrics | {"round_update": float(number + 1), "round_updates": float(len(plan.batches))}
+            progress = _after(progress, done, metrics=metrics)
+            report(metrics)
+        progress = msgspec.structs.replace(progress, at_update=number + 1)
+        keep(progress)
+    return _result(plan, progress)
+
+
+def _after(progress: Progress, done: "UpdateResult", *, metrics: dict[str, float]) -> Progress:
+    return msgspec.structs.replace(
+        progress,
+        state=done.state,
+        updates=[*progress.updates, metrics],
+        learned=[*progress.learned, *(t.trajectory_id for t in done.learned)],
+        steps=progress.steps + sum(len(t.steps) for t in done.learned),
+        rewards=progress.rewards + sum(t.reward for t in done.learned),
+        set_aside=progress.set_aside | dict.fromkeys(done.poisoned, NOT_FINITE),
+    )
+
+
+def _result(plan: Plan, progress: Progress) -> RoundResult:
     return RoundResult(
-        state=msgspec.structs.replace(state, rounds=state.rounds + 1),
-        updates=metrics,
-        trajectory_ids=sorted(t.trajectory_id for t in learned),
-        steps=sum(len(t.steps) for t in learned),
-        reward=sum(t.reward for t in learned) / max(1, len(learned)),
-        set_aside=set_aside,
-        rejected_steps=dict(sorted(screened.rejected_steps.items())),
+        state=msgspec.structs.replace(progress.state, rounds=progress.state.rounds + 1),
+        updates=progress.updates,
+        trajectory_ids=sorted(progress.learned),
+        steps=progress.steps,
+        reward=progress.rewards / max(1, len(progress.learned)),
+        set_aside=plan.set_aside | progress.set_aside,
+        rejected_steps=plan.rejected_steps,
     )
 
 

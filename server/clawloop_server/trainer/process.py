@@ -1,7 +1,8 @@
 """The trainer's process: `python -m clawloop_server.trainer.process --home HOME`.
 
-Waits until enough rewarded trajectories are ready, runs a round, prints it as one JSON line, and waits again. It can be
-killed at any moment: what was not recorded is run again from the same state. It ends when its parent does.
+Waits until enough rewarded trajectories are ready, runs a round, and waits again. It prints one JSON line for the start
+and the end of each round and for each update (`observing.py`). It can be killed at any moment: what was not recorded is
+run again from the same state. It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -51,13 +52,20 @@ def serve(home: Home, *, rounds: int = 0) -> None:
         TrainerError: another trainer runs on this home.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from clawloop_server.trainer.observing import Observer
     from clawloop_server.trainer.worker import Worker
 
     parent = os.getppid()
     with sole_trainer(home):
         worker = Worker.open(home)
+        observer = Observer(home.trainer, emit=_emit)
+
+        def report(metrics: dict[str, float]) -> None:
+            _log_update(metrics)
+            observer.updated(metrics)
+
         try:
-            _emit({"ready": True, "missing": worker.missing})
+            _emit({"event": "ready", "missing": worker.missing})
             done = 0
             while (not rounds or done < rounds) and os.getppid() == parent:
                 if worker.judge():
@@ -65,9 +73,10 @@ def serve(home: Home, *, rounds: int = 0) -> None:
                 if worker.missing:
                     time.sleep(POLL_S)
                     continue
-                _emit(worker.run(_log_update))
+                observer.ended(worker.run(report, began=observer.began))
                 done += 1
         finally:
+            observer.close()
             worker.close()
 
 
@@ -99,7 +108,7 @@ def _emit(line: object) -> None:
 
 def _log_update(metrics: dict[str, float]) -> None:
     shown = ("update", "reward", "kept", "k3", "ess", "gradient_norm", "lr")
-    log.info(" ".join(f"{name}={metrics[name]:.4g}" for name in shown))
+    log.info(" ".join(f"{name}={metrics[name]:.4g}" for name in shown if name in metrics))
 
 
 def _stop(number: int, frame: object) -> None:

@@ -8,6 +8,7 @@ out. Knows no process, poll or signal.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,17 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+
+
+class RoundBegan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round starts with; one line of the trainer's output. `updates` is what it will be unless groups or what is
+    set aside make it another number; each update says it."""
+
+    round_id: str
+    base_version: int
+    trajectories: int
+    steps: int
+    updates: int
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,8 +165,15 @@ class Worker:
     def _settings(self) -> TrainSettings:
         return self._engine.settings
 
-    def run(self, report: Report = lambda metrics: None, *, clock: Callable[[], float] = time.monotonic) -> RoundReport:
-        """Run a round on what is ready, oldest first, at most as many as a round takes.
+    def run(
+        self,
+        report: Report = lambda metrics: None,
+        *,
+        began: Callable[[RoundBegan], None] = lambda round: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> RoundReport:
+        """Run a round on what is ready, oldest first, at most as many as a round takes. `began` hears of it before its
+        first update, `report` of each.
 
         Raises:
             TrainerError: nothing is ready.
@@ -165,6 +184,7 @@ class Worker:
             raise TrainerError("no rewarded trajectory is ready; a round needs signals such as /v1/feedback")
         self._restore()
         round_id = self._begin(trajectories)
+        began(self._began(round_id, trajectories))
         current = self._engine.adapter()
         try:
             result = run_round(self._engine, trajectories, state=self._state, limits=self._limits(), report=report)
@@ -188,6 +208,15 @@ class Worker:
             evaluated_before=evaluation.reward_before,
             set_aside=len(result.set_aside),
             seconds=clock() - started,
+        )
+
+    def _began(self, round_id: str, trajectories: Sequence[Trajectory]) -> RoundBegan:
+        return RoundBegan(
+            round_id=round_id,
+            base_version=self._state.version,
+            trajectories=len(trajectories),
+            steps=sum(len(t.steps) for t in trajectories),
+            updates=math.ceil(len(trajectories) / self._settings.batch_trajectories),
         )
 
     def _limits(self) -> Limits:

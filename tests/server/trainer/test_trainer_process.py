@@ -258,15 +258,16 @@ def test_a_trainer_killed_again_and_again_ends_with_the_same_adapters(ready_home
     assert found == adapters(ready_home.folder)
 
 
-def test_the_process_prints_one_line_a_round_and_ends_when_told(ready_home: Home) -> None:
+def test_the_process_prints_one_line_an_event_and_ends_when_told(ready_home: Home) -> None:
     command = [sys.executable, "-m", "clawloop_server.trainer.process", "--home", str(ready_home.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        lines = [msgspec.json.decode(process.stdout.readline()) for _ in range(3)]
+        lines = [msgspec.json.decode(process.stdout.readline()) for _ in range(9)]
         process.terminate()
         _, errors = process.communicate(timeout=30)
-    assert lines[0] == {"ready": True, "missing": 0}
-    assert [(line["state"], line["version"]) for line in lines[1:]] == [("passed", 1), ("passed", 2)]
+    assert lines[0] == {"event": "ready", "missing": 0}
+    assert [line["event"] for line in lines[1:]] == ["began", "update", "update", "round"] * 2
+    assert [(line["state"], line["version"]) for line in lines[4::4]] == [("passed", 1), ("passed", 2)]
     assert process.returncode == 0, errors
     assert errors.count("reward=") == 4
 
