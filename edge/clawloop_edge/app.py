@@ -45,7 +45,7 @@ from clawloop_edge.privacy.deletions import Deletions
 from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.waiting import waiting_sessions
-from clawloop_edge.scoring import open_reward, open_worker
+from clawloop_edge.scoring import check_scorers, open_reward, open_worker
 from clawloop_edge.signals.registry import Deps
 from clawloop_edge.signals.watch import HealthWatch
 from clawloop_shared.database import encrypts
@@ -339,6 +339,8 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     Until the model is loaded, a signal ends the process as any other.
     """
     await _check_port(config.gateway)
+    for problem in filter(None, check_scorers(config.signals, folder=home.folder, port=config.gateway.port).values()):
+        raise ConfigError(problem)
     engine = await _loaded(config)
     stop = Stop()
     edge = Edge(home, config, pool=pool, engine=engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clawloop_edge.gateway.trajectory_facts import read_completed, read_metadata
 from clawloop_edge.privacy.consent import wall_clock_ms
@@ -12,10 +12,13 @@ from clawloop_edge.signals.worker import SignalWorker
 from clawloop_shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from clawloop_edge.pool.reading import Reading
     from clawloop_edge.pool.records import Json
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.signals.protocol import Scorer
+    from clawloop_edge.signals.settings import SignalsSettings
 
 REWARDING = ("rule", "exact", "regex", "reward-model")
 """scorers that can judge a response by itself, in no order"""
@@ -43,6 +46,25 @@ def open_scorer(name: str, deps: Deps) -> Scorer:
     if name not in SCORERS:
         raise ConfigError(f"[signals] names the scorer {name!r}; there are {', '.join(sorted(SCORERS))}")
     return SCORERS[name](deps)
+
+
+def check_scorers(settings: SignalsSettings, *, folder: Path, port: int) -> dict[str, str]:
+    """What is wrong with each scorer that is configured, as far as it can be told without a model; empty: nothing is.
+
+    A factory connects to nothing and asks nobody, so that what it is to work with may stand for what there will be.
+    """
+    later: Any = object()
+    deps = Deps(settings=settings, engine=later, folder=folder, border=later, port=port)
+    names = dict.fromkeys([*settings.scorers, *filter(None, [settings.compute_reward])])
+    return {name: _problem(name, deps) for name in names}
+
+
+def _problem(name: str, deps: Deps) -> str:
+    try:
+        open_scorer(name, deps)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def open_reward(deps: Deps) -> Scorer | None:

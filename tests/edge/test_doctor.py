@@ -25,6 +25,7 @@ from clawloop_edge.pool.records import KeptStep
 from clawloop_edge.pool.settings import RetentionSettings
 from clawloop_edge.privacy.deletions import Deletions, Server
 from clawloop_shared import config
+from clawloop_shared.errors import ConfigError
 from clawloop_shared.ids import new_step_id
 from clawloop_shared.records import Policy, Sampling, Step
 
@@ -103,7 +104,8 @@ async def test_all_is_well_with_an_edge_that_runs(home: EdgeHome) -> None:
     async with running(home):
         code, found = await asyncio.to_thread(examined, home)
     assert {name: f["state"] for name, f in found.items()} == dict.fromkeys(
-        ("home", "token", "model", "pool", "encryption", "steps", "room", "privacy", "service", "openclaw"), "ok"
+        ("home", "token", "model", "pool", "encryption", "steps", "room", "privacy", "scorers", "service", "openclaw"),
+        "ok",
     )
     assert code == 0
 
@@ -218,6 +220,20 @@ def open_home(home: EdgeHome) -> None:
     home.folder.chmod(0o755)
 
 
+def unknown_scorer(home: EdgeHome) -> None:
+    configure_scorers(home, scorers=("tool-outcome", "oracle"))
+
+
+def rule_without_function(home: EdgeHome) -> None:
+    configure_scorers(home, scorers=("rule",))
+
+
+def configure_scorers(home: EdgeHome, *, scorers: tuple[str, ...]) -> None:
+    settings = home.load_config()
+    signals = msgspec.structs.replace(settings.signals, scorers=scorers)
+    config.save(home.config_file, msgspec.structs.replace(settings, signals=signals))
+
+
 @pytest.mark.parametrize(
     ("harm", "check", "state"),
     [
@@ -227,6 +243,8 @@ def open_home(home: EdgeHome) -> None:
         (lost_key, "pool", "fail"),
         (bad_config, "home", "fail"),
         (open_home, "home", "warn"),
+        (unknown_scorer, "scorers", "fail"),
+        (rule_without_function, "scorers", "fail"),
     ],
 )
 def test_what_is_wrong_is_named_with_a_way_to_mend_it(
@@ -238,6 +256,24 @@ def test_what_is_wrong_is_named_with_a_way_to_mend_it(
     assert (found[check]["state"], code) == (state, 1)
     assert found[check]["reason"]
     assert home.token_file.read_text().strip() not in found[check]["reason"] or harm is empty_token
+
+
+async def test_a_scorer_that_cannot_work_stops_the_edge_before_its_model_is_loaded(
+    home: EdgeHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule_without_function(home)
+    monkeypatch.setattr("clawloop_edge.app.open_engine", None)
+    with open_pool(home, writer=True) as pool, pytest.raises(ConfigError, match="rule"):
+        await serve(home, home.load_config(), pool=pool)
+
+
+async def test_a_scorer_that_fails_while_the_edge_runs_is_a_warning(
+    home: EdgeHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"running": True, "state": "ready", "scorers": {"next-state": {"problem": "no answer", "waiting": 3}}}
+    monkeypatch.setattr("clawloop_edge.cli.doctor.ask", lambda home: said)
+    found = examined(home)[1]["scorers"]
+    assert (found["state"], found["reason"]) == ("warn", "next-state failed last: no answer; 3 cases waiting")
 
 
 def openclaw(home: EdgeHome, **provider: Any) -> str:

@@ -218,6 +218,26 @@ def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
     return _ok(name, reason, facts=facts)
 
 
+def check_scorers(home: EdgeHome) -> Iterator[Finding]:
+    """The scorers that are configured can work, and those of a running edge do."""
+    from clawloop_edge.scoring import check_scorers as problems_of
+
+    config, name = home.load_config(), "scorers"
+    running: dict[str, Any] = {}
+    with suppress(ClawloopError):  # whether the edge can be asked is the service's check
+        running = ask(home).get("scorers", {}) if home.token_file.is_file() else {}
+    problems = problems_of(config.signals, folder=home.folder, port=config.gateway.port)
+    for scorer, problem in problems.items():
+        if problem:
+            yield _fail(name, f"{scorer}: {problem}", mend=f"mend [signals] in {home.config_file}: docs/judging.md")
+        elif found := running.get(scorer, {}).get("problem"):
+            waiting = running[scorer].get("waiting", 0)
+            reason = f"{scorer} failed last: {found}; {count(waiting, 'case')} waiting"
+            yield _warn(name, reason, mend=f"{_LOG}; docs/judging.md")
+    if not any(problems.values()):
+        yield _ok(name, ", ".join(problems) or "none: only what users and programs say is heard")
+
+
 def check_service(home: EdgeHome) -> Iterator[Finding]:
     """The edge answers, is ready, and keeps what passes."""
     name, gateway = "service", home.load_config().gateway
@@ -316,6 +336,7 @@ CHECKS: tuple[Check, ...] = (
     check_model,
     check_pool,
     check_privacy,
+    check_scorers,
     check_service,
     check_openclaw,
 )
