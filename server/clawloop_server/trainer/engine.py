@@ -34,7 +34,7 @@ from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import score_row
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
-from clawloop_server.trainer.world import Alone, World
+from clawloop_server.trainer.world import Alone, Root, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 
@@ -62,6 +62,8 @@ class TrainEngine:
         alone."""
         self.model = model
         self._world = world or Alone()
+        self._root = Root(model)
+        self._world.place(self._root, next(model.parameters()).device)
         self.settings = check_settings(settings)
         self._parameters: dict[str, Tensor] = {
             name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad
@@ -116,7 +118,7 @@ class TrainEngine:
     def _row_loss(self, row: PackedRow, settings: LossSettings, *, normalizer: float) -> tuple[Tensor, Sums, list[int]]:
         """The loss of a row, what to log, and the trajectories whose logprobs are not finite."""
         reference_P = self._reference(row) if settings.kl_beta else None
-        logprobs_P, entropy_P = score_row(self.model, row, entropy=True)
+        logprobs_P, entropy_P = self._root(score_row, row, entropy=True)
         inputs = LossInputs(
             logprobs_P=logprobs_P,
             behaviour_P=row.behaviour_P,
@@ -135,7 +137,11 @@ class TrainEngine:
     @torch.no_grad()
     def _reference(self, row: PackedRow) -> Tensor:
         with self.model.disable_adapter():
-            return score_row(self.model, row)[0]
+            return self._logprobs(row)
+
+    def _logprobs(self, row: PackedRow) -> Tensor:
+        logprobs_P: Tensor = self._root(score_row, row)[0]
+        return logprobs_P
 
     def _take_part(self, settings: LossSettings) -> None:
         """Go through a row of two tokens that teaches nothing, because the processes that have one wait for this."""
@@ -143,21 +149,23 @@ class TrainEngine:
         row = row.to(self._device)
         if settings.kl_beta:
             self._reference(row)
-        torch.autograd.backward(0.0 * score_row(self.model, row)[0].sum())
+        torch.autograd.backward(0.0 * self._logprobs(row).sum())
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
 
     def _rows(self, samples: Sequence[Sample]) -> Iterator[PackedRow | None]:
-        for row in self._world.share(pack(samples, row_tokens=self.settings.row_tokens or ROW_TOKENS)):
+        budget = self._world.least(self.settings.row_tokens or ROW_TOKENS)
+        for row in self._world.share(pack(samples, row_tokens=budget)):
             yield None if row is None else row.to(self._device)
 
     def optim_step(self, lr: float) -> float:
         """One AdamW step on the gradients; their norm before clipping. Without finite gradients nothing moves."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.clip_norm))
+        clipped = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.clip_norm)
+        norm = float(self._world.whole(clipped))
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
@@ -170,35 +178,39 @@ class TrainEngine:
         with nullcontext() if adapter else self.model.disable_adapter():
             for row in self._rows(samples):
                 if row is None:
-                    score_row(self.model, pack([NOTHING], row_tokens=2)[0].to(self._device))
+                    self._logprobs(pack([NOTHING], row_tokens=2)[0].to(self._device))
                     continue
-                parts = torch.split(score_row(self.model, row)[0], list(row.counts_S))
+                parts = torch.split(self._logprobs(row), list(row.counts_S))
                 found |= {member: part.tolist() for member, part in zip(row.members_S, parts, strict=True)}
         found = self._world.together(found)
         return [found[member] for member in range(len(samples))]
 
     def generate(self, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:
         """One sampled reply for each prompt, under the adapter."""
-        return generate(self.model, prompts, sampling=sampling)
+        replies: list[Reply] = self._root(generate, prompts, sampling=sampling, agree=self._world.agree)
+        return replies
 
     def adapter(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors under their PEFT names."""
         return {name: self._world.whole(parameter.detach()).clone() for name, parameter in self._parameters.items()}
 
-    @torch.no_grad()
     def set_adapter(self, tensors: dict[str, Tensor]) -> None:
         """Make `tensors` the adapter; the optimizer keeps its state.
 
         Raises:
             TrainerError: not the names and shapes of this engine's adapter.
         """
+        self._put(tensors)
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> None:
         wanted = {name: tuple(p.shape) for name, p in self._parameters.items()}
         if {name: tuple(t.shape) for name, t in tensors.items()} != wanted:
             raise TrainerError(
                 "the adapter has other tensors than [train] rank and target_modules ask for; change the settings back"
             )
         for name, parameter in self._parameters.items():
-            self._world.put(parameter, tensors[name])
+            parameter.copy_(self._world.part(parameter, tensors[name]))
 
     @contextmanager
     def with_adapter(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -243,11 +255,34 @@ class TrainEngine:
         Raises:
             StorageError: it could not be written.
         """
-        tensors = {_ADAPTER + name: parameter for name, parameter in self._parameters.items()}
+        write_checkpoint(path, self.state(), text=text)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name: adapter, AdamW, torch's random state."""
+        tensors = {_ADAPTER + name: self._world.whole(p.detach()) for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for part, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{part}/{name}"] = value
-        write_checkpoint(path, tensors | {_RNG: torch.get_rng_state()}, text=text)
+                tensors[f"{part}/{name}"] = self._world.whole(value)
+        return tensors | {_RNG: torch.get_rng_state()}
+
+    def set_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go back to a state; what of the optimizer's and the random one is not in it begins anew, or stays.
+
+        Raises:
+            TrainerError: it is of another adapter shape; nothing has changed.
+        """
+        self._put({n.removeprefix(_ADAPTER): t for n, t in tensors.items() if n.startswith(_ADAPTER)})
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            if _STEP + name in tensors:
+                self._optimizer.state[parameter] = {
+                    "step": tensors[_STEP + name],
+                    "exp_avg": self._world.part(parameter, tensors[_EXP_AVG + name]),
+                    "exp_avg_sq": self._world.part(parameter, tensors[_EXP_AVG_SQ + name]),
+                }
+        if _RNG in tensors:
+            torch.set_rng_state(tensors[_RNG])
 
     def start_from(self, weights: bytes) -> None:
         """Go on from an adapter's file alone: its tensors, and an optimizer that remembers nothing.
@@ -255,9 +290,7 @@ class TrainEngine:
         Raises:
             TrainerError: it is of another adapter shape.
         """
-        self.set_adapter(from_safetensors(weights))
-        self._optimizer.zero_grad()
-        self._optimizer.state.clear()
+        self.set_state({_ADAPTER + name: tensor for name, tensor in from_safetensors(weights).items()})
 
     def load_state(self, path: Path) -> str:
         """Go back to a checkpoint; the text that was saved with it.
@@ -267,12 +300,5 @@ class TrainEngine:
             TrainerError: it is of another adapter shape.
         """
         tensors, text = read_checkpoint(path)
-        self.set_adapter({n.removeprefix(_ADAPTER): t for n, t in tensors.items() if n.startswith(_ADAPTER)})
-        self._optimizer.zero_grad()
-        self._optimizer.state.clear()
-        for name, parameter in self._parameters.items():
-            if _STEP + name in tensors:
-                parts = {part: tensors[part + name] for part in (_STEP, _EXP_AVG, _EXP_AVG_SQ)}
-                self._optimizer.state[parameter] = {part.rstrip("/"): value for part, value in parts.items()}
-        torch.set_rng_state(tensors[_RNG])
+        self.set_state(tensors)
         return text

@@ -4,7 +4,7 @@ What all prompts share (system text, tools) is computed once and its cache expan
 between what they share and what they do not, so that all rows of a batch end at the same place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,8 +49,15 @@ class _Batch:
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:
-    """One reply for each prompt; the same seed gives the same replies."""
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    agree: Callable[[Tensor], Tensor] = lambda token_B: token_B,
+) -> list[Reply]:
+    """One reply for each prompt; the same seed gives the same replies. `agree` gives the tokens that go on in all
+    processes which share the model, so that none goes further than another."""
     if not prompts:
         return []
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -60,6 +67,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, sampling: Sampling
     logprobs: list[list[float]] = [[] for _ in prompts]
     for _ in range(sampling.max_tokens):
         token_B, logprob_B = _draw(logits_BV, sampling.temperature, generator=generator)
+        token_B = agree(token_B)
         drawn = zip(batch.rows_B.tolist(), token_B.tolist(), logprob_B.tolist(), strict=True)
         for row, token, logprob in drawn:
             sampled[row].append(token)

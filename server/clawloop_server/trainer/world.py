@@ -4,13 +4,27 @@ Each holds the same samples and packs them the same way; each works on its share
 added up. `Alone` is the world of one process; several, with their sharded base, are in distributed.py.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.packing import PackedRow
+
+
+class Root(torch.nn.Module):
+    """Calls functions of a model as its own forward: where it is sharded, only there are the weights whole that belong
+    to no layer: embedding, last norm, head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """`function(model, ...)`; what of its result has a gradient must be a tensor, or in a tuple, list or dict."""
+        return function(self.model, *arguments, **options)
 
 
 class World(Protocol):
@@ -18,6 +32,10 @@ class World(Protocol):
 
     rank: int
     size: int
+
+    def place(self, root: Root, device: torch.device) -> None:
+        """Put the model on the device: all of it, or this process's part of each layer."""
+        ...
 
     def share(self, rows: Sequence[PackedRow]) -> list[PackedRow | None]:
         """The rows of this process; as many in each, None where it has none and must still take part."""
@@ -39,8 +57,16 @@ class World(Protocol):
         """All of a tensor of which this process may hold a part; every process must ask."""
         ...
 
-    def put(self, target: Tensor, value: Tensor) -> None:
-        """Make `target`, of which this process may hold a part, the whole `value`."""
+    def part(self, like: Tensor, value: Tensor) -> Tensor:
+        """Of a whole `value` what this process holds of `like`, in the same way and on the same device."""
+        ...
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first process, which all have in this shape."""
+        ...
+
+    def least(self, number: int) -> int:
+        """The smallest number that any process has."""
         ...
 
 
@@ -49,6 +75,10 @@ class Alone:
 
     rank = 0
     size = 1
+
+    def place(self, root: Root, device: torch.device) -> None:
+        """All of it."""
+        root.to(device)
 
     def share(self, rows: Sequence[PackedRow]) -> list[PackedRow | None]:
         """All of them."""
@@ -70,6 +100,14 @@ class Alone:
         """The tensor."""
         return tensor
 
-    def put(self, target: Tensor, value: Tensor) -> None:
-        """Copy it."""
-        target.copy_(value)
+    def part(self, like: Tensor, value: Tensor) -> Tensor:
+        """All of it."""
+        return value.to(like.device)
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """The tensor."""
+        return tensor
+
+    def least(self, number: int) -> int:
+        """Its own."""
+        return number
