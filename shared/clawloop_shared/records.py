@@ -152,7 +152,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
-    """An ordered list of steps that is rewarded as one. `reward` and `weight` come from `signals`."""
+    """An ordered list of steps that is rewarded as one. `reward` and `weight` come from `signals`. `device_id` is the
+    server's own name of the device that sent it; empty on a device."""
 
     trajectory_id: str
     steps: list[Step]
@@ -161,6 +162,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     weight: float
     group_id: str = ""
     channel: Channel = Channel.TRAIN
+    device_id: str = ""
 
 
 class StepBatch(msgspec.Struct, frozen=True, tag="steps.v1"):

@@ -149,6 +149,22 @@ def _within(value: float, voices: Sequence[Voice]) -> float:
     return min(max(value, min(heard)), max(heard))
 
 
+def step_rewards(trajectory: Trajectory, rules: RewardRules = DEFAULT_RULES) -> list[Reward | None]:
+    """What each step of a trajectory is rewarded with by itself, in their order; None where nothing that counts was
+    said.
+
+    A step has the words that are on it. What was said of the run, the session or the whole trajectory, or of a step
+    that is not there any more, was said when all was over: the last step has it. Each word goes to one step, so a
+    trajectory that has a reward has a step that has one, and none is surer than the reward of all.
+    """
+    words: dict[str, list[Signal]] = {step.step_id: [] for step in trajectory.steps}
+    last = trajectory.steps[-1].step_id
+    for signal in trajectory.signals:
+        on_step = signal.target is Target.STEP and signal.target_id in words
+        words[signal.target_id if on_step else last].append(signal)
+    return [reward_of(words[step.step_id], rules) for step in trajectory.steps]
+
+
 def trajectory_key(step: Step) -> tuple[str, str]:
     """What the step is rewarded with: the caller's own trajectory if it named one, else its run in its session.
 

@@ -14,8 +14,10 @@ It is algorithm-blind: samples carry their advantages and weights. It knows no r
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.base import attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
 from clawloop_server.trainer.generation import Reply, Sampling, generate
-from clawloop_server.trainer.losses import LossInputs, Sums, policy_loss
+from clawloop_server.trainer.losses import Calls, Distance, LossInputs, Sums, cut_log_ratio, policy_loss
 from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import score_row
@@ -52,6 +54,31 @@ class PoisonedSamples(TrainerError):
             f"trajectories {trajectories} of this update have logprobs that are not finite; leave them out"
         )
         self.trajectories = trajectories
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a row must know of the whole optimizer step: its trained tokens, the calls of each trajectory and of all,
+    and how far trajectories are from their behaviour of which a row has only a part."""
+
+    normalizer: float
+    calls: Counter[int]
+    all_calls: float
+    split: dict[int, tuple[float, float]]
+
+    def calls_of(self, row: PackedRow) -> Calls:
+        return Calls(
+            call_P=torch.repeat_interleave(torch.tensor(row.counts_S)).to(row.unit_P.device),
+            of_trajectory_U=row.weight_U.new_tensor([self.calls[t] for t in row.trajectory_U.tolist()]),
+            total=self.all_calls,
+        )
+
+    def whole_of(self, row: PackedRow) -> Distance | None:
+        if not self.split:
+            return None
+        known = [self.split.get(t, (math.nan, math.nan)) for t in row.trajectory_U.tolist()]
+        mean, lowest = zip(*known, strict=True)
+        return Distance(row.weight_U.new_tensor(mean), row.weight_U.new_tensor(lowest))
 
 
 class TrainEngine:
@@ -101,13 +128,20 @@ class TrainEngine:
         Raises:
             PoisonedSamples: logprobs that are not finite; the gradients that were there are gone, too.
         """
-        total = normalizer or float(sum(len(sample.trained) for sample in samples))
+        tokens = float(sum(len(sample.trained) for sample in samples))
+        packed = self._pack(samples)
+        step = _Step(
+            normalizer=normalizer or tokens,
+            calls=Counter(sample.trajectory for sample in samples),
+            all_calls=len(samples) * ((normalizer or tokens) / max(tokens, 1.0)),
+            split=self._distances(samples, packed) if settings.judges_trajectories else {},
+        )
         sums, broken = Sums(), list[int]()
-        for row in self._rows(samples):
+        for row in self._mine(packed):
             if row is None:
                 self._take_part(settings)
                 continue
-            loss, found, poisoned = self._row_loss(row, settings, normalizer=total)
+            loss, found, poisoned = self._row_loss(row, settings, step=step)
             torch.autograd.backward(loss * self._world.size)  # FSDP takes the mean over processes
             sums, broken = sums + found, broken + poisoned
         if broken := self._world.union(broken):
@@ -115,7 +149,17 @@ class TrainEngine:
             raise PoisonedSamples(broken)
         return self._world.total(sums)
 
-    def _row_loss(self, row: PackedRow, settings: LossSettings, *, normalizer: float) -> tuple[Tensor, Sums, list[int]]:
+    def _distances(self, samples: Sequence[Sample], packed: Sequence[PackedRow]) -> dict[int, tuple[float, float]]:
+        """Mean and lowest log ratio of each trajectory that is in several rows: none of these can tell it alone."""
+        homes = Counter(trajectory for row in packed for trajectory in row.trajectory_U.tolist())
+        parts = [sample for sample in samples if homes[sample.trajectory] > 1]
+        ratios: dict[int, list[float]] = {}
+        for sample, found in zip(parts, self.logprobs(parts) if parts else [], strict=True):
+            drifts = (now - then for now, then in zip(found, sample.logprobs, strict=True))
+            ratios.setdefault(sample.trajectory, []).extend(cut_log_ratio(drift) for drift in drifts)
+        return {trajectory: (sum(own) / len(own), min(own)) for trajectory, own in ratios.items()}
+
+    def _row_loss(self, row: PackedRow, settings: LossSettings, *, step: _Step) -> tuple[Tensor, Sums, list[int]]:
         """The loss of a row, what to log, and the trajectories whose logprobs are not finite."""
         reference_P = self._reference(row) if settings.kl_beta else None
         logprobs_P, entropy_P = self._root(score_row, row, entropy=True)
@@ -127,8 +171,10 @@ class TrainEngine:
             weight_U=row.weight_U,
             gap_U=row.gap_U,
             trajectory_tokens_U=row.trajectory_tokens_U,
-            normalizer=normalizer,
+            normalizer=step.normalizer,
             reference_P=reference_P,
+            calls=step.calls_of(row),
+            whole=step.whole_of(row),
         )
         loss, sums = policy_loss(inputs, settings)
         broken = sorted(set(row.trajectory_U[row.unit_P[~logprobs_P.detach().isfinite()]].tolist()))
@@ -155,9 +201,11 @@ class TrainEngine:
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
 
-    def _rows(self, samples: Sequence[Sample]) -> Iterator[PackedRow | None]:
-        budget = self._world.least(self.settings.row_tokens or ROW_TOKENS)
-        for row in self._world.share(pack(samples, row_tokens=budget)):
+    def _pack(self, samples: Sequence[Sample]) -> list[PackedRow]:
+        return pack(samples, row_tokens=self._world.least(self.settings.row_tokens or ROW_TOKENS))
+
+    def _mine(self, packed: Sequence[PackedRow]) -> Iterator[PackedRow | None]:
+        for row in self._world.share(packed):
             yield None if row is None else row.to(self._device)
 
     def optim_step(self, lr: float) -> float:
@@ -176,7 +224,7 @@ class TrainEngine:
         """For each sample the logprobs of its trained tokens at its temperature, under the adapter or the bare base."""
         found: dict[int, list[float]] = {}
         with nullcontext() if adapter else self.model.disable_adapter():
-            for row in self._rows(samples):
+            for row in self._mine(self._pack(samples)):
                 if row is None:
                     self._logprobs(pack([NOTHING], row_tokens=2)[0].to(self._device))
                     continue

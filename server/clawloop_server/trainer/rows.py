@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from clawloop_shared.records import Channel, Step, Trajectory
 
 
@@ -68,15 +70,7 @@ def screen(trajectories: Sequence[Trajectory], limits: Limits) -> Screened:
 
 
 def _with_steps(trajectory: Trajectory, steps: list[Step]) -> Trajectory:
-    return Trajectory(
-        trajectory_id=trajectory.trajectory_id,
-        steps=steps,
-        signals=trajectory.signals,
-        reward=trajectory.reward,
-        weight=trajectory.weight,
-        group_id=trajectory.group_id,
-        channel=trajectory.channel,
-    )
+    return msgspec.structs.replace(trajectory, steps=steps)
 
 
 def reason_against(step: Step, limits: Limits) -> str:
@@ -100,15 +94,19 @@ def reason_against(step: Step, limits: Limits) -> str:
     return broken
 
 
-def make_samples(trajectories: Sequence[Trajectory], advantages: Sequence[float], *, version: int) -> list[Sample]:
-    """One sample a step of screened trajectories; a trajectory's advantage is that of each of its trained tokens.
+def make_samples(
+    trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float | None]], *, version: int
+) -> list[Sample]:
+    """One sample a step of screened trajectories. `advantages` has, for each trajectory, one of each of its steps,
+    which is that of each of its trained tokens; a step without one teaches nothing and has no sample.
 
     `version` is the current one; the gap is counted both ways, since a rollback makes samples of later versions stale.
     """
     return [
-        _sample(step, index, advantage=advantages[index], weight=trajectory.weight, version=version)
+        _sample(step, index, advantage=advantage, weight=trajectory.weight, version=version)
         for index, trajectory in enumerate(trajectories)
-        for step in trajectory.steps
+        for step, advantage in zip(trajectory.steps, advantages[index], strict=True)
+        if advantage is not None
     ]
 
 

@@ -8,7 +8,7 @@ import math
 
 import msgspec
 
-from clawloop_server.trainer.advantages import ADVANTAGES
+from clawloop_server.trainer.advantages import ADVANTAGES, GROUP_ADVANTAGES
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.lora import LINEARS, MAX_RANK
 
@@ -18,6 +18,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "dense", "flex")
 SWITCHES = ("auto", "on", "off")
 CREDITS = ("trajectory", "step")
+CLIPS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28)}
+"""how far below and above 1 each policy term cuts a ratio, by its paper: DAPO's clip-higher; GSPO; MiniMax-M1, which
+has no lower bound (1 below 1 is none)"""
+POLICIES = ("tis", *CLIPS)
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +52,21 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """weight of the distance to the policy that sampled"""
     max_trajectory_share: float = 0.1
     """the largest part of an update that one trajectory may have, by its tokens"""
+
+    @property
+    def judges_trajectories(self) -> bool:
+        """Whether a mask looks at all of a trajectory at once."""
+        band = self.geometric_low > 0 or self.geometric_high < math.inf
+        return band or self.veto > 0 or self.opsm_delta < math.inf
+
+
+def clips_of(settings: LossSettings) -> tuple[float, float]:
+    """How far below and above 1 the policy term of these settings cuts a ratio."""
+    low, high = CLIPS[settings.policy]
+    return (
+        low if settings.clip_low is None else settings.clip_low,
+        high if settings.clip_high is None else settings.clip_high,
+    )
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -159,16 +178,41 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         f"row_tokens {settings.row_tokens} is below 0": settings.row_tokens >= 0,
         f"max_sample_tokens {settings.max_sample_tokens} is below 2": settings.max_sample_tokens >= 2,
         f"threads {settings.threads} is below 1": settings.threads >= 1,
-        f"loss.tis_cap {loss.tis_cap} is not above 0": loss.tis_cap > 0,
-        f"loss.kl_beta {loss.kl_beta} is below 0": 0 <= loss.kl_beta < math.inf,
-        f"loss.anchor {loss.anchor} is below 0": 0 <= loss.anchor < math.inf,
-        f"loss.max_trajectory_share {loss.max_trajectory_share} is not in (0, 1]": 0 < loss.max_trajectory_share <= 1,
-        f"loss.geometric_low {loss.geometric_low} is not below 1": loss.geometric_low < 1 < loss.geometric_high,
+        f"group_advantage {settings.group_advantage!r}: known are {sorted(GROUP_ADVANTAGES)} and 'none'": (
+            settings.group_advantage in {*GROUP_ADVANTAGES, "none"}
+        ),
+        f"min_ess {settings.min_ess} is not in [0, 1]": 0 <= settings.min_ess <= 1,
+        f"min_kept {settings.min_kept} is not in [0, 1]": 0 <= settings.min_kept <= 1,
+        **_loss_rules(loss),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ConfigError(f"[train] {'; '.join(broken)}")
     return settings
+
+
+def _loss_rules(loss: LossSettings) -> dict[str, bool]:
+    """What must hold of the loss, by what to say where it does not."""
+    low, high = loss.clip_low, loss.clip_high
+    return {
+        f"loss.policy {loss.policy!r}: known are {POLICIES}": loss.policy in POLICIES,
+        "loss.clip_low and clip_high say nothing to policy 'tis'; set tis_cap": (
+            loss.policy != "tis" or (low is None and high is None)
+        ),
+        f"loss.clip_low {low} is not in (0, 1]": low is None or 0 < low <= 1,
+        f"loss.clip_high {high} is not above 0": high is None or high > 0,
+        f"loss.tis_cap {loss.tis_cap} is not above 0": loss.tis_cap > 0,
+        f"loss.kl_beta {loss.kl_beta} is below 0": 0 <= loss.kl_beta < math.inf,
+        f"loss.anchor {loss.anchor} is below 0": 0 <= loss.anchor < math.inf,
+        f"loss.max_trajectory_share {loss.max_trajectory_share} is not in (0, 1]": 0 < loss.max_trajectory_share <= 1,
+        f"loss.geometric_low {loss.geometric_low} is not below 1, or geometric_high not above": (
+            loss.geometric_low < 1 < loss.geometric_high
+        ),
+        f"loss.opsm_delta {loss.opsm_delta} is below 0": loss.opsm_delta >= 0,
+        f"loss.veto {loss.veto} is not in [0, 1)": 0 <= loss.veto < 1,
+        f"loss.trust_region {loss.trust_region} is not above 0": loss.trust_region > 0,
+        f"loss.max_staleness_versions {loss.max_staleness_versions} is below 0": loss.max_staleness_versions >= 0,
+    }
 
 
 def _are_decays(settings: TrainSettings) -> bool:

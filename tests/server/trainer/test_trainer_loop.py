@@ -43,7 +43,7 @@ def trajectory(name: str, *steps: Step, reward: float = 1.0, weight: float = 1.0
 
 
 def test_a_step_becomes_a_sample_token_for_token() -> None:
-    (sample,) = make_samples([trajectory("t", weight=0.3)], [1.5], version=5)
+    (sample,) = make_samples([trajectory("t", weight=0.3)], [[1.5]], version=5)
     assert sample == Sample(
         step_id="t",
         trajectory=0,
@@ -59,7 +59,7 @@ def test_a_step_becomes_a_sample_token_for_token() -> None:
 
 def test_a_masked_logprob_is_context_and_never_a_number() -> None:
     masked = step("m", response_ids=[8, 9, 4], response_logprobs=[-5.5, None, -6.0], redacted=[(4, 1)])
-    (sample,) = make_samples([trajectory("t", masked)], [1.5], version=3)
+    (sample,) = make_samples([trajectory("t", masked)], [[1.5]], version=3)
     assert sample.token_ids == [5, 6, 7, 8, 9, 4]
     assert (sample.trained, sample.logprobs, sample.advantages) == ([3, 5], [-5.5, -6.0], [1.5, 1.5])
 
@@ -150,7 +150,7 @@ def test_a_masked_token_gives_the_very_gradients_of_a_loss_without_it(fresh: Cal
     ]
     trajectories = [trajectory(one.step_id, one) for one in masked]
     for samples in (
-        make_samples(trajectories, [1.0, -0.5, 2.0, -1.0], version=3),
+        make_samples(trajectories, [[1.0], [-0.5], [2.0], [-1.0]], version=3),
         [
             Sample(
                 step_id=one.step_id,
@@ -178,7 +178,7 @@ def test_a_masked_token_weighs_nothing_whatever_its_id(fresh: Callable[[], Train
     for last in (9, 200):
         masked = step("m", response_ids=[8, last], response_logprobs=[-5.5, None], redacted=[(4, 1)])
         engine = fresh()
-        engine.forward_backward(make_samples([trajectory("t", masked)], [1.0], version=3), engine.settings.loss)
+        engine.forward_backward(make_samples([trajectory("t", masked)], [[1.0]], version=3), engine.settings.loss)
         found.append({name: p.grad for name, p in engine.model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(gradient, found[1][name], atol=1e-7) for name, gradient in found[0].items())
 
