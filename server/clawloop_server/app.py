@@ -37,6 +37,7 @@ from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
 from clawloop_server.hub.members import HubMembers, HubReleases
 from clawloop_server.hub.status import RUNNING_FILE, Part, Running, ServerStatus, read_status, write_running
+from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_waiting, renew_expiring
@@ -73,6 +74,7 @@ class ServerApp:
         self._fleet: Fleet | None = None
         self._dispatcher: Dispatcher | None = None
         self._children = Supervisor()
+        self._trainer = TrainerEar()
         self.running = Running(
             pid=os.getpid(), url=config.url(), port=config.hub.port, admin_port=config.hub.admin_port
         )
@@ -155,15 +157,23 @@ class ServerApp:
         )
 
     async def _start_trainer(self) -> None:
+        await asyncio.to_thread(self._trainer.remember, self.home.trainer)
         command = [sys.executable, "-m", "clawloop_server.trainer.process", "--home", str(self.home.folder)]
         self._open.push_async_callback(self._children.stop)
         log = self.home.logs / "trainer.log"
         # It loads a model each time: one that fails (a setting, memory) must not keep a core busy.
-        spec = ChildSpec("trainer", command, log, longest_wait_s=_TRAINER_WAIT_S, steady_s=2 * _TRAINER_WAIT_S)
-        await self._children.add(spec)
+        spec = ChildSpec(
+            "trainer",
+            command,
+            log,
+            longest_wait_s=_TRAINER_WAIT_S,
+            steady_s=2 * _TRAINER_WAIT_S,
+            on_line=self._trainer.hear,
+        )
+        await self._children.add(spec, on_exit=self._trainer.lost)
 
     async def _start_admin(self) -> None:
-        admin = AdminPort(token=admin_token(self.home), status=self.status)
+        admin = AdminPort(token=admin_token(self.home), status=self.status, trainer=self._trainer)
         self._open.push_async_callback(admin.stop)
         wanted = self.config.hub.admin_port
         with _port_errors(f"127.0.0.1:{wanted}", "[hub] admin_port"):
@@ -182,6 +192,7 @@ class ServerApp:
             url=self.running.url,
             devices=msgspec.structs.replace(found.devices, online=online),
             fleet_ready=fleet is not None and fleet.ready,
+            training=self._trainer.training,
             parts=[_part(child) for child in children],
         )
 

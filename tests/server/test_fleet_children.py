@@ -113,3 +113,19 @@ asyncio.run(main())
     supervisor.kill()
     supervisor.wait()
     until(lambda: not alive(everyone))
+
+
+async def test_what_a_child_prints_is_heard_line_by_line_also_the_last_words_of_one_that_dies(tmp_path: Path) -> None:
+    told = list[bytes]()
+    talk = "import os; print('one'); print('x' * (2 << 20)); print('two', end='', flush=True); os.write(2, b'err\\n')"
+    heard_at_exit = list[int]()
+    supervisor = Supervisor()
+    once = replace(spec(tmp_path, talk), on_line=told.append, longest_wait_s=600.0)
+    await supervisor.add(once, on_exit=lambda: heard_at_exit.append(len(told)))
+    try:
+        await until_async(lambda: heard_at_exit)
+        assert (told[0], told[-1]) == (b"one\n", b"two")
+        assert heard_at_exit[0] == len(told)
+        assert (tmp_path / "child.log").read_text().splitlines()[0] == "err"
+    finally:
+        await supervisor.stop()

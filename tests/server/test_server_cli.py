@@ -34,6 +34,7 @@ from clawloop_server.hub.status import (
     read_running,
     write_running,
 )
+from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import load_keys
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
@@ -349,7 +350,9 @@ async def test_the_admin_api_wants_its_token_and_a_loopback_name() -> None:
     async def status() -> ServerStatus:
         return told
 
-    admin = AdminPort(token="secret", status=status)
+    ear = TrainerEar()
+    ear.hear(b'{"event": "began", "round_id": "r1", "updates": 4}')
+    admin = AdminPort(token="secret", status=status, trainer=ear)
     url = f"http://127.0.0.1:{await admin.start(0)}"
     good = {"Authorization": "Bearer secret"}
     async with aiohttp.ClientSession() as client:
@@ -364,6 +367,13 @@ async def test_the_admin_api_wants_its_token_and_a_loopback_name() -> None:
         assert (await get("/v1/status", Authorization="Bearer wrong"))[1]["error"]["type"] == "invalid_request_error"
         assert (await get("/v1/status", Authorization="Bearer \udcff"))[0] == 401
         assert (await get("/v1/nothing", **good))[0] == 404
+        assert (await get("/v1/training", **good))[1]["training"]["updates"] == 4
+        assert (await get("/v1/training?after=1", **good))[1]["events"] == []
+        assert (await get("/v1/training?after=-1", **good))[0] == 400
+        assert [(await get(path))[0] for path in ("/v1/training", "/metrics")] == [401, 401]
+        async with client.get(url + "/metrics", headers=good) as response:
+            assert response.content_type == "text/plain"
+            assert "clawloop_trajectories_ready 3.0" in await response.text()
         assert (await get("/v1/status", Host="evil.example", **good))[0] == 403
     await admin.stop()
 

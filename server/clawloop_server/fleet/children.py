@@ -1,6 +1,7 @@
 """Keeping child processes alive: started in groups of their own, restarted when they die, gone when we are gone.
 
-Knows nothing of what the children do. What they print goes to files. See `guard` for how no orphan is left.
+Knows nothing of what the children do. What they print goes to files, or what is on stdout line by line to who asks for
+it. See `guard` for how no orphan is left.
 """
 
 import asyncio
@@ -21,11 +22,13 @@ _log = logging.getLogger(__name__)
 GRACE_S = 5.0
 _FIRST_WAIT_S = 0.2
 _MAX_LOG_BYTES = 10 << 20
+_MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What to run. `environment` is added to ours; `log` gets all output."""
+    """What to run. `environment` is added to ours. `log` gets all output; where there is an `on_line`, that gets each
+    line of stdout instead."""
 
     name: str
     command: Sequence[str]
@@ -38,6 +41,7 @@ class ChildSpec:
     """each start that fails doubles the wait before the next one, up to this"""
     steady_s: float = 30.0
     """one that ran for so long did not fail to start"""
+    on_line: Callable[[bytes], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Child:
         self.spec, self._on_exit = spec, on_exit
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._hearing: asyncio.Task[None] | None = None
         self._restarts, self._started_ms = 0, 0
         self._last_exit: int | None = None
         self._next_s = 0.0
@@ -87,6 +92,7 @@ class Child:
                 await task
         if self._process is not None:
             await _end(self._process, self.spec.grace_s)
+        await self._heard_out()
 
     def kill(self) -> None:
         """End it without ceremony; it is started again."""
@@ -99,10 +105,18 @@ class Child:
             began = time.monotonic()
             self._last_exit = await process.wait()
             _kill_group(process.pid)
+            await self._heard_out()
             self._on_exit()
             wait_s = _FIRST_WAIT_S if time.monotonic() - began > self.spec.steady_s else wait_s
             _log.warning("%s ended with %s; starting it again in %.1f s (see %s)", *self._told(wait_s))
             process, wait_s = await self._again(wait_s)
+
+    async def _heard_out(self) -> None:
+        """Hear to its end what the one that is gone has said; its end comes when nobody is left that could say more."""
+        hearing, self._hearing = self._hearing, None
+        if hearing is not None:
+            await asyncio.wait({hearing}, timeout=self.spec.grace_s)
+            hearing.cancel()
 
     async def _again(self, wait_s: float) -> tuple[asyncio.subprocess.Process, float]:
         """Start it after `wait_s`, however often the system refuses; and how long to wait if it fails again."""
@@ -128,12 +142,15 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", guard.__file__, str(spec.grace_s), *spec.command),
                 stdin=asyncio.subprocess.PIPE,
-                stdout=output,
-                stderr=asyncio.subprocess.STDOUT,
+                stdout=asyncio.subprocess.PIPE if spec.on_line else output,
+                stderr=output,
                 env={**os.environ, **spec.environment},
                 cwd=spec.folder,
                 start_new_session=True,
+                limit=_MAX_LINE_BYTES,
             )
+        if spec.on_line is not None and self._process.stdout is not None:
+            self._hearing = asyncio.create_task(_hear(self._process.stdout, spec.on_line), name=f"hear {spec.name}")
         self._started_ms = time.time_ns() // 1_000_000
         return self._process
 
@@ -173,6 +190,18 @@ class Supervisor:
     def status(self) -> list[ChildStatus]:
         """How each child is."""
         return [child.status for child in self._children]
+
+
+async def _hear(stream: asyncio.StreamReader, on_line: Callable[[bytes], None]) -> None:
+    """Pass on line by line until the stream ends; a line that is too long for anything of ours is dropped."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        on_line(line)
 
 
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:

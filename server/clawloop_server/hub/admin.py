@@ -1,7 +1,11 @@
 """The admin API, on loopback alone: `GET /healthz` for anyone on this machine, the rest with the token of the home.
 
+    GET /v1/status                how the server is
+    GET /v1/training?after=N      what the trainer said after its Nth event, and the round under way
+    GET /metrics                  for Prometheus
+
 Errors have OpenAI's shape, like everywhere else in clawloop. Knows the server only through a function that gives its
-status.
+status, and what it hears of its trainer.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
+from clawloop_server.hub.metrics import CONTENT_TYPE, metrics_page
 from clawloop_server.hub.status import ServerStatus
+from clawloop_server.hub.training import TrainerEar
 from clawloop_shared.errors import ClawloopError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -22,8 +28,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class AdminPort:
     """The listening admin API."""
 
-    def __init__(self, *, token: str, status: Callable[[], Awaitable[ServerStatus]]) -> None:
-        self._token, self._status = token, status
+    def __init__(self, *, token: str, status: Callable[[], Awaitable[ServerStatus]], trainer: TrainerEar) -> None:
+        self._token, self._status, self._trainer = token, status, trainer
         self._runner: web.AppRunner | None = None
 
     async def start(self, port: int) -> int:
@@ -31,6 +37,8 @@ class AdminPort:
         app = web.Application(middlewares=[_errors, self._guard], client_max_size=1 << 20)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/v1/status", self._show_status)
+        app.router.add_get("/v1/training", self._show_training)
+        app.router.add_get("/metrics", self._show_metrics)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", port).start()
@@ -59,6 +67,17 @@ class AdminPort:
     async def _show_status(self, request: web.Request) -> web.Response:
         body = msgspec.json.encode(await self._status())
         return web.Response(body=body, content_type="application/json")
+
+    async def _show_training(self, request: web.Request) -> web.Response:
+        after = request.query.get("after", "0")
+        if not (after.isascii() and after.isdigit()):
+            return _error(400, f"after={after[:32]!r} is no number of an event")
+        body = msgspec.json.encode(self._trainer.after(int(after)))
+        return web.Response(body=body, content_type="application/json")
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        body = metrics_page(await self._status(), self._trainer)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
 def _is_loopback(host: str) -> bool:

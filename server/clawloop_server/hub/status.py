@@ -12,6 +12,7 @@ from clawloop_server.config import ServerConfig
 from clawloop_server.errors import HomeError
 from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
+from clawloop_server.hub.training import Training
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.vault.store import Vault
@@ -91,6 +92,8 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting_adapters: int = 0
     """newer than the released one, and not released: candidates, and those that the gate or the operator held"""
     fleet_ready: bool = False
+    training: Training | None = None
+    """the round under way, as the running server hears of it"""
     parts: list[Part] = []
 
 

@@ -24,6 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 BOARD_FOLDER = "tensorboard"
 MAX_BYTES = 16 << 20
 """of the file; a fuller one becomes `metrics.1.jsonl`, in the place of the one before it"""
+TAIL_BYTES = 256 << 10
 MAX_BOARD_BYTES = 64 << 20
 """of all event files together; the oldest go when the trainer starts"""
 
@@ -171,6 +172,18 @@ def round_updates(folder: Path, round_id: str) -> list[Event]:
     """The updates of a round by their number. One that was made again after a crash counts as it was the last time."""
     found = {e["update"]: e for e in read_events(folder, round_id=round_id) if e["event"] == "update" and "update" in e}
     return [found[number] for number in sorted(found)]
+
+
+def latest_events(folder: Path) -> dict[str, Event]:
+    """The latest event of each kind, as far as the end of the file has one."""
+    try:
+        with (folder / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return {}
+    found = (event_of(line) for line in lines)
+    return {event["event"]: event for event in found if event is not None}
 
 
 def event_of(line: bytes) -> Event | None:
