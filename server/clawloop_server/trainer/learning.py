@@ -22,10 +22,10 @@ from clawloop_server.trainer.advantages import (
 )
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.hindsight import Hints, latest_hints, with_hindsight
-from clawloop_server.trainer.rows import Sample, make_samples
+from clawloop_server.trainer.rows import Limits, Sample, make_samples
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.records import Trajectory
-from clawloop_shared.signals import DEFAULT_RULES, FACTORS, OTHER, RewardRules, account_of, step_rewards
+from clawloop_shared.signals import FACTORS, OTHER, RewardRules, account_of, step_rewards
 
 OPENING_TOKENS = 64
 """of a first prompt: what an agent's system text begins with tells one kind of work from another"""
@@ -70,13 +70,12 @@ def prepare(
     *,
     tracked: AdvantageState,
     version: int,
-    max_tokens: int,
-    rules: RewardRules = DEFAULT_RULES,
+    limits: Limits,
 ) -> Lessons:
-    """The samples of one update. Hints are used as far as a step with its hint has at most `max_tokens`; `rules` weigh
-    the signals of single steps, with `credit = "step"`."""
+    """The samples of one update. Hints are used as far as a step with its hint has at most `limits.max_tokens`;
+    `limits.rules` weigh the signals of single steps, with `credit = "step"`."""
     settings = engine.settings
-    places, rewarded = rewards_of(batch, settings, rules=rules)
+    places, rewarded = rewards_of(batch, settings, rules=limits.rules)
     found = advantages_of(rewarded, tracked, advantage=settings.advantage, group_advantage=settings.group_advantage)
     hints = latest_hints(batch, vocab_size=engine.model.config.vocab_size) if settings.hindsight else {}
     advantages = spread(batch, places, found.values, hints=hints)
@@ -86,9 +85,9 @@ def prepare(
         logprobs=engine.logprobs,
         weight=settings.hindsight,
         clip=settings.hindsight_clip,
-        max_tokens=max_tokens,
+        max_tokens=limits.max_tokens,
     )
-    metrics = _advantage_metrics(found) | length_metrics(samples) | source_metrics(batch, rules)
+    metrics = _advantage_metrics(found) | length_metrics(samples) | source_metrics(batch, limits.rules)
     taught = {sample.trajectory for sample in samples}
     metrics["unused_trajectories"] = float(len(batch) - len(taught))
     return Lessons(tracked=found.state, samples=samples, hinted=hinted, metrics=metrics)

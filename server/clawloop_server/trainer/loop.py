@@ -7,6 +7,7 @@ from the seed and the number of the round, never from the clock or from the orde
 or gate.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,7 +16,7 @@ import msgspec
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
-from clawloop_server.trainer.guards import mean
+from clawloop_server.trainer.guards import mean, running_entropy
 from clawloop_server.trainer.learning import Lessons, batches, prepare
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, screen
@@ -32,6 +33,8 @@ class TrainState(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int = 0
     version: int = 0
     advantages: AdvantageState = AdvantageState()
+    entropy: float = 0.0
+    """running mean of the policy's entropy over updates; 0 before the first"""
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +149,7 @@ def run_plan(
     for number in range(progress.at_update, len(plan.batches)):
         batch = screen(read(number, plan.batches[number]), limits).trajectories
         if batch:
-            done = run_update(engine, batch, state=progress.state, max_tokens=limits.max_tokens)
+            done = run_update(engine, batch, state=progress.state, limits=limits)
             metrics = done.metrics | {"round_update": float(number + 1), "round_updates": float(len(plan.batches))}
             progress = _after(progress, done, metrics=metrics)
             report(metrics)
@@ -188,15 +191,15 @@ class UpdateResult(msgspec.Struct, frozen=True):
     poisoned: list[str]
 
 
-def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: TrainState, max_tokens: int) -> UpdateResult:
+def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: TrainState, limits: Limits) -> UpdateResult:
     """One optimizer step on screened trajectories. Those with logprobs that are not finite are left out and named.
 
-    Hints are used as far as a step with its hint has at most `max_tokens`.
+    Hints are used as far as a step with its hint has at most `limits.max_tokens`.
     """
     settings, learned, poisoned = engine.settings, list(batch), list[str]()
     sums, lessons = Sums(), Lessons(tracked=state.advantages)
     while learned:
-        lessons = prepare(learned, engine, tracked=state.advantages, version=state.version, max_tokens=max_tokens)
+        lessons = prepare(learned, engine, tracked=state.advantages, version=state.version, limits=limits)
         try:
             sums = engine.forward_backward(lessons.samples, settings.loss)
             break
@@ -206,10 +209,13 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
             learned = [t for index, t in enumerate(learned) if index not in error.trajectories]
     lr = settings.lr_at(state.updates)
     norm = engine.optim_step(lr) if learned else 0.0
-    metrics = sums.metrics() | {
+    metrics = lessons.metrics | sums.metrics()
+    metrics |= {
         "update": float(state.updates),
         "lr": lr,
-        "gradient_norm": norm,
+        "gradient_norm": norm if math.isfinite(norm) else 0.0,
+        "skipped_steps": float(not math.isfinite(norm)),
+        "entropy_before": state.entropy,
         "reward": sum(t.reward for t in learned) / max(1, len(learned)),
         "trajectories": float(len(learned)),
         "hinted_steps": float(lessons.hinted),
@@ -218,5 +224,6 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
         state,
         updates=state.updates + 1,
         advantages=msgspec.structs.replace(lessons.tracked, drift=metrics["k3"]),
+        entropy=running_entropy(state.entropy, metrics),
     )
     return UpdateResult(after, metrics, learned, poisoned)

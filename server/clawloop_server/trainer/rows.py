@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from clawloop_shared.records import Channel, Step, Trajectory
+from clawloop_shared.signals import DEFAULT_RULES, RewardRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step must fit to be learned from by this model: its line, its vocabulary, its context."""
+    """What a step must fit to be learned from by this model (its line, its vocabulary, its context), and how what was
+    said of it is weighed."""
 
     line_id: str
     vocab_size: int
     max_tokens: int
+    rules: RewardRules = DEFAULT_RULES
 
 
 @dataclass(frozen=True)
