@@ -248,23 +248,25 @@ def test_adapters_are_named_that_learned_from_it_or_went_on_from_one_that_had(
     assert vault.forget(asking(device, everything=True)).adapters == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("what", ["steps", "signals", "everything"])
-def test_a_round_under_way_may_finish_and_the_next_one_does_not_see_it(
+@pytest.mark.parametrize("what", ["steps", "signals", "everything", "device"])
+def test_what_is_forgotten_is_lost_to_a_round_under_way_and_to_the_next_one(
     vault: Vault, home: Home, base: Base, device: str, make_step: Make, make_signal: Make, what: str
 ) -> None:
-    registry = Registry(vault.database, home.adapters)
     step, judged = make_step(run_id="r"), make_signal(Target.RUN, "r")
     vault.receive(device, [item([step], [judged])])
-    found = vault.ready(base.line_id, 9)
-    round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1)
-    names = {"steps": [step.step_id], "signals": [judged.signal_id], "everything": []}
-    vault.forget(asking(device, *names[what], everything=what == "everything"))
+    assert vault.pin("round", base.line_id, 9) == (1, 1)
+    (pin,) = vault.pins.of("round")
+    assert [t.steps for t in vault.pins.read([pin.trajectory_id])] == [[step]]
+    if what == "device":
+        vault.delete_device(device)
+    else:
+        names = {"steps": [step.step_id], "signals": [judged.signal_id], "everything": []}[what]
+        assert vault.forget(asking(device, *names, everything=what == "everything")).adapters == []
+    (pin,) = vault.pins.of("round")
+    assert pin.lost
+    assert list(vault.pins.read([pin.trajectory_id])) == []
     assert vault.ready(base.line_id, 9) == []
-    vault.consume(round_id, found)
-    registry.finish_round(round_id, RoundState.FAILED)
-    assert vault.lineage(round_id) == [t.trajectory_id for t in found]
-    with pytest.raises(VaultError, match="not ready any more"):
-        vault.consume("another", found)
+    assert vault.database.count("SELECT sum(length(names)) FROM pins") == 0, "not even which rows they were"
 
 
 def test_without_a_round_under_way_nothing_of_it_is_left_to_consume(

@@ -53,6 +53,28 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     started_ms: int
     finished_ms: int | None
+    attempts: int
+
+
+class UnderWay(msgspec.Struct, frozen=True, kw_only=True):
+    """A round that runs, as far as it must be known to go on with it after a crash.
+
+    `settings` is a hash of what its numbers depend on; `attempts` counts how often it was begun or gone on with;
+    `at_update` is the update that is being worked on, from 0, as many as there are updates for what comes after the
+    last; `deaths` counts by update how often the process ended hard in it; `row_tokens` is the budget of its rows;
+    `rejected_steps` is there once it is planned.
+    """
+
+    round_id: str
+    base_version: int
+    settings: str
+    trajectories: int
+    steps: int
+    attempts: int = 0
+    row_tokens: int = 0
+    at_update: int | None = None
+    deaths: dict[int, int] = {}
+    rejected_steps: dict[str, int] | None = None
 
 
 class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +127,14 @@ def round_of(row: tuple[Any, ...]) -> Round:
     """A round from its row."""
     fields = dict(zip(Round.__struct_fields__, row, strict=True))
     return msgspec.convert({**fields, "metrics": msgspec.json.decode(fields["metrics"])}, Round)
+
+
+def under_way_of(row: tuple[Any, ...]) -> UnderWay:
+    """A round that runs from its row."""
+    fields = dict(zip(UnderWay.__struct_fields__, row, strict=True))
+    for name in ("deaths", "rejected_steps"):
+        fields[name] = msgspec.json.decode(fields[name]) if fields[name] else None
+    return msgspec.convert(fields, UnderWay, strict=False)
 
 
 def adapter_of(row: tuple[Any, ...]) -> AdapterRecord:

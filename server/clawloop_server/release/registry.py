@@ -24,8 +24,10 @@ from clawloop_server.release.records import (
     Candidate,
     Round,
     RoundState,
+    UnderWay,
     adapter_of,
     round_of,
+    under_way_of,
 )
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_shared import wire
@@ -42,7 +44,11 @@ MANIFEST_FILE = "manifest.bin"
 _ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms FROM adapters"
 _ROUND = (
     "SELECT round_id, line_id, state, base_version, version, trajectories, steps, metrics, reason, started_ms,"
-    " finished_ms FROM rounds"
+    " finished_ms, attempts FROM rounds"
+)
+_UNDER_WAY = (
+    "SELECT round_id, base_version, settings, trajectories, steps, attempts, row_tokens, at_update, deaths,"
+    " rejected_steps FROM rounds"
 )
 
 
@@ -67,16 +73,47 @@ class Registry:
         trajectories: int,
         steps: int,
         round_id: str | None = None,
+        settings: str = "",
+        row_tokens: int = 0,
         now_ms: int | None = None,
     ) -> str:
-        """Note that a round runs; its id. A round of that id that runs already is started anew."""
+        """Note that a round runs; its id. A round of that id that runs already is started anew, and what was known of
+        its attempts is gone. `settings`, `row_tokens`: see `UnderWay`."""
         round_id = round_id or new_id()
+        values = [round_id, line_id, RoundState.RUNNING, base_version, trajectories, steps, now_ms or _now_ms()]
         with self._database.write() as database:
             database.run(
-                "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, NULL, ?, ?, '{}', '', ?, NULL)",
-                [round_id, line_id, RoundState.RUNNING, base_version, trajectories, steps, now_ms or _now_ms()],
+                "INSERT OR REPLACE INTO rounds (round_id, line_id, state, base_version, trajectories, steps,"
+                " started_ms, metrics, reason, settings, row_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, '{}', '', ?, ?)",
+                [*values, settings, row_tokens],
             )
         return round_id
+
+    def under_way(self, line_id: str) -> UnderWay | None:
+        """The round of a line that runs, or was cut off."""
+        row = self._database.row(
+            f"{_UNDER_WAY} WHERE line_id = ? AND state = ? ORDER BY started_ms DESC LIMIT 1",
+            [line_id, RoundState.RUNNING],
+        )
+        return under_way_of(row) if row else None
+
+    def keep(self, under_way: UnderWay) -> None:
+        """Note how far a round that runs has come, and how often it was tried."""
+        rejected = under_way.rejected_steps
+        values = [
+            under_way.attempts,
+            under_way.row_tokens,
+            under_way.at_update,
+            msgspec.json.encode(under_way.deaths).decode(),
+            "" if rejected is None else msgspec.json.encode(rejected).decode(),
+            under_way.round_id,
+        ]
+        with self._database.write() as database:
+            database.run(
+                "UPDATE rounds SET attempts = ?, row_tokens = ?, at_update = ?, deaths = ?, rejected_steps = ?"
+                " WHERE round_id = ? AND state = 'running'",
+                values,
+            )
 
     def finish_round(
         self,

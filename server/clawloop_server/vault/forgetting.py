@@ -15,6 +15,7 @@ import msgspec
 from clawloop_server.errors import VaultError
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_shared.files import sha256
@@ -183,22 +184,19 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
     unclear = "DELETE FROM set_aside WHERE device_id = ? AND (name_key = x'' OR name_key IN temp.doomed)"
     set_aside = run(unclear, device)
     run("INSERT OR IGNORE INTO tombstones SELECT ?, key FROM temp.doomed", device)
-    rounds = _settle(database, keep_under_way=True)
+    rounds = _settle(database)
     return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds), unknown
 
 
-def erase_device(database: ServerDatabase, device_id: str, *, keep_under_way: bool = True) -> Erased:
-    """Delete all that a device sent, with its key and its tombstones.
-
-    keep_under_way: whether a round that runs may finish with what it has read; else it has to start anew.
-    """
+def erase_device(database: ServerDatabase, device_id: str) -> Erased:
+    """Delete all that a device sent, with its key and its tombstones."""
     _prepare(database)
     database.run("INSERT INTO temp.touched SELECT trajectory_id FROM trajectories WHERE device_id = ?", [device_id])
     steps, signals, items, set_aside, *_ = (
         database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
         for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
     )
-    rounds = _settle(database, keep_under_way=keep_under_way)
+    rounds = _settle(database)
     return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds)
 
 
@@ -274,24 +272,23 @@ def _doom_empty_items(database: ServerDatabase) -> None:
     )
 
 
-def _settle(database: ServerDatabase, *, keep_under_way: bool) -> list[str]:
+def _settle(database: ServerDatabase) -> list[str]:
     """Bring the touched trajectories in line with what is left of them; the rounds that had consumed them.
 
-    One that a round consumed stays as a row, so that the round is explained. So may one that a round under way has
-    read: it can still be consumed, and leads no further round.
+    One that a round consumed stays as a row, so that the round is explained. To a round that runs it is lost: what
+    learned from it is not published (`pins`).
     """
     touched = "FROM trajectories WHERE trajectory_id IN temp.touched"
     consumed = f"SELECT DISTINCT round_id {touched} AND round_id IS NOT NULL ORDER BY 1"
     rounds = [row[0] for row in database.rows(consumed)]
     groups = [row[0] for row in database.rows(f"SELECT DISTINCT group_id {touched}")]
     empty = "(SELECT key FROM temp.touched WHERE NOT EXISTS (SELECT 1 FROM steps WHERE trajectory_id = key))"
-    read = "EXISTS (SELECT 1 FROM rounds r WHERE r.line_id = trajectories.line_id AND r.state = 'running')"
     database.run("UPDATE trajectories SET account = NULL WHERE trajectory_id IN temp.touched")
     database.run(
         f"UPDATE trajectories SET state = 'shredded' WHERE trajectory_id IN {empty}"  # noqa: S608 constant text
-        f" AND (round_id IS NOT NULL OR (? AND state = 'judged' AND {read}))",
-        [keep_under_way],
+        " AND round_id IS NOT NULL"
     )
+    lose(database, "SELECT key FROM temp.touched")
     database.run(f"DELETE FROM trajectories WHERE trajectory_id IN {empty} AND state != 'shredded'")  # noqa: S608
     standing.update(database, [row[0] for row in database.rows("SELECT key FROM temp.touched")])
     standing.update_groups(database, groups)

@@ -23,6 +23,7 @@ from clawloop_server.vault.intake import (
     refuse,
     sort_item,
 )
+from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_shared.messages import UploadItem
 from clawloop_shared.records import Mark, Signal, Step, Target
@@ -204,6 +205,9 @@ class Receiver:
             return
         sealed = seal.seal("marks", key, plain=msgspec.msgpack.encode(mark))
         left_out = not mark.trainable
+        if left_out:
+            taken = "SELECT trajectory_id FROM steps WHERE device_id = ? AND step_key = ? AND NOT left_out"
+            lose(database, taken, [seal.device_id, key])
         database.run("INSERT OR REPLACE INTO marks VALUES (?, ?, ?, ?)", [seal.device_id, key, left_out, sealed])
         found = database.rows(
             "UPDATE steps SET left_out = ? WHERE device_id = ? AND step_key = ? RETURNING trajectory_id",

@@ -106,6 +106,19 @@ CREATE INDEX trajectories_unclassified ON trajectories (line_id, channel, create
   WHERE NOT classified AND state IN ('open', 'judged');
 """
 
+_PINS = """
+ALTER TABLE rounds ADD COLUMN settings TEXT NOT NULL DEFAULT '';
+ALTER TABLE rounds ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE rounds ADD COLUMN row_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE rounds ADD COLUMN at_update INTEGER;
+ALTER TABLE rounds ADD COLUMN deaths TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE rounds ADD COLUMN rejected_steps TEXT NOT NULL DEFAULT '';
+CREATE TABLE pins (
+  trajectory_id TEXT PRIMARY KEY, round_id TEXT NOT NULL, device_id TEXT NOT NULL, tokens INTEGER NOT NULL,
+  names BLOB NOT NULL, at_update INTEGER, place INTEGER, reason TEXT NOT NULL, lost INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX pins_by_round ON pins (round_id, at_update, place);
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -124,6 +137,10 @@ def _classified(database: Database) -> None:
     _run(database, _CLASSIFIED)
 
 
+def _pins(database: Database) -> None:
+    _run(database, _PINS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
@@ -136,4 +153,4 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified])
+    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified, _pins])

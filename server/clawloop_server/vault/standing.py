@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from clawloop_server.vault.database import ServerDatabase
-from clawloop_server.vault.groups import PENDING, ReadyGroup, Stage, TrajectoryState, stage_of
+from clawloop_server.vault.groups import PENDING, ReadyGroup, Stage, TrajectoryState, stage_of, whole_groups
 
 _RESTATE = (
     "UPDATE trajectories SET state = CASE"
@@ -70,6 +70,23 @@ def ready_groups(
     sql = " UNION ALL ".join([part] * len(deadlines)) + " ORDER BY arrived_ms, arrival LIMIT ?"
     values = [value for stage, at_ms in deadlines.items() for value in (line_id, channel, stage, at_ms)]
     return [ReadyGroup(row[0], row[1]) for row in database.rows(sql, [*values, limit])]
+
+
+def chosen(
+    database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int], limit: int
+) -> list[tuple[str, str]]:
+    """The trajectories that a round of up to `limit` takes, with their devices: whole groups, the longest waiting
+    first."""
+    found = ready_groups(database, line_id, channel, deadlines=deadlines, limit=limit)
+    sql = (
+        "SELECT trajectory_id, device_id FROM trajectories WHERE group_id = ? AND state = ?"
+        " ORDER BY created_ms, trajectory_id"
+    )
+    return [
+        (trajectory_id, device_id)
+        for group_id in whole_groups(found, limit)
+        for trajectory_id, device_id in database.rows(sql, [group_id, TrajectoryState.JUDGED])
+    ]
 
 
 def count_ready(database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int]) -> int:

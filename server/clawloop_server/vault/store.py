@@ -18,8 +18,10 @@ from clawloop_server.home import Home
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.forgetting import Erased, erase_device, forget
-from clawloop_server.vault.groups import TrajectoryState, deadlines, whole_groups
+from clawloop_server.vault.groups import TrajectoryState, deadlines
 from clawloop_server.vault.judging import Answer, answers, keep_values
+from clawloop_server.vault.pins import Pins
+from clawloop_server.vault.reading import names_of, read_trajectory
 from clawloop_server.vault.receiving import Receiver
 from clawloop_server.vault.rejudging import rejudge
 from clawloop_server.vault.seal import DeviceSeal
@@ -27,11 +29,9 @@ from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.settings import DEFAULT_SETTINGS, RewardSettings
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest, ItemReceived, UploadItem
-from clawloop_shared.records import Channel, Signal, Step, Trajectory
-from clawloop_shared.signals import Account, account_of, assemble
+from clawloop_shared.records import Channel, Trajectory
+from clawloop_shared.signals import Account, account_of
 
-_STEP = msgspec.msgpack.Decoder(Step)
-_SIGNAL = msgspec.msgpack.Decoder(Signal)
 _ACCOUNT = msgspec.msgpack.Decoder(Account)
 
 
@@ -67,8 +67,9 @@ class Vault:
         self, database: ServerDatabase, *, home: Home, master_key: bytes, settings: RewardSettings = DEFAULT_SETTINGS
     ) -> None:
         self.database = database
-        self._home, self._settings = home, settings
+        self._home, self.settings = home, settings
         self._seals = DeviceSeals(database, master_key)
+        self.pins = Pins(database, self._seals, settings)
 
     @classmethod
     def open(cls, home: Home, master_key: bytes, *, settings: RewardSettings = DEFAULT_SETTINGS) -> Vault:
@@ -80,6 +81,11 @@ class Vault:
         """
         database = ServerDatabase.open(home.database, master_key)
         return cls(database, home=home, master_key=master_key, settings=settings)
+
+    @property
+    def rules(self) -> RewardSettings:
+        """How signals are weighed here."""
+        return self._settings
 
     def close(self) -> None:
         """Close the database."""
@@ -104,7 +110,7 @@ class Vault:
                 database,
                 self._seals.ensure(device_id),
                 vocabularies=vocabularies,
-                rules=self._settings,
+                rules=self.settings,
                 now_ms=now_ms,
             )
             # One at a time: unpacked, an item may be far larger than it came.
@@ -119,7 +125,7 @@ class Vault:
             StorageError: a record does not open with the keys that are here.
         """
         with self.database.write() as database:
-            rejudge(database, self._seals, rules=self._settings)
+            rejudge(database, self._seals, rules=self.settings)
 
     # judging
 
@@ -135,7 +141,7 @@ class Vault:
     def keep_values(self, judged: Sequence[Answer], *, weight: float, now_ms: int | None = None) -> None:
         """Keep what the server's own judge says of answers; of what was forgotten meanwhile nothing is kept."""
         with self.database.write() as database:
-            keep_values(database, self._seals, judged, weight=weight, rules=self._settings, now_ms=now_ms or _now_ms())
+            keep_values(database, self._seals, judged, weight=weight, rules=self.settings, now_ms=now_ms or _now_ms())
 
     # giving out
 
@@ -151,55 +157,34 @@ class Vault:
             StorageError: a record does not open with the keys that are here.
             VaultError: the vault was opened with other `[reward]` settings than those that its server runs with.
         """
-        until = deadlines(now_ms or _now_ms(), self._settings)
+        until = deadlines(now_ms or _now_ms(), self.settings)
         with self.database.snapshot() as database:
-            found = standing.ready_groups(database, line_id, channel, deadlines=until, limit=limit)
             seals = dict[str, DeviceSeal]()
             return [
-                self._load(
-                    trajectory_id, seals.get(device_id) or seals.setdefault(device_id, self._seals.open(device_id))
+                read_trajectory(
+                    database,
+                    seals.get(device_id) or seals.setdefault(device_id, self._seals.open(device_id)),
+                    trajectory_id,
+                    names=names_of(database, trajectory_id, device_id),
+                    rules=self.settings,
                 )
-                for group_id in whole_groups(found, limit)
-                for trajectory_id, device_id in database.rows(
-                    "SELECT trajectory_id, device_id FROM trajectories WHERE group_id = ? AND state = ?"
-                    " ORDER BY created_ms, trajectory_id",
-                    [group_id, TrajectoryState.JUDGED],
+                for trajectory_id, device_id in standing.chosen(
+                    database, line_id, channel, deadlines=until, limit=limit
                 )
             ]
 
-    def _load(self, trajectory_id: str, seal: DeviceSeal) -> Trajectory:
-        rows = self.database.rows(
-            "SELECT step_key, run_key, session_key, named_key, sealed, left_out FROM steps WHERE trajectory_id = ?",
-            [trajectory_id],
-        )
-        steps = [_STEP.decode(seal.unseal("steps", row[0], sealed=row[4])) for row in rows]
-        signals = {
-            key: _SIGNAL.decode(seal.unseal("signals", key, sealed=sealed))
-            for target in {name for row in rows for name in row[:4] if name}
-            for key, sealed in self.database.rows(
-                "SELECT signal_key, sealed FROM signals WHERE target_key = ? AND device_id = ?",
-                [target, seal.device_id],
-            )
-        }
-        left_out = {step.step_id for step, row in zip(steps, rows, strict=True) if row[5]}
-        found = assemble(steps, signals.values(), rules=self._settings, left_out=left_out)
-        if len(found) != 1:
-            raise VaultError(
-                f"trajectory {trajectory_id} has no reward under these [reward] settings; restart the server"
-            )
-        sql = "SELECT nullif(group_id, trajectory_id) FROM trajectories WHERE trajectory_id = ?"
-        (group_id,) = self.database.row(sql, [trajectory_id]) or ("",)
-        return msgspec.structs.replace(found[0], trajectory_id=trajectory_id, group_id=group_id or "")
+    def pin(self, round_id: str, line_id: str, limit: int, *, now_ms: int | None = None) -> tuple[int, int]:
+        """Pin what `ready` would give out to a round, as it is now; how many trajectories and steps."""
+        until = deadlines(now_ms or _now_ms(), self.settings)
+        return self.pins.take(round_id, line_id, limit, deadlines=until)
 
     def count_ready(self, line_id: str, channel: Channel = Channel.TRAIN, *, now_ms: int | None = None) -> int:
         """How many trajectories are ready: as many as `ready` gives out without a limit."""
-        until = deadlines(now_ms or _now_ms(), self._settings)
+        until = deadlines(now_ms or _now_ms(), self.settings)
         return standing.count_ready(self.database, line_id, channel, deadlines=until)
 
     def consume(self, round_id: str, trajectories: Sequence[Trajectory], db: ServerDatabase | None = None) -> None:
         """Mark trajectories as consumed by a round, all or none; part of the transaction that `db` has open.
-
-        What its device forgot after the round had read it is consumed all the same, so that the round is explained.
 
         Raises:
             VaultError: one of them is not there any more (consumed by another round, or its device was deleted).
@@ -209,9 +194,9 @@ class Vault:
             for place, trajectory in enumerate(trajectories, start=1):
                 trajectory_id = trajectory.trajectory_id
                 found = database.row(
-                    "UPDATE trajectories SET state = iif(state = ?, state, ?), round_id = ?, place = ?"
+                    "UPDATE trajectories SET state = ?, round_id = ?, place = ?"
                     " WHERE trajectory_id = ? AND round_id IS NULL RETURNING group_id, device_id",
-                    [TrajectoryState.SHREDDED, TrajectoryState.CONSUMED, round_id, place, trajectory_id],
+                    [TrajectoryState.CONSUMED, round_id, place, trajectory_id],
                 )
                 if found is None:
                     raise VaultError(f"round {round_id}: trajectory {trajectory_id} is not ready any more; start anew")
@@ -227,7 +212,7 @@ class Vault:
             for signal in trajectory.signals
         ):
             return
-        plain = msgspec.msgpack.encode(account_of(trajectory.signals, self._settings))
+        plain = msgspec.msgpack.encode(account_of(trajectory.signals, self.settings))
         key = trajectory.trajectory_id.encode()
         self.database.run(
             "UPDATE trajectories SET account = ? WHERE trajectory_id = ? AND state = ?",
@@ -289,7 +274,7 @@ class Vault:
             StorageError: rows are deleted, but the log could not be emptied; run it again.
         """
         with self.database.write() as database:
-            erased = erase_device(database, device_id, keep_under_way=False)
+            erased = erase_device(database, device_id)
         self.database.scrub()
         return erased
 
