@@ -8,7 +8,8 @@ that was rewritten is a fork. Losses hang on (predictor, target) pairs, so that 
 Knows token ids and the numbers that travel with them; no model, no loss.
 """
 
-from bisect import bisect_left
+from array import array
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from clawloop_server.trainer.rows import Sample
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
+Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -65,42 +67,89 @@ class PackedRow:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A row being filled: its samples' keys in order, whose they are, and how many nodes they need."""
-
-    keys: list[bytes] = field(default_factory=list)
-    members: list[int] = field(default_factory=list)
-    size: int = 0
-
-    def added(self, key: bytes, member: int) -> tuple["_Draft", int]:
-        """A draft with one more sample, and how many tokens it shares with what was there."""
-        at = bisect_left(self.keys, key)
-        shared = max((_shared(key, other) for other in self.keys[max(0, at - 1) : at + 1]), default=0)
-        keys = [*self.keys[:at], key, *self.keys[at:]]
-        members = [*self.members[:at], member, *self.members[at:]]
-        return _Draft(keys, members, self.size + len(key) // 4 - shared), shared
-
-
-def pack(samples: Sequence[Sample], *, row_tokens: int, min_shared: int = 16) -> list[PackedRow]:
+def pack(
+    samples: Sequence[Sample],
+    *,
+    row_tokens: int,
+    join_tokens: int | None = None,
+    fill: bool = False,
+    min_shared: int = 16,
+) -> list[PackedRow]:
     """Rows of at most `row_tokens` nodes, each of whole trajectories that share at least `min_shared` tokens.
 
-    A trajectory is split between rows only if it does not fit one by itself, and a sample never is. With `min_shared`
-    0, unrelated trajectories fill rows together: right where the mask is sparse (FlexAttention), wrong where it is
-    dense.
+    A trajectory is split between rows only if it does not fit one by itself, and a sample never is. Several
+    trajectories have at most `join_tokens` nodes in a row (by default as many as one): where the mask is dense, what
+    they share soon costs more than it saves. With `fill`, rows that share nothing are put together as long as they
+    fit, the largest first and each where it leaves least: right where the mask is sparse, wrong where it is dense.
     """
+    forest = _Forest(samples)
     drafts: list[_Draft] = []
-    for group in _by_prefix(samples):
-        _place(drafts, group, row_tokens=row_tokens, min_shared=min_shared)
+    for group in _by_prefix(samples, forest):
+        _place(drafts, group, forest, row_tokens=row_tokens, join_tokens=join_tokens or row_tokens, least=min_shared)
+    if fill:
+        drafts = _filled(drafts, row_tokens)
     totals: Counter[int] = Counter()
     for sample in samples:
         totals[sample.trajectory] += len(sample.trained)
-    return [_lay_out(draft, [samples[member] for member in draft.members], totals=totals) for draft in drafts]
+    return [_lay_out(draft, forest, samples, totals=totals) for draft in drafts]
+
+
+class _Forest:
+    """The samples in the order of their ids, each with a rank in it, and how many tokens any two share."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        keys = [_key(sample) for sample in samples]
+        self.members = sorted(range(len(keys)), key=keys.__getitem__)
+        self.ranks = {member: rank for rank, member in enumerate(self.members)}
+        self.keys = [keys[member] for member in self.members]
+        # Between two ranks the fewest tokens that neighbours share; of 2^k neighbours in level k.
+        self._levels = [np.array([0, *map(_shared, self.keys, self.keys[1:])], dtype=np.int64)]
+        for level in range(1, len(keys).bit_length()):
+            last, step = self._levels[-1], 1 << (level - 1)
+            self._levels.append(np.minimum(last[:-step], last[step:]))
+
+    def shared(self, one: int, other: int) -> int:
+        """How many tokens two ranks begin with together, the smaller rank first."""
+        if one == other:
+            return len(self.keys[one]) // 4
+        level = (other - one).bit_length() - 1
+        found = self._levels[level]
+        return int(min(found[one + 1], found[other + 1 - (1 << level)]))
+
+
+@dataclass
+class _Draft:
+    """A row being filled: the ranks of its samples, sorted, and how many nodes they need."""
+
+    ranks: list[int] = field(default_factory=list)
+    size: int = 0
+
+    def most_shared(self, rank: int, forest: _Forest) -> int:
+        """How many tokens of a sample are there already."""
+        at = bisect_left(self.ranks, rank)
+        before = (forest.shared(self.ranks[at - 1], rank),) if at else ()
+        after = (forest.shared(rank, self.ranks[at]),) if at < len(self.ranks) else ()
+        return max((*before, *after), default=0)
+
+    def add(self, ranks: Sequence[int], forest: _Forest, *, most: int) -> bool:
+        """Take all of `ranks`, or none if the row then had more than `most` nodes."""
+        size = self.size
+        for count, rank in enumerate(ranks):
+            self.size += len(forest.keys[rank]) // 4 - self.most_shared(rank, forest)
+            insort(self.ranks, rank)
+            if self.size > most:
+                for other in ranks[: count + 1]:
+                    del self.ranks[bisect_left(self.ranks, other)]
+                self.size = size
+                return False
+        return True
 
 
 def _key(sample: Sample) -> bytes:
     """The ids as big-endian bytes: they compare like the lists of ids, but at the speed of memcmp."""
-    return np.asarray(sample.token_ids, dtype=">u4").tobytes()
+    ids = sample.token_ids
+    known = np.frombuffer(array("I", ids), dtype=np.uint32) if isinstance(ids, list) else np.asarray(ids)
+    return known.astype(">u4").tobytes()
 
 
 def _shared(one: bytes, other: bytes) -> int:
@@ -110,85 +159,107 @@ def _shared(one: bytes, other: bytes) -> int:
     return int(differs.argmax()) if differs.any() else size
 
 
-def _by_prefix(samples: Sequence[Sample]) -> list[list[tuple[bytes, int]]]:
-    """The samples of each trajectory, trajectories with a common prefix side by side."""
-    groups: dict[int, list[tuple[bytes, int]]] = {}
+def _by_prefix(samples: Sequence[Sample], forest: _Forest) -> list[list[int]]:
+    """The ranks of each trajectory's samples, trajectories with a common prefix side by side."""
+    groups: dict[int, list[int]] = {}
     for member, sample in enumerate(samples):
-        groups.setdefault(sample.trajectory, []).append((_key(sample), member))
+        groups.setdefault(sample.trajectory, []).append(forest.ranks[member])
     return sorted(groups.values(), key=lambda group: group[0])
 
 
-def _place(drafts: list[_Draft], group: list[tuple[bytes, int]], *, row_tokens: int, min_shared: int) -> None:
+def _place(
+    drafts: list[_Draft], group: list[int], forest: _Forest, *, row_tokens: int, join_tokens: int, least: int
+) -> None:
     """Put a trajectory into the last row if it fits and belongs there, else into new ones."""
-    if drafts:
-        joined, shared = drafts[-1].added(*group[0])
-        for key, member in group[1:]:
-            joined, _ = joined.added(key, member)
-        if joined.size <= row_tokens and shared >= min_shared:
-            drafts[-1] = joined
-            return
-    current = _Draft()
-    for key, member in group:
-        grown, _ = current.added(key, member)
-        if grown.size > row_tokens and current.members:
-            drafts.append(current)
-            grown, _ = _Draft().added(key, member)
-        current = grown
-    drafts.append(current)
+    if (
+        drafts
+        and drafts[-1].most_shared(group[0], forest) >= least
+        and drafts[-1].add(group, forest, most=min(row_tokens, join_tokens))
+    ):
+        return
+    drafts.append(_Draft())
+    for rank in group:
+        if not drafts[-1].add([rank], forest, most=row_tokens if drafts[-1].ranks else 1 << 62):
+            drafts.append(_Draft())
+            drafts[-1].add([rank], forest, most=1 << 62)
+
+
+def _filled(drafts: Sequence[_Draft], row_tokens: int) -> list[_Draft]:
+    """The drafts put together into as few rows as best-fit finds, the largest first; in the order of their ids."""
+    rows: list[_Draft] = []
+    room: list[tuple[int, int]] = []  # what is left in which row, sorted
+    for draft in sorted(drafts, key=lambda one: -one.size):
+        at = bisect_left(room, (draft.size, 0))
+        if at == len(room):
+            rows.append(_Draft())
+            left, row = row_tokens, len(rows) - 1
+        else:
+            left, row = room.pop(at)
+        rows[row].ranks += draft.ranks
+        rows[row].size += draft.size
+        insort(room, (left - draft.size, row))
+    for filled in rows:
+        filled.ranks.sort()
+    return sorted(rows, key=lambda one: one.ranks[0])
 
 
 @dataclass(frozen=True)
 class _Trie:
-    """Nodes in depth-first pre-order, and for each sample its path: the node of each of its tokens."""
+    """Nodes in depth-first pre-order, and for each sample the nodes that predict its trained tokens."""
 
-    token_ids: Ids
-    depth: Ids
-    end: Ids
-    paths: list[Ids]
+    token_ids: Numbers
+    depth: Numbers
+    end: Numbers
+    predictors: list[Numbers]
 
 
-def _trie(keys: Sequence[bytes]) -> _Trie:
+def _trie(ranks: Sequence[int], forest: _Forest, trained: Sequence[Numbers]) -> _Trie:
     """The trie of sorted keys: each adds, after what it shares with the one before, new nodes in pre-order."""
-    tokens: list[Ids] = []
-    depths: list[Ids] = []
-    paths: list[Ids] = []
-    end = np.zeros(sum(map(len, keys)) // 4, dtype=np.uint32)
-    path, size, before = np.zeros(0, dtype=np.uint32), 0, b""
-    for key in keys:
-        ids = np.frombuffer(key, dtype=">u4").astype(np.uint32)
-        shared = _shared(key, before)
-        end[path[shared:]] = size
-        tokens.append(ids[shared:])
-        depths.append(np.arange(shared, len(ids), dtype=np.uint32))
-        path = np.concatenate([path[:shared], np.arange(size, size + len(ids) - shared, dtype=np.uint32)])
-        size, before = size + len(ids) - shared, key
-        paths.append(path)
-    end[path] = size
-    return _Trie(np.concatenate(tokens), np.concatenate(depths), end[:size], paths)
+    path = np.zeros(max(len(forest.keys[rank]) for rank in ranks) // 4, dtype=np.int64)
+    end = np.zeros(sum(len(forest.keys[rank]) for rank in ranks) // 4, dtype=np.int64)
+    tokens, depths, predictors = [], [], []
+    size = length = 0
+    for before, rank, at in zip([None, *ranks], ranks, trained, strict=False):
+        ids = np.frombuffer(forest.keys[rank], dtype=">u4")
+        shared = 0 if before is None else forest.shared(before, rank)
+        end[path[shared:length]] = size
+        length = len(ids)
+        path[shared:length] = np.arange(size, size + length - shared)
+        tokens.append(ids[shared:].astype(np.int64))
+        depths.append(np.arange(shared, length))
+        predictors.append(path[at - 1])
+        size += length - shared
+    end[path[:length]] = size
+    return _Trie(np.concatenate(tokens), np.concatenate(depths), end[:size], predictors)
 
 
-def _lay_out(draft: _Draft, samples: Sequence[Sample], *, totals: Mapping[int, int]) -> PackedRow:
-    trie = _trie(draft.keys)
+def _lay_out(draft: _Draft, forest: _Forest, everything: Sequence[Sample], *, totals: Mapping[int, int]) -> PackedRow:
+    members = [forest.members[rank] for rank in draft.ranks]
+    samples = [everything[member] for member in members]
     counts = np.array([len(s.trained) for s in samples])
     trained = [np.asarray(s.trained, dtype=np.int64) for s in samples]
+    trie = _trie(draft.ranks, forest, trained)
     units = {trajectory: unit for unit, trajectory in enumerate(dict.fromkeys(s.trajectory for s in samples))}
     first = {s.trajectory: s for s in reversed(samples)}
-    gaps = [max(s.version_gap for s in samples if s.trajectory == t) for t in units]
+    gaps = dict.fromkeys(units, 0)
+    for sample in samples:
+        gaps[sample.trajectory] = max(gaps[sample.trajectory], sample.version_gap)
+    targets = [np.frombuffer(forest.keys[r], dtype=">u4")[at] for r, at in zip(draft.ranks, trained, strict=True)]
     return PackedRow(
         token_ids_T=_long(trie.token_ids),
         positions_T=_long(trie.depth),
         end_T=_long(trie.end),
-        predictor_P=_long(np.concatenate([path[at - 1] for path, at in zip(trie.paths, trained, strict=True)])),
-        target_P=_long(np.concatenate([np.asarray(s.token_ids)[at] for s, at in zip(samples, trained, strict=True)])),
+        predictor_P=_long(np.concatenate(trie.predictors)),
+        target_P=_long(np.concatenate(targets)),
         behaviour_P=_float(np.concatenate([np.asarray(s.logprobs, dtype=np.float32) for s in samples])),
         advantage_P=_float(np.concatenate([np.asarray(s.advantages, dtype=np.float32) for s in samples])),
         temperature_P=_float(np.repeat([s.temperature for s in samples], counts)),
         unit_P=_long(np.repeat([units[s.trajectory] for s in samples], counts)),
         weight_U=_float(np.array([first[t].weight for t in units])),
-        gap_U=_long(np.array(gaps)),
+        gap_U=_long(np.array(list(gaps.values()))),
         trajectory_U=_long(np.array(list(units))),
         trajectory_tokens_U=_float(np.array([totals[t] for t in units])),
-        members_S=tuple(draft.members),
+        members_S=tuple(members),
         counts_S=tuple(counts.tolist()),
     )
 

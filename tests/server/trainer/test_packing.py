@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clawloop_server.trainer import packing
 from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
 
@@ -27,13 +29,15 @@ def past(row: PackedRow, node: int) -> list[int]:
     return row.token_ids_T[order].tolist()
 
 
-@given(st.lists(sequences, min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 3))
-def test_every_trained_token_is_predicted_from_exactly_what_came_before_it(
-    many: list[list[int]], row_tokens: int, min_shared: int
+@given(st.lists(sequences, min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
+def test_every_trained_token_is_predicted_once_and_from_exactly_what_came_before_it(
+    many: list[list[int]], row_tokens: int, join_tokens: int, fill: bool, data: st.DataObject
 ) -> None:
-    samples = [make(ids, trajectory=i // 2) for i, ids in enumerate(many)]
+    whose = data.draw(st.lists(st.integers(0, 3), min_size=len(many), max_size=len(many)))
+    samples = [make(ids, trajectory=whose[i]) for i, ids in enumerate(many)]
     found: dict[int, list[tuple[list[int], int, float]]] = {}
-    for row in pack(samples, row_tokens=row_tokens, min_shared=min_shared):
+    shared = data.draw(st.integers(0, 3))
+    for row in pack(samples, row_tokens=row_tokens, join_tokens=join_tokens, fill=fill, min_shared=shared):
         at = 0
         for member, count in zip(row.members_S, row.counts_S, strict=True):
             for p in range(at, at + count):
@@ -48,7 +52,7 @@ def test_every_trained_token_is_predicted_from_exactly_what_came_before_it(
 
 @given(st.lists(sequences, min_size=1, max_size=8))
 def test_a_row_has_one_node_for_each_different_prefix(many: list[list[int]]) -> None:
-    (row,) = pack([make(ids) for ids in many], row_tokens=10_000, min_shared=0)
+    (row,) = pack([make(ids) for ids in many], row_tokens=10_000, fill=True)
     prefixes = {tuple(ids[: n + 1]) for ids in many for n in range(len(ids))}
     assert len(row.token_ids_T) == len(prefixes)
 
@@ -58,16 +62,75 @@ def test_rows_keep_to_their_budget_and_trajectories_stay_whole_where_they_fit(
     many: list[list[int]], row_tokens: int
 ) -> None:
     samples = [make(ids, trajectory=i // 3) for i, ids in enumerate(many)]
-    rows = pack(samples, row_tokens=row_tokens, min_shared=0)
+    rows = pack(samples, row_tokens=row_tokens, fill=True)
     for row in rows:
         assert len(row.token_ids_T) <= row_tokens or len(row.members_S) == 1
     for trajectory in {s.trajectory for s in samples}:
         mine = [s for s in samples if s.trajectory == trajectory]
-        alone = len(pack(mine, row_tokens=10_000, min_shared=0)[0].token_ids_T)
+        alone = len(pack(mine, row_tokens=10_000, fill=True)[0].token_ids_T)
         homes = [row for row in rows if trajectory in row.trajectory_U.tolist()]
         assert len(homes) == 1 or alone > row_tokens
         units = sum(float(row.trajectory_tokens_U[row.trajectory_U.tolist().index(trajectory)]) for row in homes)
         assert units / len(homes) == sum(len(s.trained) for s in mine)
+
+
+@given(st.lists(sequences, min_size=1, max_size=20), st.integers(4, 30), st.integers(1, 8))
+def test_filled_rows_leave_less_room_than_would_hold_another(
+    many: list[list[int]], row_tokens: int, min_shared: int
+) -> None:
+    rows = pack(
+        [make(ids, trajectory=i) for i, ids in enumerate(many)],
+        row_tokens=row_tokens,
+        fill=True,
+        min_shared=min_shared,
+    )
+    sizes = sorted(len(row.token_ids_T) for row in rows)
+    # Two rows that fit one would be one; sizes are at most what was planned, since roots of rows may share by chance.
+    apart = pack([make(ids, trajectory=i) for i, ids in enumerate(many)], row_tokens=row_tokens, min_shared=min_shared)
+    assert len(rows) <= len(apart)
+    planned = sum(len(row.token_ids_T) for row in apart)
+    assert len(rows) <= 2 * planned / row_tokens + 1
+    assert sum(sizes) <= planned
+
+
+def test_those_that_share_stay_together_where_rows_are_filled() -> None:
+    system, samples = list(range(1000, 1040)), []
+    for trajectory in range(8):
+        own = list(range(100 * trajectory, 100 * trajectory + 20))
+        samples.append(make((system if trajectory % 2 else []) + own, trajectory=trajectory))
+    rows = pack(samples, row_tokens=130, fill=True)
+    homes = [set(row.trajectory_U.tolist()) for row in rows]
+    assert sorted(map(len, homes)) == [4, 4]
+    assert {1, 3, 5, 7} in homes
+    assert sorted(len(row.token_ids_T) for row in rows) == [80, 120]
+
+
+def test_where_the_mask_is_dense_long_trajectories_stay_whole_but_do_not_join() -> None:
+    system = list(range(1000, 1040))
+    samples = [
+        make(system + list(range(100 * t, 100 * t + 10 * turn)), trajectory=t) for t in range(3) for turn in range(1, 9)
+    ]
+    assert [len(r.token_ids_T) for r in pack(samples, row_tokens=1000, join_tokens=150)] == [120, 120, 120]
+    assert [len(r.token_ids_T) for r in pack(samples, row_tokens=1000, join_tokens=200)] == [200, 120]
+
+
+def test_a_session_of_two_thousand_calls_packs_without_looking_at_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, work = list[int](), packing._shared
+
+    def counted(one: bytes, other: bytes) -> int:
+        compared.append(1)
+        return work(one, other)
+
+    monkeypatch.setattr(packing, "_shared", counted)
+    history, samples = [0] * 200, []
+    for turn in range(2000):
+        history = [*history, turn, turn + 1, turn + 2]
+        if turn % 50 == 49:
+            history = history[: len(history) // 2]
+        samples.append(make(history, trained=[len(history) - 1]))
+    (row,) = pack(samples, row_tokens=1 << 20)
+    assert len(compared) == len(samples) - 1
+    assert len(row.target_P) == 2000
 
 
 def test_an_append_only_session_of_eight_turns_needs_five_times_fewer_tokens() -> None:
@@ -87,7 +150,7 @@ def test_an_append_only_session_of_eight_turns_needs_five_times_fewer_tokens() -
 def test_unrelated_sessions_share_a_row_only_where_that_is_asked_for() -> None:
     samples = [make([1, 2, 3, 4], trajectory=0), make([5, 6, 7, 8], trajectory=1)]
     assert [len(r.token_ids_T) for r in pack(samples, row_tokens=100, min_shared=2)] == [4, 4]
-    (row,) = pack(samples, row_tokens=100, min_shared=0)
+    (row,) = pack(samples, row_tokens=100, fill=True)
     assert row.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert not row.is_causal
     assert row.end_T.tolist() == [4] * 4 + [8] * 4

@@ -91,8 +91,8 @@ def test_rows_of_a_small_budget_and_of_several_roots_give_the_same_gradients(pef
     ]
     total = sum(len(s.trained) for s in samples)
     found = []
-    for row_tokens, min_shared in ((1, 0), (64, 16), (4096, 0)):
-        backward(peft_model, pack(samples, row_tokens=row_tokens, min_shared=min_shared), total)
+    for row_tokens, fill in ((1, False), (64, False), (4096, True)):
+        backward(peft_model, pack(samples, row_tokens=row_tokens, fill=fill), total)
         found.append(gradients(peft_model))
     assert worst(found[0], found[1]) < 1e-6
     assert worst(found[0], found[2]) < 1e-6
