@@ -3,6 +3,7 @@
 Knows no tensor library. Facts on the two layouts: docs/formats/adapter.md.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -22,7 +23,10 @@ _FLOATS = {"F32", "F16", "BF16"}
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """The sizes in a model's config.json that decide the shapes of its linear layers."""
+    """The sizes in a model's config.json that decide which linear layers it has, and their shapes.
+
+    With experts (Qwen's MoE), `num_experts`, `decoder_sparse_step` and `mlp_only_layers` say which layers have them.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -31,21 +35,41 @@ class ModelShape(msgspec.Struct, frozen=True):
     num_key_value_heads: int
     head_dim: int | None = None
     vocab_size: int = 0
+    num_experts: int | None = None
+    decoder_sparse_step: int | None = None
+    mlp_only_layers: tuple[int, ...] | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of that layer is a router and its experts, which are no linear layers."""
+        if not self.num_experts or layer in (self.mlp_only_layers or ()):
+            return False
+        return (layer + 1) % (self.decoder_sparse_step or 1) == 0
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Each linear layer's full module path with its (inputs, outputs)."""
+        """The full module path of each linear layer that can be adapted, with its (inputs, outputs)."""
         head = self.head_dim or self.hidden_size // self.num_attention_heads
         queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
-        sizes = {
+        attention = {
             "self_attn.q_proj": (self.hidden_size, queries),
             "self_attn.k_proj": (self.hidden_size, keys),
             "self_attn.v_proj": (self.hidden_size, keys),
             "self_attn.o_proj": (queries, self.hidden_size),
+        }
+        dense = {
             "mlp.gate_proj": (self.hidden_size, self.intermediate_size),
             "mlp.up_proj": (self.hidden_size, self.intermediate_size),
             "mlp.down_proj": (self.intermediate_size, self.hidden_size),
         }
-        return {f"model.layers.{n}.{name}": size for n in range(self.num_hidden_layers) for name, size in sizes.items()}
+        found: dict[str, tuple[int, int]] = {}
+        for layer in range(self.num_hidden_layers):
+            sizes = attention if self.has_experts(layer) else attention | dense
+            found |= {f"model.layers.{layer}.{name}": size for name, size in sizes.items()}
+        return found
+
+    def targets(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Those of `wanted` that some layer has, in their order: a model of experts alone has no `gate_proj`."""
+        there = {path.rsplit(".", 1)[1] for path in self.linears()}
+        return tuple(name for name in wanted if name in there)
 
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +127,14 @@ def parse_config(raw: bytes) -> LoraConfig:
 
 
 def expected_tensors(config: LoraConfig, shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Every tensor that the adapter must hold, with its shape: A is (rank, inputs), B is (outputs, rank)."""
+    """Every tensor that the adapter must hold, with its shape: A is (rank, inputs), B is (outputs, rank).
+
+    Raises:
+        AdapterInvalid: a target is a module that this model has not.
+    """
+    strange = sorted(set(config.target_modules) - set(shape.targets(config.target_modules)))
+    if strange:
+        raise AdapterInvalid(f"{CONFIG_FILE}: target modules {strange} are in no layer of this model")
     wanted: dict[str, tuple[int, int]] = {}
     for module, (inputs, outputs) in shape.linears().items():
         if module.rsplit(".", 1)[1] in config.target_modules:
@@ -116,7 +147,7 @@ def check_tensors(tensors: dict[str, TensorInfo], config: LoraConfig, *, shape: 
     """Return if the file holds exactly the tensors that `config` and the base model ask for.
 
     Raises:
-        AdapterInvalid: a tensor is missing, is too much, has another shape, or is not of a float type.
+        AdapterInvalid: a target or a tensor is missing or too much, has another shape, or is not of a float type.
     """
     wanted = expected_tensors(config, shape)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())

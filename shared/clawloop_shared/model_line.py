@@ -47,9 +47,22 @@ def read_shape(folder: Path) -> ModelShape:
         ConfigError: config.json lacks one of them.
     """
     try:
-        return msgspec.convert(read_config(folder), ModelShape)
-    except msgspec.ValidationError as error:
+        return shape_of(read_config(folder))
+    except ConfigError as error:
         raise ConfigError(f"{folder}/config.json: {error}") from error
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    """The sizes that a config.json names. transformers 5 calls `num_local_experts` what others call `num_experts`.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    try:
+        return msgspec.convert(config | {"num_experts": experts}, ModelShape)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_line(folder: Path) -> ModelLine:

@@ -28,7 +28,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from clawloop_server.errors import TrainerError
-from clawloop_server.trainer.base import attach_adapter, load_base
+from clawloop_server.trainer.base import adapted, attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
 from clawloop_server.trainer.generation import Reply, Sampling, generate
 from clawloop_server.trainer.losses import Calls, Distance, LossInputs, Sums, cut_log_ratio, policy_loss
@@ -95,6 +95,9 @@ class TrainEngine:
         self._parameters: dict[str, Tensor] = {
             name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad
         }
+        self.settings = msgspec.structs.replace(
+            settings, target_modules=adapted(settings.target_modules, self._parameters)
+        )
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
             lr=settings.lr,

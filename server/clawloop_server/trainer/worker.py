@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from clawloop_server.bases import Base, base_folder, find_base
+from clawloop_server.bases import Base, check_unchanged, find_base
 from clawloop_server.config import ServerConfig, load_config
 from clawloop_server.errors import TrainerError
 from clawloop_server.home import Home
@@ -133,7 +133,7 @@ class Worker:
         """
         config = load_config(home.config)
         base = find_base(home, config.hub.line)
-        folder = base_folder(home, base.line_id)
+        folder = check_unchanged(home, base)
         engine, tokenizer = TrainEngine.open(folder, config.train), load_tokenizer(folder)
         judge = Judge.open(config.classifier, tokenizer) if config.classifier.path else None
         database = ServerDatabase.open(home.database, load_master_key(home))

@@ -1,6 +1,5 @@
 """The engine: what it saves it finds again, bit for bit; what it writes, an edge accepts; what is broken, it names."""
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,21 +184,6 @@ def test_the_same_seed_samples_the_same_replies(engine: TrainEngine, session: Se
     ]
     assert found[0] == found[1] != found[2]
     assert engine.generate([], sampling=Sampling(max_tokens=8, eos_ids=frozenset({1}))) == []
-
-
-def test_quantised_and_limited_models_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    config = json.loads((tiny_folder / "config.json").read_text())
-    for extra, word in (
-        ({"quantization": {"bits": 4}}, "quantised"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | extra))
-        with pytest.raises(ConfigError, match=word):
-            load_base(tmp_path)
-    with pytest.raises(ConfigError, match="no model folder"):
-        load_base(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
