@@ -59,10 +59,11 @@ class PoisonedSamples(TrainerError):
 @dataclass(frozen=True)
 class _Step:
     """What a row must know of the whole optimizer step: its trained tokens, the calls of each trajectory and of all,
-    and how far trajectories are from their behaviour of which a row has only a part."""
+    the largest gap of versions of each, and how far those are from who sampled them of which a row has only a part."""
 
     normalizer: float
     calls: Counter[int]
+    gaps: dict[int, int]
     all_calls: float
     split: dict[int, tuple[float, float]]
 
@@ -136,6 +137,7 @@ class TrainEngine:
         step = _Step(
             normalizer=normalizer or tokens,
             calls=Counter(sample.trajectory for sample in samples),
+            gaps={sample.trajectory: sample.version_gap for sample in sorted(samples, key=lambda s: s.version_gap)},
             all_calls=len(samples) * ((normalizer or tokens) / max(tokens, 1.0)),
             split=self._distances(samples, packed) if settings.judges_trajectories else {},
         )
@@ -172,7 +174,7 @@ class TrainEngine:
             advantage_P=row.advantage_P,
             unit_P=row.unit_P,
             weight_U=row.weight_U,
-            gap_U=row.gap_U,
+            gap_U=row.gap_U.new_tensor([step.gaps[t] for t in row.trajectory_U.tolist()]),
             trajectory_tokens_U=row.trajectory_tokens_U,
             normalizer=step.normalizer,
             reference_P=reference_P,
