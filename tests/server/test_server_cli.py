@@ -23,18 +23,8 @@ from clawloop_server.app import sole_server
 from clawloop_server.bases import Base, find_base
 from clawloop_server.errors import HomeError
 from clawloop_server.home import Home, open_home
-from clawloop_server.hub.admin import AdminPort
 from clawloop_server.hub.devices import Device, Devices, DeviceState
-from clawloop_server.hub.status import (
-    DeviceCounts,
-    Part,
-    RoundCounts,
-    Running,
-    ServerStatus,
-    read_running,
-    write_running,
-)
-from clawloop_server.hub.training import TrainerEar
+from clawloop_server.hub.status import Part, Running, read_running, write_running
 from clawloop_server.release.keys import load_keys
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
@@ -272,7 +262,7 @@ def test_rounds_are_listed_and_shown(run: Run, made: Home, opened: Vault) -> Non
     add_adapter(Registry(opened.database, made.adapters), find_base(made))
     (found,) = run("rounds", "list", "--json")
     assert (found["state"], found["version"], found["reason"]) == ("passed", 1, "better")
-    assert run("rounds", "show", found["round_id"], "--json") == {"round": found, "lineage": []}
+    assert run("rounds", "show", found["round_id"], "--json") == {"round": found, "updates": [], "lineage": []}
     assert "better" in run("rounds", "show", found["round_id"])
     listed = " ".join(run("rounds", "list").split())
     assert "0 → 1" in listed
@@ -306,6 +296,12 @@ def test_bases_are_imported_and_listed(run: Run, made: Home, model_folder: Path)
     assert "several model lines" in run("status", code=1)
 
 
+def test_what_is_wrong_is_said_before_anything_is_made(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert f"{tmp_path} is no model folder" in run("init", "--base", str(tmp_path), "--yes", code=1)
+    assert "admin_port 99999 is not in 0..65535" in run("init", "--admin-port", "99999", "--yes", code=1)
+    assert not folder.exists()
+
+
 def test_a_home_that_is_not_there_is_one_line_and_exit_1(run: Run, tmp_path: Path) -> None:
     for command in (["status"], ["serve"], ["invite"], ["devices", "list"], ["data", "stats"], ["base", "list"]):
         error = run(*command, code=1, home=tmp_path / "nothing")
@@ -333,51 +329,6 @@ def test_a_missing_extra_is_named(
     assert "pip install 'clawloop[server]'" in run("serve", code=1)
 
 
-async def test_the_admin_api_wants_its_token_and_a_loopback_name() -> None:
-    import aiohttp
-
-    told = ServerStatus(
-        running=True,
-        url="https://x",
-        line_id="l",
-        devices=DeviceCounts(joined=1, revoked=0),
-        ready_trajectories=3,
-        round_trajectories=64,
-        rounds=RoundCounts(),
-        adapter=None,
-    )
-
-    async def status() -> ServerStatus:
-        return told
-
-    ear = TrainerEar()
-    ear.hear(b'{"event": "began", "round_id": "r1", "updates": 4}')
-    admin = AdminPort(token="secret", status=status, trainer=ear)
-    url = f"http://127.0.0.1:{await admin.start(0)}"
-    good = {"Authorization": "Bearer secret"}
-    async with aiohttp.ClientSession() as client:
-
-        async def get(path: str, **headers: str) -> tuple[int, Any]:
-            async with client.get(url + path, headers=headers) as response:
-                return response.status, await response.json()
-
-        assert await get("/healthz") == (200, {"status": "ok"})
-        assert (await get("/v1/status", **good))[1]["ready_trajectories"] == 3
-        assert (await get("/v1/status"))[0] == 401
-        assert (await get("/v1/status", Authorization="Bearer wrong"))[1]["error"]["type"] == "invalid_request_error"
-        assert (await get("/v1/status", Authorization="Bearer \udcff"))[0] == 401
-        assert (await get("/v1/nothing", **good))[0] == 404
-        assert (await get("/v1/training", **good))[1]["training"]["updates"] == 4
-        assert (await get("/v1/training?after=1", **good))[1]["events"] == []
-        assert (await get("/v1/training?after=-1", **good))[0] == 400
-        assert [(await get(path))[0] for path in ("/v1/training", "/metrics")] == [401, 401]
-        async with client.get(url + "/metrics", headers=good) as response:
-            assert response.content_type == "text/plain"
-            assert "clawloop_trajectories_ready 3.0" in await response.text()
-        assert (await get("/v1/status", Host="evil.example", **good))[0] == 403
-    await admin.stop()
-
-
 def test_status_says_how_many_adapters_wait_for_a_decision(run: Run, made: Home, opened: Vault) -> None:
     assert run("status", "--json")["waiting_adapters"] == 0
     registry, base = Registry(opened.database, made.adapters), find_base(made)
@@ -399,7 +350,7 @@ def test_a_part_that_keeps_failing_says_when_it_is_tried_again_and_where_to_look
 def test_a_server_that_is_too_busy_to_answer_is_not_called_down(
     run: Run, made: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clawloop_server.cli.run._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("clawloop_server.cli.common._ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         write_running(made, Running(pid=1, url="https://x", port=1, admin_port=port))

@@ -115,8 +115,8 @@ def test_the_console_gets_a_line_when_a_round_begins_and_one_when_it_ended(caplo
     tell(TrainerEar(), BEGAN, update(1), ENDED, {"event": "round", "round_id": "r2", "state": "passed", "version": 4})
     assert caplog.messages == [
         "round r1 begins with 12 trajectories",
-        "round r1 refused, 12 trajectories in 4 updates, 3 min 20 s, reward +0.250, 1 set aside: it collapsed",
-        "round r2 passed, adapter 4, 0 trajectories in 0 updates, 0.0 s",
+        "round r1 refused (it collapsed): 12 trajectories in 4 updates, 3 min 20 s, reward +0.250, 1 set aside",
+        "round r2 passed: 0 trajectories in 0 updates, 0.0 s, adapter 4",
     ]
 
 

@@ -11,6 +11,7 @@ from clawloop_server.cli.common import (
     JsonOption,
     YesOption,
     confirm,
+    counted,
     group,
     open_server,
     print_facts,
@@ -53,16 +54,17 @@ def list_adapters(home: HomeOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([_facts(record) for record in found])
         return
-    columns = ("version", "state", "reward", "before", "episodes", "rank", "released", "round")
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for record in found:
-        measured = record.facts.evaluation
-        scores: tuple[object, ...] = ("", "", "none played")
+        measured, rank = record.facts.evaluation, f"rank {record.facts.rank}"
+        scores, played = "", "none played"
         if measured.episodes:
-            scores = (f"{measured.reward:.3f}", f"{measured.reward_before:.3f}", measured.episodes)
-        tail = (record.facts.rank, when(record.released_ms), record.facts.round_id)
-        rows.append((record.version, record.state.value, *scores, *tail))
-    print_table("adapters", columns, rows=rows)
+            scores = f"{measured.reward_before:.3f} → {measured.reward:.3f}"
+            played = counted(measured.episodes, "episode")
+        released = f"released {when(record.released_ms)}" if record.released_ms else "not released"
+        rows.append((str(record.version), record.state.value, scores, record.facts.round_id))
+        rows.append(("", "", f"{played}, {rank}", released))
+    print_table("adapters", ("version", "state", "reward before → after", "round"), rows=rows)
 
 
 @app.command()

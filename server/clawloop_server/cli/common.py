@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import click
 import msgspec
@@ -26,6 +27,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 
 
+Told = TypeVar("Told")
+_ANSWER_S = 5.0
 _PIPE_WIDTH = 240
 """of a table that no terminal shows, so that ids stay whole"""
 
@@ -89,6 +92,42 @@ def open_server(home: Path | None) -> Iterator[OpenServer]:
         yield OpenServer(found, vault, registry, Devices(vault.database), config)
     finally:
         vault.close()
+
+
+def ask_server(home: Home, path: str, kind: type[Told]) -> Told | None:
+    """What the server that runs on this home answers; None if none is there: one that was killed leaves its note.
+
+    Raises:
+        FleetError: one is there, and does not answer in time.
+        HomeError: its note or its token cannot be read.
+    """
+    from clawloop_server.errors import FleetError
+    from clawloop_server.hub.status import read_running
+
+    running = read_running(home)
+    if running is None:
+        return None
+    port = running.admin_port
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
+    token = homes.read_secret(home.admin_token).decode().strip()
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+        response = connection.getresponse()
+        body = response.read()
+    except TimeoutError as error:
+        raise FleetError(f"a server is on port {port} but did not answer in {_ANSWER_S:.0f} s; try again") from error
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return msgspec.json.decode(body, type=kind) if response.status == http.HTTPStatus.OK else None
+
+
+def print_line(value: object) -> None:
+    """`value` as one line on stdout, at once: text as it is, else JSON."""
+    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def print_json(value: object) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from clawloop_server.cli import explaining
 from clawloop_server.cli.common import (
     HomeOption,
     JsonOption,
     counted,
     group,
+    home_of,
     open_server,
     print_facts,
     print_json,
@@ -18,17 +21,15 @@ from clawloop_server.cli.common import (
     when,
 )
 
-if TYPE_CHECKING:
-    from clawloop_server.vault.store import Lesson
-
 app = group("Updates of the server, and what came of them.")
+RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="Round id, as `rounds list` shows it.")]
 train = group("The trainer.")
 
 
 @train.command("status")
 def train_status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Whether the trainer runs, what it waits for, and its last round."""
-    from clawloop_server.cli.run import server_status
+    from clawloop_server.cli.run import server_status, under_way
 
     found = server_status(home)
     with open_server(home) as server:
@@ -40,11 +41,14 @@ def train_status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "ready_trajectories": found.ready_trajectories,
         "round_trajectories": found.round_trajectories,
         "running_round": found.rounds.running,
+        "training": found.training,
     }
     if as_json:
         print_json({**facts, "part": part, "last_round": latest})
         return
     shown = {**facts, "trainer": part.summary if part else "down"}
+    shown["running_round"] = under_way(found)
+    del shown["training"]
     last = f"{latest.round_id} {latest.state.value}: {latest.reason}" if latest else "none"
     print_facts("trainer", {name.replace("_", " "): value for name, value in shown.items()} | {"last round": last})
 
@@ -72,58 +76,82 @@ def list_rounds(
 
 
 @app.command()
-def show(
-    round_id: Annotated[str, typer.Argument(metavar="ROUND", help="Round id, as `rounds list` shows it.")],
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """One round: what it learned from, what it measured, why it passed or not."""
-    with open_server(home) as server:
-        found = server.registry.round(round_id)
-        lineage = server.vault.lineage(round_id)
+def show(round_id: RoundArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """One round: what it was built on, what its updates measured, why it passed or not."""
+    found, lineage = _explained(home, round_id)
     if as_json:
-        print_json({"round": found, "lineage": lineage})
+        print_json({"round": found.round, "updates": found.updates, "lineage": lineage})
         return
-    facts: dict[str, object] = {
-        "round": found.round_id,
-        "state": found.state.value,
-        "reason": found.reason,
-        "from adapter": found.base_version,
-        "adapter": found.version,
-        "trajectories": f"{found.trajectories} ({len(lineage)} recorded)",
-        "steps": found.steps,
-        "started": when(found.started_ms),
-        "finished": when(found.finished_ms),
-    }
-    facts |= {
-        name: f"{value:.4g}" if isinstance(value, float) else value
-        for name, value in found.metrics.items()
-        if not isinstance(value, list | dict)
-    }
-    print_facts("round", facts)
+    print_facts("round", explaining.round_facts(found))
+    _print_updates(found)
 
 
 @app.command()
-def explain(
-    round_id: Annotated[str, typer.Argument(metavar="ROUND", help="Round id, as `rounds list` shows it.")],
+def explain(round_id: RoundArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """What moved a round's adapter: its updates, what was left out, and how each reward came about. Never content."""
+    found, _ = _explained(home, round_id)
+    if as_json:
+        print_json(_as_facts(found))
+        return
+    print_facts("round", explaining.round_facts(found))
+    _print_updates(found)
+    left_out = explaining.left_out_rows(found)
+    if left_out:
+        typer.echo()
+        print_table("left out", ("how much", "why", "which"), rows=left_out)
+    typer.echo()
+    columns, rows = explaining.lesson_rows(found)
+    print_table("trajectories", columns, rows=rows)
+
+
+@app.command()
+def watch(
+    rounds: Annotated[int, typer.Option(min=0, metavar="N", help="End after so many rounds; 0: at Ctrl-C.")] = 0,
     home: HomeOption = None,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
 ) -> None:
-    """Which trajectories moved a round's adapter, and how the reward of each came about. Never content."""
+    """The round under way as it goes: how far it is, how fast, how long yet, and what the guards see."""
+    from clawloop_server.cli import watching
+
+    watching.watch(home_of(home), rounds=rounds, as_json=as_json)
+
+
+def _explained(home: Path | None, round_id: str) -> tuple[explaining.Explained, list[str]]:
+    from clawloop_server.trainer.observing import round_updates
+
     with open_server(home) as server:
         found = server.registry.round(round_id)
-        lessons = server.vault.lessons(round_id)
-    if as_json:
-        print_json({"round_id": found.round_id, "version": found.version, "trajectories": lessons})
+        adapters = {record.version: record for record in server.registry.adapters(line_id=found.line_id)}
+        kept, timed = found.metrics.get("updates") or [], round_updates(server.home.trainer, round_id)
+        explained = explaining.Explained(
+            round=found,
+            built_on=adapters.get(found.base_version),
+            made=adapters.get(found.version),
+            updates=explaining.with_times(kept, timed),
+            trajectories=server.vault.lessons(round_id),
+        )
+        return explained, server.vault.lineage(round_id)
+
+
+def _print_updates(found: explaining.Explained) -> None:
+    rows = explaining.metric_rows(found.updates)
+    if not rows:
         return
-    columns = ("trajectory", "device", "group", "reward", "weight", "how it came about")
-    print_table(f"round {found.round_id}", columns, rows=[_lesson_row(lesson) for lesson in lessons])
+    typer.echo()
+    print_table("updates", ("metric", "first", "last", "lowest", "highest", "course"), rows=rows)
+    passed = explaining.passed_masks(found.updates)
+    if passed:
+        typer.echo(f"stopped no token: {', '.join(passed)}")
 
 
-def _lesson_row(lesson: Lesson) -> tuple[object, ...]:
-    named = (lesson.trajectory_id[:12], lesson.device_id[-8:], lesson.group_id[:12])
-    if lesson.account is None or lesson.account.reward is None:
-        return (*named, "", "", "forgotten since" if lesson.state == "shredded" else "not kept, or forgotten since")
-    reward = lesson.account.reward
-    voices = (f"{v.source[:32]} {v.value:+.2f} ({v.share:.0%})" for v in lesson.account.voices)
-    return (*named, f"{reward.value:+.3f}", f"{reward.weight:.2f}", ", ".join(voices))
+def _as_facts(found: explaining.Explained) -> dict[str, object]:
+    return {
+        "round_id": found.round.round_id,
+        "version": found.round.version,
+        "round": found.round,
+        "evaluation": found.evaluation,
+        "built_on": explaining.adapter_facts(found.built_on),
+        "made": explaining.adapter_facts(found.made),
+        "updates": found.updates,
+        "trajectories": found.trajectories,
+    }

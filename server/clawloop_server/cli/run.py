@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
 import logging
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from clawloop_server.cli.common import HomeOption, JsonOption, counted, home_of, open_server, print_facts, print_json
+from clawloop_server.cli.common import (
+    HomeOption,
+    JsonOption,
+    ask_server,
+    counted,
+    home_of,
+    open_server,
+    print_facts,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from clawloop_server.home import Home
-    from clawloop_server.hub.status import Running
-
-_TIMEOUT_S = 5.0
+    from clawloop_server.hub.status import Running, ServerStatus
 
 
 def serve(home: HomeOption = None) -> None:
@@ -65,7 +71,7 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "devices": f"{devices.joined} joined, {devices.online} online, {devices.revoked} revoked",
         "ready trajectories": f"{found.ready_trajectories} of {found.round_trajectories} for a round",
         "rounds": f"{rounds.passed} passed, {rounds.refused} refused, {rounds.failed} failed",
-        "round under way": rounds.running or "none",
+        "round under way": under_way(found),
         "adapter": f"{adapter.version}, in use on {counted(adapter.in_use, 'device')}" if adapter else "none released",
     }
     if found.waiting_adapters:
@@ -75,37 +81,21 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     print_facts("clawloop server", facts)
 
 
+def under_way(found: ServerStatus) -> str:
+    """The round under way in one line."""
+    if found.training is not None:
+        return found.training.summary
+    running = found.rounds.running
+    return f"{running}, cut off; it goes on when the trainer runs" if running else "none"
+
+
 def server_status(home: Any) -> Any:
     """The status as the running server tells it, or as its database does if none runs."""
-    from clawloop_server.hub.status import read_running, read_status
+    from clawloop_server.hub.status import ServerStatus, read_status
 
     folder = home_of(home)
-    running = read_running(folder)
-    told = _ask(folder, running.admin_port) if running else None
+    told = ask_server(folder, "/v1/status", ServerStatus)
     if told is not None:
         return told
     with open_server(home) as server:
         return read_status(server.home, server.config, vault=server.vault)
-
-
-def _ask(home: Home, port: int) -> Any | None:
-    """What the server on that port says; None if none is there (it was killed, and its note was left)."""
-    import msgspec
-
-    from clawloop_server.errors import FleetError
-    from clawloop_server.home import read_secret
-    from clawloop_server.hub.status import ServerStatus
-
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
-    token = read_secret(home.admin_token).decode().strip()
-    try:
-        connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {token}"})
-        response = connection.getresponse()
-        body = response.read()
-    except TimeoutError as error:
-        raise FleetError(f"a server is on port {port} but did not answer in {_TIMEOUT_S:.0f} s; try again") from error
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return msgspec.json.decode(body, type=ServerStatus) if response.status == http.HTTPStatus.OK else None

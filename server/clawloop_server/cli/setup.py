@@ -41,16 +41,20 @@ def init(
     from clawloop_server.fleet.tls import ensure_tls
     from clawloop_server.release.keys import create_keys
     from clawloop_server.vault.store import Vault
+    from clawloop_shared.model_line import read_shape
     from clawloop_shared.signing import key_words
 
     folder = folder_of(home)
     confirm(f"Make a clawloop server in {folder}?", yes=yes or folder.exists())
     asked = base or _ask_base(folder, yes=yes)
-    made = homes.create(folder)
+    # Whatever is wrong with what was given is said before anything is made.
+    if asked is not None:
+        read_shape(asked.expanduser())
     config = _changed(
-        load_config(made.config),
+        load_config(homes.Home(folder.absolute()).config),
         {"host": host, "port": port, "admin_port": admin_port, "names": tuple(name) if name else None},
     )
+    made = homes.create(folder)
     keys = create_keys(made)
     ensure_tls(made.keys, config.certificate_names)
     Vault.open(made, keys.master).close()

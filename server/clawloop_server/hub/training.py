@@ -155,16 +155,16 @@ def numbers_of(event: Event) -> Numbers:
 
 def round_line(event: Event) -> str:
     """A round that ended, in one line."""
-    parts = [f"round {event['round_id']} {event.get('state', 'ended')}"]
-    if event.get("version"):
-        parts[0] += f", adapter {event['version']}"
     learned, updates = _whole(event, "trajectories"), _whole(event, "updates")
-    parts.append(f"{learned} trajectories in {counted_updates(updates)}, {duration(_number(event, 'seconds'))}")
+    parts = [f"{learned} trajectories in {counted_updates(updates)}", duration(_number(event, "seconds"))]
     if event.get("reward") is not None:
         parts.append(f"reward {_number(event, 'reward'):+.3f}")
     if event.get("set_aside"):
         parts.append(f"{event['set_aside']} set aside")
-    return ", ".join(parts) + (f": {event['reason']}" if event.get("reason") else "")
+    if event.get("version"):
+        parts.append(f"adapter {event['version']}")
+    reason = f" ({event['reason']})" if event.get("reason") else ""
+    return f"round {event['round_id']} {event.get('state', 'ended')}{reason}: {', '.join(parts)}"
 
 
 def counted_updates(number: int) -> str:
