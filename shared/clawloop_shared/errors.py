@@ -3,6 +3,7 @@
     ClawloopError                a known failure: its text says what is wrong, the value, and the next step
     ├── InvalidError             what was given is wrong; giving it again will not help
     │   ├── RecordError          a step, signal or trajectory breaks its own rules
+    │   │   └── LogprobError     a step lacks a logprob, or has one that is none
     │   ├── WireError            bytes that are not a message of ours, or too large
     │   ├── SignatureInvalid     a signature does not belong to these bytes and this key
     │   ├── AdapterInvalid       an adapter's files, names, shapes or values are not what they must be
@@ -25,6 +26,10 @@ class InvalidError(ClawloopError):
 
 class RecordError(InvalidError):
     """A step, signal or trajectory breaks its own rules."""
+
+
+class LogprobError(RecordError):
+    """A step lacks the logprob of a token that was sampled, or has a number there that is none."""
 
 
 class WireError(InvalidError):

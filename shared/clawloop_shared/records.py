@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import msgspec
 
-from clawloop_shared.errors import RecordError
+from clawloop_shared.errors import LogprobError, RecordError
 
 SCHEMA = 1
 MAX_STEP_TOKENS = 1 << 20
@@ -177,8 +177,9 @@ def check_step(step: Step) -> Step:
     """Return `step` if it keeps the rules of its record.
 
     Raises:
-        RecordError: an empty side, a negative id, unequal lengths, a redacted span outside the ids, a logprob that is
-            not a finite number <= 0, one that is masked without a reason, or none at all.
+        LogprobError: as many logprobs as ids are not there, one is not a finite number <= 0, one is masked without a
+            reason, or all are.
+        RecordError: an empty side, a negative id, a redacted span outside the ids, a temperature that samples nothing.
     """
     where = f"step {step.step_id}"
     if not step.prompt_ids or not step.response_ids:
@@ -190,7 +191,7 @@ def check_step(step: Step) -> Step:
     if min(step.prompt_ids) < 0 or min(step.response_ids) < 0:
         raise RecordError(f"{where}: a token id is negative")
     if len(step.response_logprobs) != len(step.response_ids):
-        raise RecordError(f"{where}: {len(step.response_logprobs)} logprobs for {len(step.response_ids)} response ids")
+        raise LogprobError(f"{where}: {len(step.response_logprobs)} logprobs for {len(step.response_ids)} response ids")
     _check_spans(step, where)
     _check_logprobs(step, where)
     if step.sampling.temperature <= 0:
@@ -214,13 +215,15 @@ def _check_logprobs(step: Step, where: str) -> None:
     for position, logprob in enumerate(step.response_logprobs):
         if logprob is None:
             if position < first:
-                raise RecordError(f"{where}: no logprob at response position {position}, before anything was redacted")
+                raise LogprobError(f"{where}: no logprob at response position {position}, before anything was redacted")
         elif position in replaced:
-            raise RecordError(f"{where}: response position {position} was redacted, but still has a logprob")
+            raise LogprobError(f"{where}: response position {position} was redacted, but still has a logprob")
         elif not math.isfinite(logprob) or logprob > 1e-4:
-            raise RecordError(f"{where}: logprob {logprob} at response position {position} is not a finite number <= 0")
+            raise LogprobError(
+                f"{where}: logprob {logprob} at response position {position} is not a finite number <= 0"
+            )
     if all(logprob is None for logprob in step.response_logprobs):
-        raise RecordError(f"{where}: redaction left no logprob of its response")
+        raise LogprobError(f"{where}: redaction left no logprob of its response")
 
 
 def check_signal(signal: Signal) -> Signal:

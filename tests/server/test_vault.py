@@ -118,15 +118,16 @@ def test_what_is_sent_twice_counts_once_and_a_changed_record_is_set_aside(
     [
         ({"logprobs": [-0.5, math.nan]}, "bad logprob"),
         ({"logprobs": [-math.inf, -0.5]}, "bad logprob"),
-        ({"logprobs": [-0.5]}, "bad step"),
-        ({"logprobs": [-0.5, 0.5]}, "bad step"),
+        ({"logprobs": [-0.5]}, "bad logprob"),
+        ({"logprobs": []}, "bad logprob"),
+        ({"logprobs": [-0.5, 0.5]}, "bad logprob"),
         ({"prompt_ids": [-1]}, "bad step"),
         ({"step_id": "x" * 300}, "bad step"),
         ({"response_ids": [4, 1000]}, "token outside the vocabulary"),
         ({"line": "0123456789abcdef"}, "other model line"),
         ({"untrainable": "sampled with top-p"}, "untrainable"),
         ({"logprobs": [None, None], "redacted": [(3, 2)]}, "nothing left to learn"),
-        ({"logprobs": [None, -0.5]}, "bad step"),
+        ({"logprobs": [None, -0.5]}, "bad logprob"),
     ],
 )
 def test_a_bad_step_is_set_aside_with_its_reason_and_the_rest_of_the_item_is_kept(

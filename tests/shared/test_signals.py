@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_shared.records import Channel, Policy, Sampling, Signal, Step, Target
-from clawloop_shared.signals import FACTORS, OWNER, RewardRules, account_of, assemble, reward_of
+from clawloop_shared.records import Channel, Policy, Sampling, Signal, Step, Target, Trajectory
+from clawloop_shared.signals import FACTORS, OWNER, RewardRules, account_of, assemble, reward_of, step_rewards
 
 
 def step(step_id: str, *, run: str = "r1", session: str = "s1", trajectory: str = "", at: int = 0) -> Step:
@@ -199,3 +199,90 @@ def test_steps_that_are_left_out_still_tell_how_their_run_went() -> None:
     (found,) = assemble([step("a"), step("b", at=1)], [signal(Target.STEP, "a", -1.0)], left_out={"a"})
     assert ([s.step_id for s in found.steps], found.reward) == (["b"], -1.0)
     assert assemble([step("a")], [signal(Target.STEP, "a", -1.0)], left_out={"a"}) == []
+
+
+# steps
+
+
+def of_steps(signals: list[Signal], *, count: int = 3) -> Trajectory:
+    (found,) = assemble([step(f"s{n}", at=n) for n in range(count)], signals)
+    return found
+
+
+def values_of(found: Trajectory, rules: RewardRules | None = None) -> list[float | None]:
+    return [None if reward is None else reward.value for reward in step_rewards(found, rules or RewardRules())]
+
+
+def test_a_step_has_the_words_that_are_on_it_and_the_last_those_on_all() -> None:
+    found = of_steps([signal(Target.STEP, "s0", -1.0, source="judge"), signal(Target.RUN, "r1", 1.0)])
+    assert values_of(found) == [-1.0, None, 1.0]
+
+
+def test_words_on_the_last_step_and_on_all_are_weighed_together() -> None:
+    found = of_steps([signal(Target.STEP, "s2", -1.0, source="rule"), signal(Target.SESSION, "s1", 1.0)])
+    assert values_of(found) == [None, None, pytest.approx(0.6 - 0.4)]  # the owner's word keeps its share
+
+
+def test_what_was_said_of_a_step_that_is_left_out_is_said_of_the_last() -> None:
+    words = [signal(Target.STEP, "s1", 1.0)]
+    (found,) = assemble([step(f"s{n}", at=n) for n in range(3)], words, left_out={"s1"})
+    assert values_of(found) == [None, 1.0]
+
+
+def test_a_faint_word_on_a_step_is_no_reward_of_its_own_and_a_source_without_weight_none_at_all() -> None:
+    words = [signal(Target.STEP, "s0", 1.0, source="tool-outcome", weight=0.05), signal(Target.RUN, "r1", -1.0)]
+    assert values_of(of_steps(words)) == [None, None, -1.0]
+    judged = [signal(Target.STEP, "s0", 1.0, source="judge"), signal(Target.RUN, "r1", -1.0)]
+    assert values_of(of_steps(judged), RewardRules(weights={"judge": 0.0})) == [None, None, -1.0]
+
+
+words = st.lists(
+    st.builds(
+        lambda target, n, value, source, weight, at: signal(
+            target,
+            {Target.STEP: f"s{n}", Target.RUN: "r1", Target.SESSION: "s1"}[target],
+            value,
+            source=source,
+            at=at,
+            weight=weight,
+        ),
+        st.sampled_from([Target.STEP, Target.RUN, Target.SESSION]),
+        st.integers(0, 4),
+        st.floats(-1, 1),
+        st.sampled_from(sorted(FACTORS)),
+        st.floats(0.01, 1),
+        st.integers(0, 50),
+    ),
+    max_size=12,
+)
+
+
+@given(words)
+def test_each_word_goes_to_one_step_and_no_step_is_surer_than_all(signals: list[Signal]) -> None:
+    for found in assemble([step(f"s{n}", at=n) for n in range(3)], signals):
+        rewards = [reward for reward in step_rewards(found) if reward is not None]
+        assert rewards
+        assert max(reward.weight for reward in rewards) <= found.weight + 1e-12
+        assert all(-1.0 <= reward.value <= 1.0 for reward in rewards)
+
+
+@given(words, words, st.randoms(use_true_random=False))
+def test_one_trajectory_that_is_scored_never_changes_the_reward_of_another(
+    mine: list[Signal], theirs: list[Signal], rng: Random
+) -> None:
+    other = {"s0": "t0", "s1": "t1", "s2": "t2", "s3": "t3", "s4": "t4", "r1": "r2"}
+    moved = [
+        msgspec.structs.replace(s, target_id="s2" if s.target is Target.SESSION else other[s.target_id]) for s in theirs
+    ]
+    steps = [step(f"s{n}", at=n) for n in range(3)]
+    more = [step(f"t{n}", run="r2", session="s2", at=n) for n in range(3)]
+    both, pool = [*steps, *more], [*mine, *moved]
+    rng.shuffle(both)
+    rng.shuffle(pool)
+    alone = {t.trajectory_id: t for t in assemble(steps, mine)}
+    beside = {t.trajectory_id: t for t in assemble(both, pool)}
+    assert {n: (t.reward, t.weight) for n, t in alone.items()} == {
+        n: (t.reward, t.weight) for n, t in beside.items() if n.startswith("r1")
+    }
+    for name, found in alone.items():
+        assert step_rewards(found) == step_rewards(beside[name])

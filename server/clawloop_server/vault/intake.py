@@ -5,14 +5,13 @@ What is set aside is kept with its reason and acknowledged like the rest, so tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 import msgspec
 
 from clawloop_shared import wire
-from clawloop_shared.errors import RecordError, WireError
+from clawloop_shared.errors import LogprobError, RecordError, WireError
 from clawloop_shared.messages import UploadItem
 from clawloop_shared.records import Mark, Signal, Step, StepBatch, check_signal, check_step
 
@@ -39,7 +38,7 @@ class Reason(StrEnum):
     BAD_STEP = "bad step"
     """a step breaks the rules of its record"""
     BAD_LOGPROB = "bad logprob"
-    """a step has a logprob that is not a finite number"""
+    """a step lacks a logprob of what was sampled, or has a number there that is none"""
     BAD_SIGNAL = "bad signal"
     """a signal breaks the rules of its record"""
     BAD_MARK = "bad mark"
@@ -113,14 +112,14 @@ def _judge_step(step: Step, vocabularies: Mapping[str, int]) -> Refused | None:
     if vocabulary is None:
         detail = f"line {step.policy.line[:32]}, served: {', '.join(vocabularies) or 'none'}"
         return refuse(Reason.OTHER_LINE, detail, record=step)
-    if not all(logprob is None or math.isfinite(logprob) for logprob in step.response_logprobs):
-        return refuse(Reason.BAD_LOGPROB, "a logprob is not a finite number", record=step)
     if step.redacted and all(logprob is None for logprob in step.response_logprobs):
         return refuse(Reason.NOTHING_LEFT, "redaction left no logprob of its response", record=step)
     try:
         check_step(step)
         _check_names(step.step_id, step.session_id, step.run_id, step.trajectory_id, step.group_id)
         _check_size(step)
+    except LogprobError as error:
+        return refuse(Reason.BAD_LOGPROB, str(error), record=step)
     except RecordError as error:
         return refuse(Reason.BAD_STEP, str(error), record=step)
     if vocabulary and max(max(step.prompt_ids), max(step.response_ids)) >= vocabulary:
