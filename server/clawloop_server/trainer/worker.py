@@ -1,46 +1,43 @@
 """One round of the server: what the vault has ready, trained on, judged, and recorded as one transaction.
 
 The database names the state that training goes on from: the checkpoint of the round that made the newest adapter that
-was not taken back. A round that was cut off, refused or failed left nothing behind, so it is simply run again or left
-out. Knows no process, poll or signal.
+was not taken back. A round that was refused or failed left nothing behind; one that was cut off is gone on with
+(`running`). Knows no process, poll or signal.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from clawloop_server.bases import Base, check_unchanged, find_base
-from clawloop_server.config import ServerConfig, load_config
+from clawloop_server.config import load_config
 from clawloop_server.errors import TrainerError
 from clawloop_server.home import Home
-from clawloop_server.release.gate import Decision, GateSettings, Verdict, decide, decide_unevaluated, refuse
+from clawloop_server.release.gate import Decision, Verdict, decide, decide_unevaluated, refuse
 from clawloop_server.release.keys import load_master_key
 from clawloop_server.release.records import AdapterRecord, AdapterState, Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
+from clawloop_server.trainer.checkpoint import remove_drafts
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.generation import Reply, Sampling
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.judge import Judge
-from clawloop_server.trainer.loop import Report, RoundResult, TrainState, run_round
+from clawloop_server.trainer.loop import Report, RoundResult, TrainState
 from clawloop_server.trainer.rows import Limits, Sample
+from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, RunningRound
 from clawloop_server.trainer.settings import TrainSettings
-from clawloop_server.trainer.tasks import Scores, Task, TemplateRenderer, load_tasks, play
+from clawloop_server.trainer.trial import Gate
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.store import Vault, lineage_root
-from clawloop_shared.errors import ConfigError
-from clawloop_shared.files import sha256_file
+from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.lora import WEIGHTS_FILE
 from clawloop_shared.manifest import Probe
-from clawloop_shared.records import Trajectory
 
 _log = logging.getLogger("clawloop.trainer")
 
@@ -48,6 +45,8 @@ PROBE_TEXT = "A probe of sixteen tokens: 0123456789, one sentence that no task n
 PROBE_TOKENS = 16
 KEPT_CHECKPOINTS = 8
 START = "start"
+OpenEngine = Callable[[Path, TrainSettings], TrainEngine]
+JUDGING_DEADLY = "the trainer ended hard three times while this round was judged; see the gate's tasks and free memory"
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,17 +88,6 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What candidates are judged with."""
-
-    settings: GateSettings
-    tasks: list[Task]
-    suite: str
-    renderer: TemplateRenderer
-    eos_ids: frozenset[int]
-
-
 class Worker:
     """The trainer of one model line of one server."""
 
@@ -120,12 +108,13 @@ class Worker:
         self._probe_ids = probe_ids
         self._state = TrainState()
         self._loaded: tuple[str, int] | None = None
+        remove_drafts(home.trainer)
         if self._newest() is None:
             self._save(START, TrainState())
 
     @classmethod
-    def open(cls, home: Home) -> Worker:
-        """The trainer of the server in `home`.
+    def open(cls, home: Home, *, open_engine: OpenEngine | None = None) -> Worker:
+        """The trainer of the server in `home`. `open_engine`: where it is not an engine of this process alone.
 
         Raises:
             ConfigError: the settings, the model folder or the gate's tasks are not usable.
@@ -134,7 +123,7 @@ class Worker:
         config = load_config(home.config)
         base = find_base(home, config.hub.line)
         folder = check_unchanged(home, base)
-        engine, tokenizer = TrainEngine.open(folder, config.train), load_tokenizer(folder)
+        engine, tokenizer = (open_engine or TrainEngine.open)(folder, config.train), load_tokenizer(folder)
         judge = Judge.open(config.classifier, tokenizer) if config.classifier.path else None
         database = ServerDatabase.open(home.database, load_master_key(home))
         return cls(
@@ -144,7 +133,7 @@ class Worker:
             vault=Vault(database, home=home, master_key=load_master_key(home), settings=config.reward),
             judge=judge,
             registry=Registry(database, home.adapters),
-            gate=_open_gate(config, home, tokenizer=tokenizer, eos_ids=_eos_ids(engine, tokenizer)),
+            gate=Gate.open(config, home, engine=engine, tokenizer=tokenizer),
             probe_ids=_probe_ids(tokenizer),
         )
 
@@ -158,8 +147,12 @@ class Worker:
 
     @property
     def missing(self) -> int:
-        """How many more rewarded trajectories the next round waits for; 0: it can run."""
-        return max(0, self._settings.round_trajectories - self.vault.count_ready(self._base.line_id))
+        """How many more rewarded trajectories the next round waits for; 0: it can run, or go on."""
+        line_id = self._base.line_id
+        cut_off = self._registry.under_way(line_id)
+        if cut_off and any(not pin.lost for pin in self.vault.pins.of(cut_off.round_id)):
+            return 0
+        return max(0, self._settings.round_trajectories - self.vault.count_ready(line_id))
 
     @property
     def _settings(self) -> TrainSettings:
@@ -179,20 +172,12 @@ class Worker:
             TrainerError: nothing is ready.
         """
         started = clock()
-        trajectories = self.vault.ready(self._base.line_id, self._settings.round_trajectories)
-        if not trajectories:
-            raise TrainerError("no rewarded trajectory is ready; a round needs signals such as /v1/feedback")
-        self._restore()
-        round_id = self._begin(trajectories)
-        began(self._began(round_id, trajectories))
-        current = self._engine.adapter()
-        try:
-            result = run_round(self._engine, trajectories, state=self._state, limits=self._limits(), report=report)
-        except TrainerError as error:
-            result, decision = _no_result(self._state), refuse(str(error))
-        else:
-            decision = self._judge(result, current=current)
-        version, decision = self._record(round_id, trajectories, result=result, decision=decision)
+        while True:
+            try:
+                round_id, result, version, decision = self._run(report, began=began, clock=clock)
+                break
+            except LessonsLost as error:
+                _log.warning("%s", error)
         evaluation = decision.evaluation
         return RoundReport(
             round_id=round_id,
@@ -210,19 +195,56 @@ class Worker:
             seconds=clock() - started,
         )
 
-    def _began(self, round_id: str, trajectories: Sequence[Trajectory]) -> RoundBegan:
-        return RoundBegan(
-            round_id=round_id,
-            base_version=self._state.version,
-            trajectories=len(trajectories),
-            steps=sum(len(t.steps) for t in trajectories),
-            updates=math.ceil(len(trajectories) / self._settings.batch_trajectories),
+    def _run(
+        self, report: Report, *, began: Callable[[RoundBegan], None], clock: Callable[[], float]
+    ) -> tuple[str, RoundResult, int | None, Decision]:
+        """Go from the newest adapter through the round; its id, its result, the version that it made, the last word.
+
+        Raises:
+            LessonsLost: it is to be made anew.
+        """
+        self._restore()
+        current, went_on_from, self._loaded = self._engine.adapter(), self._loaded, None
+        running = RunningRound(
+            engine=self._engine,
+            vault=self.vault,
+            registry=self._registry,
+            folder=self._home.trainer,
+            line_id=self._base.line_id,
+            state=self._state,
+            limits=self._limits(),
+            clock=clock,
         )
+        began(_began(running))
+        try:
+            result, decision = self._learn(running, report, current=current)
+            version, decision = self._record(running, result, decision=decision, went_on_from=went_on_from)
+        except LessonsLost:
+            running.begin_again()
+            raise
+        except (ClawloopError, KeyboardInterrupt):
+            running.rest()
+            raise
+        running.ended()
+        return running.round_id, result, version, decision
+
+    def _learn(self, running: RunningRound, report: Report, *, current: dict[str, Any]) -> tuple[RoundResult, Decision]:
+        try:
+            result = running.run(report)
+        except LessonsLost:
+            raise
+        except TrainerError as error:
+            return _no_result(running), refuse(str(error))
+        if running.judging_ends_hard:
+            return result, refuse(JUDGING_DEADLY)
+        return result, self._judge(result, current=current)
 
     def _limits(self) -> Limits:
         config = self._engine.model.config
         longest = min(self._settings.max_sample_tokens, config.max_position_embeddings)
-        return Limits(line_id=self._base.line_id, vocab_size=config.vocab_size, max_tokens=longest)
+        return Limits(
+            line_id=self._base.line_id, vocab_size=config.vocab_size, max_tokens=longest, rules=self.vault.rules
+        )
 
     # state
 
@@ -287,46 +309,47 @@ class Worker:
         kept = self._registry.adapters(line_id=self._base.line_id)[:KEPT_CHECKPOINTS]
         names = {START, *(record.facts.round_id for record in kept)}
         for path in self._home.trainer.glob("*.safetensors"):
-            if path.stem not in names:
+            if path.stem not in names and path.name != RUNNING_FILE:
                 path.unlink()
 
     # rounds
 
-    def _begin(self, trajectories: Sequence[Trajectory]) -> str:
-        """Note that a round runs: the one that was cut off, if there is one, else a new one."""
-        running = (r for r in self._registry.rounds() if r.state is RoundState.RUNNING)
-        cut_off = next((r.round_id for r in running if r.line_id == self._base.line_id), None)
-        return self._registry.start_round(
-            self._base.line_id,
-            base_version=self._state.version,
-            trajectories=len(trajectories),
-            steps=sum(len(t.steps) for t in trajectories),
-            round_id=cut_off,
-        )
-
     def _record(
-        self, round_id: str, trajectories: Sequence[Trajectory], *, result: RoundResult, decision: Decision
+        self,
+        running: RunningRound,
+        result: RoundResult,
+        *,
+        decision: Decision,
+        went_on_from: tuple[str, int] | None,
     ) -> tuple[int | None, Decision]:
         """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any, and the
-        last word on it."""
+        last word on it.
+
+        Raises:
+            LessonsLost: it learned from what was forgotten meanwhile; nothing is recorded.
+        """
+        round_id, version = running.round_id, None
         if decision.verdict is not Verdict.REFUSED:
             self._save(round_id, result.state)
-        went_on_from, self._loaded, version = self._loaded, None, None
-        with self.vault.database.write() as database:
-            decision = self._unless_rolled_back(decision, went_on_from)
-            refused = decision.verdict is Verdict.REFUSED
-            self.vault.consume(round_id, trajectories, database)
-            if not refused:
-                version = self._registry.record_candidate(self._candidate(round_id, result, decision=decision))
-            if version is not None and decision.verdict is Verdict.HELD:
-                self._registry.hold(version)
-            self._registry.finish_round(
-                round_id,
-                _round_state(result, decision),
-                metrics=_metrics(result, decision),
-                version=version,
-                reason=decision.reason,
-            )
+        try:
+            with self.vault.database.write():
+                decision = self._unless_rolled_back(decision, went_on_from)
+                if decision.verdict is not Verdict.REFUSED:
+                    running.check()
+                    version = self._registry.record_candidate(self._candidate(round_id, result, decision=decision))
+                running.consume()
+                if version is not None and decision.verdict is Verdict.HELD:
+                    self._registry.hold(version)
+                self._registry.finish_round(
+                    round_id,
+                    _round_state(result, decision),
+                    metrics=_metrics(result, decision),
+                    version=version,
+                    reason=decision.reason,
+                )
+        except LessonsLost:
+            self._checkpoint(round_id).unlink(missing_ok=True)
+            raise
         if version is not None:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
@@ -375,32 +398,11 @@ class Worker:
             return refuse(broken)
         if not self._gate.tasks:
             return decide_unevaluated(self._gate.settings)
-        seed = _gate_seed(result, self._gate.settings.seed)
-        candidate = self._play(seed)
+        seed = self._gate.seed(result.trajectory_ids)
+        candidate = self._gate.play(self._engine, seed)
         with self._engine.with_adapter(current):
-            before = self._play(seed)
+            before = self._gate.play(self._engine, seed)
         return decide(candidate, before, settings=self._gate.settings, suite=self._gate.suite)
-
-    def _play(self, seed: int) -> Scores:
-        gate, settings = self._gate, self._gate.settings
-
-        def sample(prompts: Sequence[Sequence[int]], turn: int) -> list[Reply]:
-            sampling = Sampling(
-                max_tokens=settings.max_tokens,
-                eos_ids=gate.eos_ids,
-                temperature=settings.temperature,
-                seed=seed + turn,
-            )
-            return self._engine.generate(prompts, sampling=sampling)
-
-        return play(gate.tasks, sample, renderer=gate.renderer, samples=settings.samples)
-
-
-def _gate_seed(result: RoundResult, seed: int) -> int:
-    """Another seed for each round's data, a refused round's too: with one seed for all, a lucky draw of the current
-    adapter would refuse one candidate after the other. The same data gives the same seed, so a round can be redone."""
-    digest = lineage_root([*result.trajectory_ids, f"gate seed {seed}"])
-    return int(digest[:8], 16)
 
 
 def _round_state(result: RoundResult, decision: Decision) -> RoundState:
@@ -409,8 +411,26 @@ def _round_state(result: RoundResult, decision: Decision) -> RoundState:
     return RoundState.REFUSED if decision.verdict is Verdict.REFUSED else RoundState.PASSED
 
 
-def _no_result(state: TrainState) -> RoundResult:
-    return RoundResult(state=state, updates=[], trajectory_ids=[], steps=0, reward=0.0, set_aside={}, rejected_steps={})
+def _began(running: RunningRound) -> RoundBegan:
+    return RoundBegan(
+        round_id=running.round_id,
+        base_version=running.under_way.base_version,
+        trajectories=running.under_way.trajectories,
+        steps=running.under_way.steps,
+        updates=len(running.plan.batches),
+    )
+
+
+def _no_result(running: RunningRound) -> RoundResult:
+    return RoundResult(
+        state=running.progress.state,
+        updates=[],
+        trajectory_ids=[],
+        steps=0,
+        reward=0.0,
+        set_aside=running.plan.set_aside,
+        rejected_steps=running.plan.rejected_steps,
+    )
 
 
 def _metrics(result: RoundResult, decision: Decision) -> dict[str, Any]:
@@ -423,25 +443,6 @@ def _metrics(result: RoundResult, decision: Decision) -> dict[str, Any]:
         "set_aside": result.set_aside,
         "rejected_steps": result.rejected_steps,
     }
-
-
-def _open_gate(config: ServerConfig, home: Home, *, tokenizer: Any, eos_ids: frozenset[int]) -> Gate:
-    settings = msgspec.convert(msgspec.structs.asdict(config.gate), GateSettings)
-    path = home.folder / settings.tasks
-    return Gate(
-        settings=settings,
-        tasks=load_tasks(path) if settings.tasks else [],
-        suite=f"{path.name}@{sha256_file(path)[:12]}" if settings.tasks else "",
-        renderer=TemplateRenderer(tokenizer),
-        eos_ids=eos_ids,
-    )
-
-
-def _eos_ids(engine: TrainEngine, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a reply, by the model's generation settings and its tokenizer."""
-    found = engine.model.generation_config.eos_token_id
-    named = found if isinstance(found, list) else [found]
-    return frozenset(token for token in (*named, tokenizer.eos_token_id) if token is not None)
 
 
 def _probe_ids(tokenizer: Any) -> list[int]:

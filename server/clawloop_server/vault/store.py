@@ -67,7 +67,7 @@ class Vault:
         self, database: ServerDatabase, *, home: Home, master_key: bytes, settings: RewardSettings = DEFAULT_SETTINGS
     ) -> None:
         self.database = database
-        self._home, self.settings = home, settings
+        self._home, self._settings = home, settings
         self._seals = DeviceSeals(database, master_key)
         self.pins = Pins(database, self._seals, settings)
 
@@ -110,7 +110,7 @@ class Vault:
                 database,
                 self._seals.ensure(device_id),
                 vocabularies=vocabularies,
-                rules=self.settings,
+                rules=self._settings,
                 now_ms=now_ms,
             )
             # One at a time: unpacked, an item may be far larger than it came.
@@ -125,7 +125,7 @@ class Vault:
             StorageError: a record does not open with the keys that are here.
         """
         with self.database.write() as database:
-            rejudge(database, self._seals, rules=self.settings)
+            rejudge(database, self._seals, rules=self._settings)
 
     # judging
 
@@ -141,7 +141,7 @@ class Vault:
     def keep_values(self, judged: Sequence[Answer], *, weight: float, now_ms: int | None = None) -> None:
         """Keep what the server's own judge says of answers; of what was forgotten meanwhile nothing is kept."""
         with self.database.write() as database:
-            keep_values(database, self._seals, judged, weight=weight, rules=self.settings, now_ms=now_ms or _now_ms())
+            keep_values(database, self._seals, judged, weight=weight, rules=self._settings, now_ms=now_ms or _now_ms())
 
     # giving out
 
@@ -157,7 +157,7 @@ class Vault:
             StorageError: a record does not open with the keys that are here.
             VaultError: the vault was opened with other `[reward]` settings than those that its server runs with.
         """
-        until = deadlines(now_ms or _now_ms(), self.settings)
+        until = deadlines(now_ms or _now_ms(), self._settings)
         with self.database.snapshot() as database:
             seals = dict[str, DeviceSeal]()
             return [
@@ -166,7 +166,7 @@ class Vault:
                     seals.get(device_id) or seals.setdefault(device_id, self._seals.open(device_id)),
                     trajectory_id,
                     names=names_of(database, trajectory_id, device_id),
-                    rules=self.settings,
+                    rules=self._settings,
                 )
                 for trajectory_id, device_id in standing.chosen(
                     database, line_id, channel, deadlines=until, limit=limit
@@ -175,12 +175,12 @@ class Vault:
 
     def pin(self, round_id: str, line_id: str, limit: int, *, now_ms: int | None = None) -> tuple[int, int]:
         """Pin what `ready` would give out to a round, as it is now; how many trajectories and steps."""
-        until = deadlines(now_ms or _now_ms(), self.settings)
+        until = deadlines(now_ms or _now_ms(), self._settings)
         return self.pins.take(round_id, line_id, limit, deadlines=until)
 
     def count_ready(self, line_id: str, channel: Channel = Channel.TRAIN, *, now_ms: int | None = None) -> int:
         """How many trajectories are ready: as many as `ready` gives out without a limit."""
-        until = deadlines(now_ms or _now_ms(), self.settings)
+        until = deadlines(now_ms or _now_ms(), self._settings)
         return standing.count_ready(self.database, line_id, channel, deadlines=until)
 
     def consume(self, round_id: str, trajectories: Sequence[Trajectory], db: ServerDatabase | None = None) -> None:
@@ -212,7 +212,7 @@ class Vault:
             for signal in trajectory.signals
         ):
             return
-        plain = msgspec.msgpack.encode(account_of(trajectory.signals, self.settings))
+        plain = msgspec.msgpack.encode(account_of(trajectory.signals, self._settings))
         key = trajectory.trajectory_id.encode()
         self.database.run(
             "UPDATE trajectories SET account = ? WHERE trajectory_id = ? AND state = ?",
