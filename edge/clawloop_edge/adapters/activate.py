@@ -176,7 +176,7 @@ class Activator:
         """Raises ProbeFailed: a wrong scale or a matrix that was not transposed loads without a word."""
         probe, version = adapter.manifest.probe, adapter.manifest.version
         ids, logprobs = probe.ids[:PROBE_TOKENS], probe.logprobs[: PROBE_TOKENS - 1]
-        found = await self._engine.score(ids[:1], ids[1:], version=version)
+        found = await self._engine.score(ids[:1], ids[1:], version=version, exact=True)
         off = [abs(got - wanted) for got, wanted in zip(found, logprobs, strict=True)]
         worst = max(off, key=lambda nats: inf if isnan(nats) else nats)  # `max` alone passes NaN by
         if not worst <= self._tolerance:

@@ -116,9 +116,16 @@ class MlxEngine:
         return self._versions.policy(version)
 
     async def score(
-        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
+        self,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        *,
+        version: int,
+        temperature: float = 1.0,
+        exact: bool = False,
     ) -> list[float]:
-        """Teacher-forced logprobs of the response under a loaded version, in pieces between steps of the batch.
+        """Teacher-forced logprobs of the response under a loaded version, in pieces between steps of the batch; with
+        `exact`, of the same weights computed with in float32, which takes twice the memory of a call.
 
         Raises:
             UnknownVersion: no such version is loaded.
@@ -130,8 +137,8 @@ class MlxEngine:
         if tokens > self._most_tokens():
             raise PromptTooLong(f"{tokens} tokens to score; {self._bound(self._most_tokens())}")
         return await self._do(
-            lambda: self._score(prompt_ids, response_ids, version=version, temperature=temperature),
-            kv_bytes=tokens * self._plan.token,
+            lambda: self._score(prompt_ids, response_ids, version=version, temperature=temperature, exact=exact),
+            kv_bytes=tokens * self._plan.token * (2 if exact else 1),
         )
 
     async def forget_prompts(self) -> None:
@@ -252,12 +259,15 @@ class MlxEngine:
         self._scheduler.forget(self._versions.add(policy, model, size_bytes=size))
 
     def _score(
-        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float
+        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float, exact: bool
     ) -> Generator[None, None, list[float]]:
+        from clawloop_edge.engine.lora import in_float32
         from clawloop_edge.engine.scoring import score
 
         self._versions.policy(version)
         model = self._versions.model_of(version)
+        if exact:
+            model = in_float32(model)
         step = self._settings.prefill_step_size
         return score(model, prompt_ids, response_ids=response_ids, temperature=temperature, prompt_step=step)
 

@@ -254,9 +254,16 @@ class Engine(Protocol):
         ...
 
     async def score(
-        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
+        self,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        *,
+        version: int,
+        temperature: float = 1.0,
+        exact: bool = False,
     ) -> list[float]:
-        """Teacher-forced logprobs of the response under a loaded version. Raises UnknownVersion or PromptTooLong."""
+        """Teacher-forced logprobs of the response under a loaded version, as it samples; with `exact`, in float32 where
+        the engine can. Raises UnknownVersion or PromptTooLong."""
         ...
 
     async def forget_prompts(self) -> None:

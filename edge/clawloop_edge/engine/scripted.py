@@ -73,7 +73,13 @@ class ScriptedEngine:
         return self.policy_of(version)
 
     async def score(
-        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
+        self,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        *,
+        version: int,
+        temperature: float = 1.0,
+        exact: bool = False,
     ) -> list[float]:
         """Raises EngineError: a script has no probabilities."""
         raise EngineError("a scripted engine cannot score; use the mlx engine")

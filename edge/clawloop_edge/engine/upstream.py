@@ -157,9 +157,17 @@ class UpstreamEngine:
         return self._versions.policy(version)
 
     async def score(
-        self, prompt_ids: list[int], response_ids: list[int], *, version: int, temperature: float = 1.0
+        self,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        *,
+        version: int,
+        temperature: float = 1.0,
+        exact: bool = False,
     ) -> list[float]:
         """Teacher-forced logprobs of the response, from vLLM's `prompt_logprobs`; NaN where it gives none.
+
+        They are never `exact`: the server computes in its own precision.
 
         Raises:
             UnknownVersion: no such version is loaded.
