@@ -16,6 +16,7 @@ LONGEST_FIRST = (
     "integration/test_wire_capture.py",
     "integration/test_mixed_load.py",
     "integration/test_loop.py",
+    "integration/test_learn_check.py",
     "integration/test_flower.py",
     "integration/test_forget.py",
     "integration/test_sdks.py",
