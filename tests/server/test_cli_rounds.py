@@ -348,8 +348,11 @@ def test_status_shows_the_round_under_way_in_one_line(run: Callable[..., str], s
 
 def test_a_watcher_who_waits_reads_for_what(home: Home, server: Server) -> None:
     listener = watching.Listener(home)
-    assert listener.new().events == []
-    assert listener.waiting() == "no round is under way: 3 of 64 trajectories are ready for the next"
+    assert listener.waiting(listener.new()) == "no round is under way; the trainer loads the model"
+    server.tell({"event": "ready", "missing": 61})
+    heard = listener.new()
+    assert [watching.event_line(event) for event in heard.events] == ["the trainer has loaded the model"]
+    assert listener.waiting(heard) == "no round is under way: 3 of 64 trajectories are ready for the next"
     down = Part(name="trainer", pid=0, restarts=2, last_exit=1, wait_s=4.0, log="t.log")
     server.status = msgspec.structs.replace(server.status, parts=[down])
-    assert "the trainer is down, tried again in 4 s" in listener.waiting()
+    assert "the trainer is down, tried again in 4 s" in listener.waiting(heard)

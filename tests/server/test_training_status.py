@@ -48,7 +48,10 @@ def tell(ear: TrainerEar, *events: dict[str, Any]) -> None:
 def test_how_long_a_round_will_take_follows_from_the_updates_that_were_heard() -> None:
     clock = Clock()
     ear = TrainerEar(clock=clock)
-    tell(ear, {"event": "ready", "missing": 0}, BEGAN)
+    assert not ear.after(0).ready
+    tell(ear, {"event": "ready", "missing": 0})
+    assert ear.after(0).ready
+    tell(ear, BEGAN)
     first = ear.training
     assert first is not None
     assert (first.done, first.updates, first.left_s, first.judging) == (0, 4, None, False)
@@ -72,6 +75,7 @@ def test_a_trainer_that_dies_leaves_no_round_under_way() -> None:
     tell(ear, BEGAN, update(1))
     ear.lost()
     assert ear.training is None
+    assert not ear.after(0).ready
     tell(ear, update(2, reward=0.5))  # of no round that is known
     assert ear.training is None
     assert ear.update["reward"] == 0.5
@@ -95,6 +99,7 @@ def test_events_can_be_asked_for_from_a_number_on_and_are_bounded() -> None:
         b"",
         b"a library prints something\n",
         b"[]\n",
+        b'{"event": "began"}\n',
         b'{"event": "update"}\n',
         b'{"event": "update", "round_id": 7}\n',
         b'{"event": "began", "round_id": "r", "updates": "many", "trajectories": null}\n',
@@ -115,7 +120,7 @@ def test_the_console_gets_a_line_when_a_round_begins_and_one_when_it_ended(caplo
     tell(TrainerEar(), BEGAN, update(1), ENDED, {"event": "round", "round_id": "r2", "state": "passed", "version": 4})
     assert caplog.messages == [
         "round r1 begins with 12 trajectories",
-        "round r1 refused (it collapsed): 12 trajectories in 4 updates, 3 min 20 s, reward +0.250, 1 set aside",
+        "round r1 refused: 12 trajectories in 4 updates, 3 min 20 s, reward +0.250, 1 set aside; it collapsed",
         "round r2 passed: 0 trajectories in 0 updates, 0.0 s, adapter 4",
     ]
 

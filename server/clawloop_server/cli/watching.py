@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from clawloop_server.cli.common import ask_server, print_line
 from clawloop_server.errors import FleetError
 from clawloop_server.hub.training import Heard, Training, duration, numbers_of, round_line
@@ -68,9 +70,9 @@ class Listener:
             return heard
         under_way = heard.training.round_id if heard.training else None
         events = [event for event in heard.events if event["round_id"] == under_way]
-        return Heard(last=heard.last, events=events, training=heard.training)
+        return msgspec.structs.replace(heard, events=events)
 
-    def waiting(self) -> str:
+    def waiting(self, heard: Heard) -> str:
         """What the next round waits for."""
         from clawloop_server.hub.status import ServerStatus
 
@@ -81,6 +83,8 @@ class Listener:
         trainer = next((part for part in status.parts if part.name == "trainer"), None)
         if trainer is not None and trainer.summary != "up":
             return f"no round is under way; the trainer is {trainer.summary}"
+        if not heard.ready:
+            return "no round is under way; the trainer loads the model"
         return f"no round is under way: {ready:,} of {needed:,} trajectories are ready for the next"
 
 
@@ -111,7 +115,7 @@ def _draw(listener: Listener, *, rounds: int) -> None:
                     if rounds and ended >= rounds:
                         return
             if heard.training is None and time.monotonic() - asked_s > _WAITING_EVERY_S:
-                asked_s, waiting = time.monotonic(), listener.waiting()
+                asked_s, waiting = time.monotonic(), listener.waiting(heard)
             live.update(picture(heard.training, console) if heard.training else waiting, refresh=True)
             time.sleep(_EVERY_S)
 
@@ -159,6 +163,8 @@ def event_line(event: Event) -> str:
     """An event in one line of text."""
     if event["event"] == "round":
         return round_line(event)
+    if event["event"] == "ready":
+        return "the trainer has loaded the model"
     numbers = numbers_of(event)
     if event["event"] == "began":
         return f"round {event['round_id']} begins with {numbers.get('trajectories') or 0:.0f} trajectories"

@@ -54,11 +54,13 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heard(msgspec.Struct, frozen=True, kw_only=True):
-    """Events after a number, and the number of the last. `training` is None while no round runs."""
+    """Events after a number, and the number of the last. `training` is None while no round runs; `ready` says whether
+    the trainer has loaded its model."""
 
     last: int
     events: list[Event]
     training: Training | None
+    ready: bool = True
 
 
 class TrainerEar:
@@ -71,6 +73,7 @@ class TrainerEar:
         self._training: Training | None = None
         self._began_s = self._update_s = 0.0
         self._heard = 0
+        self._ready = False
         self.update: Numbers = {}
         """the metrics of the latest update, of this round or the one before"""
         self.round: Numbers = {}
@@ -88,6 +91,7 @@ class TrainerEar:
             return
         self._events.append(event)
         self._count += 1
+        self._ready = True
         if event["event"] == "began":
             self._begin(event)
         elif event["event"] == "update":
@@ -98,7 +102,7 @@ class TrainerEar:
 
     def lost(self) -> None:
         """The trainer died: no round is under way."""
-        self._training = None
+        self._training, self._ready = None, False
 
     @property
     def training(self) -> Training | None:
@@ -117,7 +121,7 @@ class TrainerEar:
         """What was heard after the event of that number (0: all that is kept)."""
         new = min(len(self._events), max(0, self._count - number))
         events = list(self._events)[len(self._events) - new :]
-        return Heard(last=self._count, events=events, training=self.training)
+        return Heard(last=self._count, events=events, training=self.training, ready=self._ready)
 
     def _begin(self, event: Event) -> None:
         self._began_s = self._update_s = self._clock()
@@ -163,8 +167,8 @@ def round_line(event: Event) -> str:
         parts.append(f"{event['set_aside']} set aside")
     if event.get("version"):
         parts.append(f"adapter {event['version']}")
-    reason = f" ({event['reason']})" if event.get("reason") else ""
-    return f"round {event['round_id']} {event.get('state', 'ended')}{reason}: {', '.join(parts)}"
+    reason = f"; {event['reason']}" if event.get("reason") else ""
+    return f"round {event['round_id']} {event.get('state', 'ended')}: {', '.join(parts)}{reason}"
 
 
 def counted_updates(number: int) -> str:

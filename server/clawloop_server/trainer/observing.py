@@ -187,13 +187,14 @@ def latest_events(folder: Path) -> dict[str, Event]:
 
 
 def event_of(line: bytes) -> Event | None:
-    """The event of a line, or None if it is none."""
+    """The event of a line, or None if it is none. One that is of no round has an empty `round_id`."""
     try:
         found = msgspec.json.decode(line)
     except msgspec.DecodeError:
         return None
-    is_event = isinstance(found, dict) and isinstance(found.get("event"), str)
-    return found if is_event and isinstance(found.get("round_id"), str) else None
+    if not isinstance(found, dict) or not isinstance(found.get("event"), str):
+        return None
+    return found if isinstance(found.setdefault("round_id", ""), str) else None
 
 
 def _open_append(path: Path) -> int:
