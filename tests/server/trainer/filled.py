@@ -44,13 +44,18 @@ def send(vault: Vault, device: str, *, steps: list[Step], signals: list[Signal])
     vault.receive(device, [UploadItem(item_id=new_id(), receipt_id="r", kind="steps", body=body)])
 
 
+def group_of(n: int, name: str = "") -> dict[str, object]:
+    """What the steps of the trajectory of that number say of its group."""
+    return {"group_id": f"group {name}{n // 4}", "group_size": 2} if n % 4 < 2 else {}
+
+
 def fill(
     vault: Vault, device: str, *, count: int, make_step: MakeStep, make_signal: MakeSignal, name: str = ""
 ) -> None:
     """Send rewarded trajectories of two steps each; every fourth and the one after it are a group."""
     rng = random.Random(f"{name}{count}")
     for n in range(count):
-        group = {"group_id": f"group {name}{n // 4}", "group_size": 2} if n % 4 < 2 else {}
+        group = group_of(n, name)
         run_id = f"{name}{n}"
         steps = [
             make_step(

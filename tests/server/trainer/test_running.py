@@ -24,7 +24,7 @@ from clawloop_shared.ids import new_id
 from clawloop_shared.messages import ForgetRequest
 from clawloop_shared.records import Signal, Step, Target
 
-from .filled import PER_ROUND, TRAIN, configure, fill, send
+from .filled import PER_ROUND, TRAIN, configure, fill, group_of, send
 
 MakeStep = Callable[..., Step]
 MakeSignal = Callable[..., Signal]
@@ -280,8 +280,9 @@ def test_when_all_of_it_is_gone_the_round_waits_for_others(
 def test_after_the_second_death_in_an_update_the_rows_are_halved_and_after_the_third_its_largest_is_set_aside(
     filled: Home, opened: Callable[[], Worker], vault: Vault, device: str, make_step: MakeStep, make_signal: MakeSignal
 ) -> None:
-    for n in range(PER_ROUND):  # the last update's largest is what the trainer dies of
-        send(vault, device, steps=[make_step(run_id=str(n), prompt_ids=[2] * (9 + n), created_ms=9)], signals=[])
+    for n in range(PER_ROUND):
+        longer = make_step(run_id=str(n), prompt_ids=[2] * (9 + n), created_ms=9, **group_of(n))
+        send(vault, device, steps=[longer], signals=[])
     budgets, batches = list[int](), list[list[str]]()
     for _ in range(3):
         worker = opened()
