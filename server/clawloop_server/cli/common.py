@@ -136,6 +136,13 @@ def print_json(value: object) -> None:
     typer.echo(msgspec.json.format(packed, indent=2).decode())
 
 
+def table_width() -> int:
+    """The columns that a table may have."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() else _PIPE_WIDTH
+
+
 def print_table(title: str, columns: Sequence[str], *, rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout; numbers to the right."""
     from rich.console import Console
@@ -149,7 +156,7 @@ def print_table(title: str, columns: Sequence[str], *, rows: Iterable[Sequence[o
         table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=number == 0)
     for row in shown:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    Console(width=table_width()).print(table)
     if not shown:
         typer.echo("(none)")
 

@@ -28,8 +28,11 @@ _FIRST = ("reward", "kept", "ess", "entropy", "k3", "mean_log_ratio", "max_log_r
 _BOOKKEEPING = frozenset({"event", "round_id", "at_ms", "update", "round_update", "round_updates"})
 _MASK = "kept_"
 _BARS = "▁▂▃▄▅▆▇█"
-_SPARK_WIDTH = 20
-_NUMBER_WIDTH = 8
+_SPARK_WIDTHS = (8, 40)
+"""of the shortest and the longest course that is drawn"""
+_NUMBER_WIDTH = 7
+_BORDERS = 18
+"""columns of a table of six that are between their contents, and one to spare"""
 _Z95 = 1.96
 """of a normal distribution: 95 % of it lies within so many standard errors"""
 
@@ -78,7 +81,7 @@ def round_facts(found: Explained) -> dict[str, object]:
         "built on": _adapter(found.built_on, otherwise="the model line as it is"),
         "made": _adapter(found.made, otherwise="no adapter"),
         "took": f"{counted(round_.trajectories, 'trajectory')}, {counted(round_.steps, 'step')}",
-        "updates": len(found.updates),
+        "updates": f"{len(found.updates)}{_attempts(round_)}",
         "started": f"{when(round_.started_ms)}{took}",
     }
     reward = round_.metrics.get("reward")
@@ -99,21 +102,28 @@ def evaluation_in_words(evaluation: Evaluation | None) -> str:
     return f"{scores}; {counted(evaluation.episodes, 'episode')} of {evaluation.suite}"
 
 
-def metric_rows(updates: Sequence[Update]) -> list[Row]:
-    """For each metric: its name, its first and last value, its lowest and highest, and its course over the updates.
+def metric_rows(updates: Sequence[Update], *, width: int) -> list[Row]:
+    """For each metric: its name, its first and last value, its lowest and highest, and its course over the updates; a
+    table of at most `width` columns, if the names allow.
 
-    Masks that let every token pass are left out; `passed_masks` names them."""
-    always = set(passed_masks(updates))
-    names = {name for update in updates for name in update} - _BOOKKEEPING
+    Masks that let every token pass and what was 0 throughout are left out: `passed_masks` and `zeros` name them.
+    """
+    names = _names(updates).difference(zeros(updates), (_MASK + mask for mask in passed_masks(updates)))
+    room = width - max(map(len, names), default=0) - 4 * _NUMBER_WIDTH - _BORDERS
+    spark_width = min(max(room, _SPARK_WIDTHS[0]), _SPARK_WIDTHS[1])
     rows: list[Row] = []
     for name in sorted(names, key=_place):
         values = [_number(update.get(name)) for update in updates]
         known = [value for value in values if value is not None]
-        if not known or name.removeprefix(_MASK) in always:
+        if not known:
             continue
         ends = (known[0], known[-1], min(known), max(known))
         rows.append(
-            (name.replace("_", " "), *(number(value).rjust(_NUMBER_WIDTH) for value in ends), sparkline(values))
+            (
+                name.replace("_", " "),
+                *(number(value).rjust(_NUMBER_WIDTH) for value in ends),
+                sparkline(values, width=spark_width),
+            )
         )
     return rows
 
@@ -124,7 +134,14 @@ def passed_masks(updates: Sequence[Update]) -> list[str]:
     return [n.removeprefix(_MASK) for n in masks if all(update.get(n, 1.0) == 1.0 for update in updates)]
 
 
-def sparkline(values: Sequence[float | None], *, width: int = _SPARK_WIDTH) -> str:
+def zeros(updates: Sequence[Update]) -> list[str]:
+    """The metrics that were 0 in every update that has them."""
+    columns = {name: [_number(update.get(name)) for update in updates] for name in sorted(_names(updates))}
+    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
+    return [name for name, values in known.items() if values and not any(values)]
+
+
+def sparkline(values: Sequence[float | None], *, width: int) -> str:
     """The course of some numbers, lowest to highest, a blank where there is none; more than `width` drawn as means."""
     if len(values) > width:
         edges = [len(values) * at // width for at in range(width + 1)]
@@ -138,12 +155,10 @@ def sparkline(values: Sequence[float | None], *, width: int = _SPARK_WIDTH) -> s
 
 
 def number(value: float) -> str:
-    """A number in at most eight characters or so: `12,345`, `0.0421`, `1.2e-07`."""
-    if float(value).is_integer() and abs(value) < 1e7:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+    """A number in seven characters or so: `12,345`, `0.0421`, `1.2e-07`."""
+    if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"
 
 
 def left_out_rows(found: Explained) -> list[Row]:
@@ -184,6 +199,10 @@ def adapter_facts(record: AdapterRecord | None) -> dict[str, object] | None:
     return {"version": record.version, "state": record.state.value, "round_id": record.facts.round_id}
 
 
+def _attempts(round_: Round) -> str:
+    return f", cut off and gone on with {round_.attempts - 1} times" if round_.attempts > 1 else ""
+
+
 def _adapter(record: AdapterRecord | None, *, otherwise: str) -> str:
     return f"adapter {record.version} ({record.state.value.replace('_', ' ')})" if record else otherwise
 
@@ -192,6 +211,10 @@ def _place(name: str) -> tuple[int, str]:
     if name in _FIRST:
         return _FIRST.index(name), name
     return (_FIRST.index("kept"), name) if name.startswith(_MASK) else (len(_FIRST), name)
+
+
+def _names(updates: Sequence[Update]) -> set[str]:
+    return {name for update in updates for name in update} - _BOOKKEEPING
 
 
 def _metrics(update: Update) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from clawloop_server.cli.common import (
     print_facts,
     print_json,
     print_table,
+    table_width,
     when,
 )
 
@@ -134,7 +135,7 @@ def _explained(home: Path | None, round_id: str) -> tuple[explaining.Explained, 
 
 
 def _print_updates(found: explaining.Explained) -> None:
-    rows = explaining.metric_rows(found.updates)
+    rows = explaining.metric_rows(found.updates, width=table_width())
     if not rows:
         return
     typer.echo()
@@ -142,6 +143,9 @@ def _print_updates(found: explaining.Explained) -> None:
     passed = explaining.passed_masks(found.updates)
     if passed:
         typer.echo(f"stopped no token: {', '.join(passed)}")
+    zeros = explaining.zeros(found.updates)
+    if zeros:
+        typer.echo(f"0 throughout: {', '.join(zeros)}".replace("_", " "))
 
 
 def _as_facts(found: explaining.Explained) -> dict[str, object]:

@@ -169,9 +169,13 @@ def read_events(folder: Path, *, round_id: str = "") -> Iterator[Event]:
 
 
 def round_updates(folder: Path, round_id: str) -> list[Event]:
-    """The updates of a round by their number. One that was made again after a crash counts as it was the last time."""
-    found = {e["update"]: e for e in read_events(folder, round_id=round_id) if e["event"] == "update" and "update" in e}
-    return [found[number] for number in sorted(found)]
+    """The updates of a round in their order. After a crash a round goes on from an update before: what was made again
+    counts as it was the last time, and what came after it does not count."""
+    found: list[Event] = []
+    for event in read_events(folder, round_id=round_id):
+        if event["event"] == "update" and isinstance(event.get("update"), int | float):
+            found = [*(before for before in found if before["update"] < event["update"]), event]
+    return found
 
 
 def latest_events(folder: Path) -> dict[str, Event]:

@@ -129,6 +129,12 @@ def test_an_update_that_was_made_again_after_a_crash_counts_once(tmp_path: Path)
         observer.updated({"update": float(first), "reward": reward})
     observer.close()
     assert [event["reward"] for event in round_updates(tmp_path, "mine")] == [0.1, 0.3, 0.4]
+    observer = Observer(tmp_path, board=no_board)
+    observer.began(Began("mine"))  # from its beginning: something of it was forgotten meanwhile
+    observer.updated({"update": 1.0, "reward": 0.5})
+    observer.updated({"reward": 0.6})
+    observer.close()
+    assert [event["reward"] for event in round_updates(tmp_path, "mine")] == [0.5]
 
 
 def test_what_is_no_event_is_passed_over(tmp_path: Path) -> None:
