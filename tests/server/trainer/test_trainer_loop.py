@@ -12,6 +12,7 @@ import torch
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.generation import Sampling as Drawing
+from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.loop import NOT_FINITE, TrainState, run_round
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
@@ -285,3 +286,25 @@ def test_what_is_rewarded_becomes_likely(tiny_folder: Path) -> None:
     after = float(engine.model(input_ids=question).logits[0, -1].softmax(-1)[good].detach())
     assert before < 0.3
     assert after > before + 0.3
+
+
+@pytest.mark.parametrize(("lr", "says"), [(2e-2, "the policy collapses"), (1e-3, "")])
+def test_the_guard_sees_a_policy_that_collapses_within_a_round(tiny_folder: Path, lr: float, says: str) -> None:
+    """Many steps on what one policy sampled: at a rate that is far too high it ends in a few tokens."""
+    loss = LossSettings(kl_beta=0.0, opsm_delta=float("inf"), veto=0.0)
+    settings = TrainSettings(
+        rank=4, warmup_updates=1, lr=lr, batch_trajectories=8, min_ess=0.0, max_entropy_fall=0.25, loss=loss
+    )
+    engine, rng = TrainEngine.open(tiny_folder, settings), random.Random(0)
+    chances = engine.model(input_ids=torch.tensor([QUESTION])).logits[0, -1].softmax(-1)
+    good = int(chances.argsort(descending=True)[1])
+    batch = [
+        msgspec.structs.replace(one, trajectory_id=f"{part}.{one.trajectory_id}")
+        for part in range(2)
+        for one in bandit(engine, good=good, version=0, rng=rng)
+    ]
+    result = run_round(engine, batch, state=TrainState(), limits=LIMITS)
+    assert result.updates[0]["entropy"] == pytest.approx(result.mean("surprise"), abs=0.3)
+    assert says in unhealthy(result.updates, settings)
+    assert bool(says) == bool(unhealthy(result.updates, settings))
+    assert result.state.entropy < result.updates[0]["entropy"]
