@@ -1,6 +1,6 @@
 """The demo: one server, one or two edges, an agent that only knows `openai`, and a user who says what was good.
 
-    python -m demoworld.demo [--devices 2] [--talk [--flip 0.2]] [--control] [--kill] [--folder DIR]
+    python -m demoworld.demo [--devices 2] [--bits 4] [--talk [--flip 0.2]] [--control] [--kill] [--folder DIR]
 
 Everything real: the edge's MLX engine and encrypted pool, Flower over TLS, the torch update, signed adapters swapped in
 while the agent goes on. Ends with a table and report.html; exits 1 if the loop did not do what it promises.
@@ -26,6 +26,7 @@ from rich.live import Live
 from rich.table import Table
 
 from demoworld import report, world
+from demoworld.quantise import quantise
 from demoworld.stage import Part, StageError, make_edge, make_server
 from demoworld.talk import Talker
 from demoworld.user import Office, Score
@@ -268,6 +269,9 @@ async def play(options: argparse.Namespace, console: Console) -> int:
     folder = options.folder
     tasks_file = folder / "gate-tasks.jsonl"
     tasks_file.write_text("".join(json.dumps(task) + "\n" for task in world.gate_tasks()))
+    if options.bits:
+        console.print(f"quantising the model to {options.bits} bits, for the edges and the trainer alike")
+        options.model = quantise(options.model, folder / "model", bits=options.bits)
     console.print("starting the server: keys, TLS, database, SuperLink, trainer")
     server = make_server(folder, options.model, settings=server_settings(tasks_file, control=options.control))
     edges: list[Part] = []
@@ -338,6 +342,7 @@ def finish(
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1, help="how many edges (default 1)")
+    parser.add_argument("--bits", type=int, choices=(3, 4, 5, 6, 8), help="quantise the model first, as mlx-lm does")
     parser.add_argument("--control", action="store_true", help="shuffle the rewards: nothing should be learned")
     parser.add_argument(
         "--talk", action="store_true", help="the user never rates: thanks, corrections, repeated questions teach"
