@@ -191,6 +191,12 @@ def test_courses_are_as_wide_as_the_terminal_allows() -> None:
         assert len(str(row[-1])) == drawn
 
 
+def test_that_nothing_was_kept_is_shown() -> None:
+    updates = [{"kept": 0.0, "kept_veto": 0.0, "groups": 0.0}] * 2
+    assert [row[0] for row in explaining.metric_rows(updates, width=80)] == ["kept", "kept veto"]
+    assert (explaining.zeros(updates), explaining.passed_masks(updates)) == (["groups"], [])
+
+
 def test_evaluations_say_how_sure_they_are() -> None:
     few = {"suite": "t", "episodes": 1, "reward": 1.0, "reward_before": 0.0, "standard_error": 0.0}
     assert "no spread to judge by; 1 episode of t" in str(

@@ -135,8 +135,9 @@ def passed_masks(updates: Sequence[Update]) -> list[str]:
 
 
 def zeros(updates: Sequence[Update]) -> list[str]:
-    """The metrics that were 0 in every update that has them."""
-    columns = {name: [_number(update.get(name)) for update in updates] for name in sorted(_names(updates))}
+    """The metrics that were 0 in every update that has them; those that say most are not among them: 0 says a lot."""
+    names = sorted(name for name in _names(updates).difference(_FIRST) if not name.startswith(_MASK))
+    columns = {name: [_number(update.get(name)) for update in updates] for name in names}
     known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return [name for name, values in known.items() if values and not any(values)]
 
