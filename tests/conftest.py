@@ -17,6 +17,7 @@ LONGEST_FIRST = (
     "integration/test_mixed_load.py",
     "integration/test_loop.py",
     "integration/test_learn_check.py",
+    "server/trainer/test_resume.py",
     "integration/test_flower.py",
     "integration/test_forget.py",
     "integration/test_sdks.py",

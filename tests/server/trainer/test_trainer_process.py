@@ -1,14 +1,9 @@
 """The trainer on a real home: rounds as one transaction, killed at any point, and the same adapter in the end."""
 
 import json
-import multiprocessing
-import os
 import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -220,42 +215,6 @@ def test_an_empty_vault_has_nothing_to_train_on(home: Home, keys: ServerKeys, ba
     with pytest.raises(TrainerError, match="no rewarded trajectory"):
         worker.run()
     worker.close()
-
-
-def both_rounds(folder: Path) -> None:
-    worker = Worker.open(Home(folder))
-    while not worker.missing:
-        worker.run()
-    worker.close()
-
-
-def adapters(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "adapters").glob("*/adapter_*")}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch loaded")
-def test_a_trainer_killed_again_and_again_ends_with_the_same_adapters(ready_home: Home, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    shutil.copytree(ready_home.folder, folder, symlinks=True)
-    started = time.monotonic()
-    both_rounds(ready_home.folder)
-    took, kills = time.monotonic() - started, 0
-    context = multiprocessing.get_context("fork")
-    while True:
-        child = context.Process(target=both_rounds, args=(folder,))
-        child.start()
-        child.join((kills + 1) / 8 * took if kills < 7 else None)
-        if child.exitcode is not None:
-            assert child.exitcode == 0
-            break
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        kills += 1
-    assert kills > 0
-    found = adapters(folder)
-    assert len(found) == 4
-    assert found == adapters(ready_home.folder)
 
 
 def test_the_process_prints_one_line_an_event_and_ends_when_told(ready_home: Home) -> None:
