@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -107,7 +107,7 @@ class TrainEngine:
         )
 
     @classmethod
-    def open(cls, folder: Path, settings: TrainSettings) -> TrainEngine:
+    def open(cls, folder: Path, settings: TrainSettings, *, world: World | None = None) -> Self:
         """The base in `folder` with a fresh adapter. Sets torch's thread count for the whole process.
 
         Raises:
@@ -122,7 +122,7 @@ class TrainEngine:
             target_modules=settings.target_modules,
             seed=settings.seed,
         )
-        return cls(model, settings)
+        return cls(model, settings, world=world)
 
     def forward_backward(
         self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None = None

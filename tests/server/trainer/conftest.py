@@ -92,12 +92,12 @@ def peft_model(request: pytest.FixtureRequest) -> Any:
     return awake(request.param())
 
 
-def awake(model: Any) -> Any:
+def awake(model: Any, *, rank: int = 4) -> Any:
     """The model in float64 with a LoRA that changes something."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    wrapped = attach_adapter(model, rank=4, alpha=8.0, target_modules=names, seed=1).double()
+    wrapped = attach_adapter(model, rank=rank, alpha=8.0, target_modules=names, seed=1).double()
     generator = torch.Generator().manual_seed(2)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:

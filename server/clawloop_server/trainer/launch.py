@@ -1,0 +1,147 @@
+"""Several trainer processes on this machine, each with the seat that torchrun would give it in its environment.
+
+Why not torchrun itself: its store listens on all interfaces, it starts its processes in sessions of their own, where
+what ends a server's children does not reach them, and it tells of a failure in a page. Our processes meet on the
+loopback interface, stay in our process group, and one that ends ends all others within a second. torchrun works, too:
+it is for several machines (docs/training.md). Knows no torch, so that this process costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from clawloop_shared.errors import ConfigError
+
+LISTENER = "CLAWLOOP_TRAINER_LISTENER"
+"""environment: the file descriptor of the store's socket in the first process"""
+LOST = 75
+"""exit code of a process that ended because another had"""
+_POLL_S = 0.1
+_GRACE_S = 4.0
+"""less than what the server gives us before it kills our group"""
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This process among those of the trainer, as torchrun says it in the environment. `node` counts machines."""
+
+    rank: int
+    size: int
+    local_rank: int
+    node: int
+    listener: int | None = None
+    """the open socket of the store, if our own launcher made it"""
+
+
+def find_seat(environment: Mapping[str, str]) -> Seat | None:
+    """The seat that torchrun or launch.py gave this process; None if it is alone.
+
+    Raises:
+        ConfigError: half of a seat.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) < 2:
+        return None
+    try:
+        rank, size, local = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except KeyError as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {error} is not set; start by torchrun"
+        ) from error
+    listener = environment.get(LISTENER)
+    return Seat(rank, size, local, int(environment.get("GROUP_RANK", "0")), int(listener) if listener else None)
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `command` as `count` processes until all end; the exit code. What fails is one line on stderr.
+
+    All end when one fails, on SIGTERM, and when our parent ends.
+    """
+    stopping: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        processes = [_start(rank, count, command, listener=listener) for rank in range(count)]
+    try:
+        return _watch(processes, stopping)
+    finally:
+        _kill(processes)
+
+
+def _start(rank: int, count: int, command: Sequence[str], *, listener: socket.socket) -> subprocess.Popen[bytes]:
+    address, port = listener.getsockname()
+    seat = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        LISTENER: listener.fileno(),
+    }
+    sockets = {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
+    return subprocess.Popen(
+        command,
+        env=os.environ | sockets | {name: str(value) for name, value in seat.items()},
+        stdin=subprocess.DEVNULL,
+        stdout=None if rank == 0 else sys.stderr.fileno(),
+        pass_fds=(listener.fileno(),) if rank == 0 else (),
+    )
+
+
+def _watch(processes: Sequence[subprocess.Popen[bytes]], stopping: Sequence[int]) -> int:
+    parent = os.getppid()
+    while os.getppid() == parent and not stopping:
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            return _failed(processes)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_S)
+    processes[0].terminate()  # the others own nothing that could be lost
+    try:
+        processes[0].wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        print(f"trainer: process 0 did not stop within {_GRACE_S:g} s and is killed", file=sys.stderr)
+    return 0
+
+
+def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """End all; the exit code of the one that failed first. One that could not speak for itself is told of."""
+    codes = {rank: process.poll() for rank, process in enumerate(processes)}
+    first = {rank: code for rank, code in codes.items() if code and code != LOST}
+    _kill(processes)
+    if not first and codes[0] == 0:
+        return 0  # the first was told to stop, and the others missed it
+    if not first:
+        print(f"trainer: its {len(processes)} processes lost each other, so all end", file=sys.stderr)
+    for rank, code in first.items():
+        if code < 0:
+            name, pid = signal.Signals(-code).name, processes[rank].pid
+            print(
+                f"trainer: process {rank} of {len(processes)} (pid {pid}) was ended by {name}, so all end;"
+                " started again, training goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+    return max((code for code in first.values() if code > 0), default=1)
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()
