@@ -91,7 +91,7 @@ def test_channels_are_never_mixed_in_one_trajectory(
 ) -> None:
     train, val = make_step(run_id="run"), make_step(run_id="run", channel=Channel.VAL)
     vault.receive(device, [item([train, val], [make_signal(Target.RUN, "run")])])
-    assert [t.steps for t in vault.ready(train.policy.line, 9)] == [[train]]
+    assert [(t.steps, t.device_id) for t in vault.ready(train.policy.line, 9)] == [([train], device)]
     assert [t.steps for t in vault.ready(train.policy.line, 9, Channel.VAL)] == [[val]]
 
 
