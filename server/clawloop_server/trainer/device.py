@@ -130,6 +130,11 @@ def _checkpoint_layers(base: Any) -> None:
         )
 
 
+def is_checkpointed(base: Any) -> bool:
+    """Whether a transformers model's layers (not wrapped) are computed again in the backward pass."""
+    return any(layer.gradient_checkpointing for layer in _layers(base))
+
+
 def _layers(base: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 

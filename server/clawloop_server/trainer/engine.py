@@ -9,17 +9,19 @@
     load_state         and back
 
 It is algorithm-blind: samples carry their advantages and weights. It knows no reward, round, database or clock.
+Out of memory, it makes its rows smaller and does the same work again.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import torch
@@ -28,32 +30,59 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from clawloop_server.errors import TrainerError
+from clawloop_server.trainer.attention import uses_flex
 from clawloop_server.trainer.base import adapted, attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
+from clawloop_server.trainer.device import Machine, is_checkpointed, prepare, resolve
 from clawloop_server.trainer.generation import Reply, Sampling, generate
 from clawloop_server.trainer.losses import Calls, Distance, LossInputs, Sums, cut_log_ratio, policy_loss
+from clawloop_server.trainer.memory import (
+    DENSE_JOINED,
+    estimate,
+    free_bytes,
+    is_out_of_memory,
+    measure,
+    release,
+    row_budget,
+)
 from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.scorer import score_row
+from clawloop_server.trainer.scorer import bare, score_row
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
 from clawloop_server.trainer.world import Alone, Root, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 
-ROW_TOKENS = 1024
 NOTHING = Sample(step_id="", trajectory=0, token_ids=[0, 0], trained=[1], logprobs=[0.0], advantages=[0.0], weight=1.0)
 """what a process that has no row of its own goes through with the others"""
-_EXP_AVG, _EXP_AVG_SQ, _STEP, _ADAPTER, _RNG = "exp_avg/", "exp_avg_sq/", "step/", "adapter/", "rng/cpu"
+_EXP_AVG, _EXP_AVG_SQ, _STEP, _ADAPTER = "exp_avg/", "exp_avg_sq/", "step/", "adapter/"
+_RNG, _RNG_CUDA = "rng/cpu", "rng/cuda"
+_log = logging.getLogger("clawloop.trainer")
 
 
-class PoisonedSamples(TrainerError):
-    """Samples whose logprobs are not finite; `trajectories` are their numbers in the update."""
+Result = TypeVar("Result")
+
+
+class UnusableSamples(TrainerError):
+    """Samples that cannot be learned from, and `reason`; `trajectories` are their numbers in the update."""
+
+    reason = ""
 
     def __init__(self, trajectories: list[int]) -> None:
-        super().__init__(
-            f"trajectories {trajectories} of this update have logprobs that are not finite; leave them out"
-        )
+        super().__init__(f"trajectories {trajectories} of this update: {self.reason}; leave them out")
         self.trajectories = trajectories
+
+
+class PoisonedSamples(UnusableSamples):
+    """Samples whose logprobs are not finite."""
+
+    reason = "logprobs under the current policy are not finite"
+
+
+class OversizedSamples(UnusableSamples):
+    """Samples that do not fit the memory, each in a row by itself."""
+
+    reason = "a step does not fit the memory by itself"
 
 
 @dataclass(frozen=True)
@@ -85,13 +114,20 @@ class _Step:
 class TrainEngine:
     """One model, one adapter, one optimizer, in one process."""
 
-    def __init__(self, model: Any, settings: TrainSettings, *, world: World | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        *,
+        world: World | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """`model`: a peft model as `attach_adapter` makes it; `world`: the processes that train it, by default this one
-        alone."""
+        alone; `device`: where to, by default where the model is."""
         self.model = model
         self._world = world or Alone()
         self._root = Root(model)
-        self._world.place(self._root, next(model.parameters()).device)
+        self._world.place(self._root, device or next(model.parameters()).device)
         self.settings = check_settings(settings)
         self._parameters: dict[str, Tensor] = {
             name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad
@@ -105,6 +141,8 @@ class TrainEngine:
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
         )
+        self._row: PackedRow | None = None
+        self._row_tokens = settings.row_tokens or self._fitting_tokens()
 
     @classmethod
     def open(cls, folder: Path, settings: TrainSettings, *, world: World | None = None) -> Self:
@@ -115,14 +153,41 @@ class TrainEngine:
         """
         check_settings(settings)
         torch.set_num_threads(settings.threads)
+        placement = resolve(settings, Machine.here())
         model = attach_adapter(
-            load_base(folder),
+            load_base(folder, dtype=placement.dtype),
             rank=settings.rank,
             alpha=settings.alpha,
             target_modules=settings.target_modules,
             seed=settings.seed,
         )
-        return cls(model, settings, world=world)
+        return cls(prepare(model, placement), settings, world=world, device=placement.device)
+
+    @property
+    def row_tokens(self) -> int:
+        """The most nodes of a packed row; less after memory ran out. Who goes on from a checkpoint sets it to what it
+        was then, since where rows are cut changes the last bits."""
+        return self._row_tokens
+
+    @row_tokens.setter
+    def row_tokens(self, row_tokens: int) -> None:
+        self._row_tokens = max(1, row_tokens)
+
+    def _fitting_tokens(self) -> int:
+        """A row budget from the memory that is free now."""
+        base, device = bare(self.model), self._device
+        need = estimate(base, checkpointing=is_checkpointed(base), flex=uses_flex(base))
+        if device.type == "cuda":
+            need = measure(self._trial, device, estimated=need)
+        return row_budget(need, free_bytes=free_bytes(device))
+
+    def _trial(self, nodes: int) -> None:
+        """Go through a row of `nodes` nodes that teaches nothing."""
+        trained = range(1, nodes)
+        sample = replace(NOTHING, token_ids=[0] * nodes, trained=trained, logprobs=[0.0] * len(trained))
+        (row,) = pack([replace(sample, advantages=sample.logprobs)], row_tokens=nodes)
+        torch.autograd.backward(0.0 * self._root(score_row, row.to(self._device), entropy=True)[0].sum())
+        self._optimizer.zero_grad()
 
     def forward_backward(
         self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None = None
@@ -131,7 +196,43 @@ class TrainEngine:
 
         Raises:
             PoisonedSamples: logprobs that are not finite; the gradients that were there are gone, too.
+            OversizedSamples: what does not fit the memory alone; the gradients are as they were before.
         """
+        before = {p: None if p.grad is None else p.grad.clone() for p in self._parameters.values()}
+
+        def undo() -> None:
+            for parameter, gradient in before.items():
+                parameter.grad = None if gradient is None else gradient.clone()
+
+        return self._in_rows(lambda: self._add_gradients(samples, settings, normalizer=normalizer), undo=undo)
+
+    def _in_rows(self, work: Callable[[], Result], *, undo: Callable[[], None] = lambda: None) -> Result:
+        """What `work` gives. Where it runs out of memory, `undo` it and try again with smaller rows; a sample that did
+        so twice by itself is named. Several processes end instead: some wait where another gave up, and a new start
+        finds a smaller budget (running.py)."""
+        alone = set[int]()
+        while True:
+            self._row = None
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if self._row is None or self._world.size > 1 or not is_out_of_memory(error):
+                    raise
+            undo()
+            release()
+            self._make_smaller(self._row, alone)
+
+    def _make_smaller(self, row: PackedRow, alone: set[int]) -> None:
+        """Lower the budget below a row that did not fit. `alone`: samples that did not, in a row of their own."""
+        nodes = len(row.token_ids_T)
+        self.row_tokens = min(self.row_tokens, nodes // 2)
+        _log.warning("out of memory in a row of %d tokens; rows have at most %d now", nodes, self.row_tokens)
+        if len(row.members_S) == 1:
+            if row.members_S[0] in alone:
+                raise OversizedSamples(row.trajectory_U.tolist())
+            alone.add(row.members_S[0])
+
+    def _add_gradients(self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None) -> Sums:
         tokens = float(sum(len(sample.trained) for sample in samples))
         packed = self._pack(samples)
         step = _Step(
@@ -159,7 +260,8 @@ class TrainEngine:
         homes = Counter(trajectory for row in packed for trajectory in row.trajectory_U.tolist())
         parts = [sample for sample in samples if homes[sample.trajectory] > 1]
         ratios: dict[int, list[float]] = {}
-        for sample, found in zip(parts, self.logprobs(parts) if parts else [], strict=True):
+        logprobs = self._find_logprobs(parts, adapter=True) if parts else []
+        for sample, found in zip(parts, logprobs, strict=True):
             drifts = (now - then for now, then in zip(found, sample.logprobs, strict=True))
             ratios.setdefault(sample.trajectory, []).extend(cut_log_ratio(drift) for drift in drifts)
         return {trajectory: (sum(own) / len(own), min(own)) for trajectory, own in ratios.items()}
@@ -207,10 +309,17 @@ class TrainEngine:
         return next(iter(self._parameters.values())).device
 
     def _pack(self, samples: Sequence[Sample]) -> list[PackedRow]:
-        return pack(samples, row_tokens=self._world.least(self.settings.row_tokens or ROW_TOKENS))
+        flex = uses_flex(bare(self.model))
+        return pack(
+            samples,
+            row_tokens=self._world.least(self.row_tokens),
+            join_tokens=None if flex else DENSE_JOINED,
+            fill=flex,
+        )
 
     def _mine(self, packed: Sequence[PackedRow]) -> Iterator[PackedRow | None]:
         for row in self._world.share(packed):
+            self._row = row
             yield None if row is None else row.to(self._device)
 
     def optim_step(self, lr: float) -> float:
@@ -224,9 +333,16 @@ class TrainEngine:
         self._optimizer.zero_grad()
         return norm
 
-    @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], *, adapter: bool = True) -> list[list[float]]:
-        """For each sample the logprobs of its trained tokens at its temperature, under the adapter or the bare base."""
+        """For each sample the logprobs of its trained tokens at its temperature, under the adapter or the bare base.
+
+        Raises:
+            OversizedSamples: what does not fit the memory alone.
+        """
+        return self._in_rows(lambda: self._find_logprobs(samples, adapter=adapter))
+
+    @torch.no_grad()
+    def _find_logprobs(self, samples: Sequence[Sample], *, adapter: bool) -> list[list[float]]:
         found: dict[int, list[float]] = {}
         with nullcontext() if adapter else self.model.disable_adapter():
             for row in self._mine(self._pack(samples)):
@@ -316,6 +432,8 @@ class TrainEngine:
         for name, parameter in self._parameters.items():
             for part, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"{part}/{name}"] = self._world.whole(value)
+        if self._device.type == "cuda":
+            tensors[_RNG_CUDA] = torch.cuda.get_rng_state(self._device)
         return tensors | {_RNG: torch.get_rng_state()}
 
     def set_state(self, tensors: dict[str, Tensor]) -> None:
@@ -336,6 +454,8 @@ class TrainEngine:
                 }
         if _RNG in tensors:
             torch.set_rng_state(tensors[_RNG])
+        if _RNG_CUDA in tensors and self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[_RNG_CUDA], self._device)
 
     def start_from(self, weights: bytes) -> None:
         """Go on from an adapter's file alone: its tensors, and an optimizer that remembers nothing.

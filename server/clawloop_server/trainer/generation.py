@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clawloop_server.trainer.device import arithmetic
+from clawloop_server.trainer.head import head_logits
 from clawloop_server.trainer.scorer import bare
 
 PAD = 0
@@ -60,9 +62,17 @@ def generate(
     processes which share the model, so that none goes further than another."""
     if not prompts:
         return []
-    generator = torch.Generator().manual_seed(sampling.seed)
-    stops = torch.tensor(sorted(sampling.eos_ids))
-    batch, logits_BV = _prefill(model, [list(prompt) for prompt in prompts])
+    with arithmetic(bare(model)):
+        return _generate(model, [list(prompt) for prompt in prompts], sampling=sampling, agree=agree)
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], *, sampling: Sampling, agree: Callable[[Tensor], Tensor]
+) -> list[Reply]:
+    device = bare(model).get_input_embeddings().weight.device
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    stops = torch.tensor(sorted(sampling.eos_ids), device=device)
+    batch, logits_BV = _prefill(model, prompts, device=device)
     sampled: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     for _ in range(sampling.max_tokens):
@@ -84,24 +94,25 @@ def generate(
     ]
 
 
-def _prefill(model: Any, prompts: list[list[int]]) -> tuple[_Batch, Tensor]:
+def _prefill(model: Any, prompts: list[list[int]], *, device: torch.device) -> tuple[_Batch, Tensor]:
     from transformers import DynamicCache
 
     count = len(prompts)
     shared = _shared(prompts)
     cache = DynamicCache(config=bare(model).config)
     if shared:
-        ids = torch.tensor(prompts[0][:shared])[None]
+        ids = torch.tensor(prompts[0][:shared], device=device)[None]
         bare(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(count)
     tails = [prompt[shared:] for prompt in prompts]
     longest = max(map(len, tails))
-    pads_B = torch.tensor([longest - len(tail) for tail in tails])
-    ids_BL = torch.tensor([[PAD] * (longest - len(tail)) + tail for tail in tails])
-    real_BL = torch.arange(longest)[None, :] >= pads_B[:, None]
-    mask_BL = torch.cat([torch.ones(count, shared, dtype=torch.bool), real_BL], dim=1)
-    position_BL = (shared + torch.arange(longest)[None, :] - pads_B[:, None]).clamp(min=0)
-    batch = _Batch(torch.arange(count), mask_BL, position_BL[:, -1] + 1, cache)
+    pads_B = torch.tensor([longest - len(tail) for tail in tails], device=device)
+    ids_BL = torch.tensor([[PAD] * (longest - len(tail)) + tail for tail in tails], device=device)
+    at_L = torch.arange(longest, device=device)
+    real_BL = at_L[None, :] >= pads_B[:, None]
+    mask_BL = torch.cat([real_BL.new_ones(count, shared), real_BL], dim=1)
+    position_BL = (shared + at_L[None, :] - pads_B[:, None]).clamp(min=0)
+    batch = _Batch(torch.arange(count, device=device), mask_BL, position_BL[:, -1] + 1, cache)
     return batch, _forward(model, batch, ids_BL=ids_BL, position_BL=position_BL)
 
 
@@ -130,8 +141,7 @@ def _forward(model: Any, batch: _Batch, *, ids_BL: Tensor, position_BL: Tensor) 
         past_key_values=batch.cache,
         use_cache=True,
     )
-    logits: Tensor = bare(model).get_output_embeddings()(output.last_hidden_state[:, -1]).float()
-    return logits
+    return head_logits(output.last_hidden_state[:, -1], bare(model).get_output_embeddings().weight)
 
 
 def _draw(logits_BV: Tensor, temperature: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:

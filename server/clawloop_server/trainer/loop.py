@@ -15,7 +15,7 @@ import msgspec
 
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.advantages import AdvantageState
-from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
+from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.guards import mean, running_entropy
 from clawloop_server.trainer.learning import Lessons, batches, prepare
 from clawloop_server.trainer.losses import Sums
@@ -23,7 +23,7 @@ from clawloop_server.trainer.rows import Limits, screen
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.records import Trajectory
 
-NOT_FINITE = "logprobs under the current policy are not finite"
+NOT_FINITE = PoisonedSamples.reason
 
 
 class TrainState(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +166,7 @@ def _after(progress: Progress, done: "UpdateResult", *, metrics: dict[str, float
         learned=[*progress.learned, *(t.trajectory_id for t in done.learned)],
         steps=progress.steps + sum(len(t.steps) for t in done.learned),
         rewards=progress.rewards + sum(t.reward for t in done.learned),
-        set_aside=progress.set_aside | dict.fromkeys(done.poisoned, NOT_FINITE),
+        set_aside=progress.set_aside | done.set_aside,
     )
 
 
@@ -183,29 +183,31 @@ def _result(plan: Plan, progress: Progress) -> RoundResult:
 
 
 class UpdateResult(msgspec.Struct, frozen=True):
-    """One optimizer step: the state after it, its metrics, what it learned from, and what it could not."""
+    """One optimizer step: the state after it, its metrics, what it learned from, and what it could not
+    and why."""
 
     state: TrainState
     metrics: dict[str, float]
     learned: list[Trajectory]
-    poisoned: list[str]
+    set_aside: dict[str, str]
 
 
 def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: TrainState, limits: Limits) -> UpdateResult:
-    """One optimizer step on screened trajectories. Those with logprobs that are not finite are left out and named.
+    """One optimizer step on screened trajectories. Those whose logprobs are not finite, or that do not fit the memory,
+    are left out and named.
 
     Hints are used as far as a step with its hint has at most `limits.max_tokens`.
     """
-    settings, learned, poisoned = engine.settings, list(batch), list[str]()
+    settings, learned, set_aside = engine.settings, list(batch), dict[str, str]()
     sums, lessons = Sums(), Lessons(tracked=state.advantages)
     while learned:
-        lessons = prepare(learned, engine, tracked=state.advantages, version=state.version, limits=limits)
         try:
+            lessons = prepare(learned, engine, tracked=state.advantages, version=state.version, limits=limits)
             sums = engine.forward_backward(lessons.samples, settings.loss)
             break
-        except PoisonedSamples as error:
+        except UnusableSamples as error:
             lessons = Lessons(tracked=state.advantages)  # what is left out teaches the baseline nothing either
-            poisoned += [learned[index].trajectory_id for index in error.trajectories]
+            set_aside |= {learned[index].trajectory_id: error.reason for index in error.trajectories}
             learned = [t for index, t in enumerate(learned) if index not in error.trajectories]
     lr = settings.lr_at(state.updates)
     norm = engine.optim_step(lr) if learned else 0.0
@@ -226,4 +228,4 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
         advantages=msgspec.structs.replace(lessons.tracked, drift=metrics["k3"]),
         entropy=running_entropy(state.entropy, metrics),
     )
-    return UpdateResult(after, metrics, learned, poisoned)
+    return UpdateResult(after, metrics, learned, set_aside)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from clawloop_server.errors import TrainerError
-from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
+from clawloop_server.trainer.engine import OversizedSamples, PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.generation import Sampling as Drawing
 from clawloop_server.trainer.guards import unhealthy
-from clawloop_server.trainer.loop import NOT_FINITE, TrainState, run_round
+from clawloop_server.trainer.loop import TrainState, run_round
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
 from clawloop_server.trainer.settings import LossSettings, TrainSettings
@@ -214,8 +214,9 @@ def test_the_next_round_goes_on_where_the_last_one_was_saved(fresh: Callable[[],
     assert all(torch.equal(mine[name], tensor) for name, tensor in other.adapter().items())
 
 
-def test_a_poisoned_trajectory_is_set_aside_and_named_and_the_rest_goes_on(
-    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [PoisonedSamples, OversizedSamples])
+def test_a_trajectory_that_cannot_be_used_is_set_aside_and_named_and_the_rest_goes_on(
+    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch, error: type[UnusableSamples]
 ) -> None:
     engine = fresh()
     whole = engine.forward_backward
@@ -223,12 +224,12 @@ def test_a_poisoned_trajectory_is_set_aside_and_named_and_the_rest_goes_on(
     def forward_backward(samples: list[Sample], settings: LossSettings) -> Sums:
         bad = [s.trajectory for s in samples if s.step_id.startswith("5.")]
         if bad:
-            raise PoisonedSamples(bad)
+            raise error(bad)
         return whole(samples, settings)
 
     monkeypatch.setattr(engine, "forward_backward", forward_backward)
     result = run_round(engine, some(12), state=TrainState(version=3), limits=LIMITS)
-    assert result.set_aside == {"t005": NOT_FINITE}
+    assert result.set_aside == {"t005": error.reason}
     assert len(result.trajectory_ids) == 11
     assert "t005" not in result.trajectory_ids
     assert sorted(u["trajectories"] for u in result.updates) == [3.0, 4.0, 4.0]
