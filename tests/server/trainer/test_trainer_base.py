@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clawloop_edge.engine.lora import with_adapter
 from clawloop_server.trainer.base import attach_adapter, load_base
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import TrainSettings
+from clawloop_server.trainer.settings import LossSettings, TrainSettings
 from clawloop_shared.errors import AdapterInvalid, ConfigError
 from clawloop_shared.lora import (
     ATTENTION,
@@ -144,6 +145,26 @@ def test_an_adapter_gives_the_logprobs_in_torch_that_it_gives_in_mlx(
     assert engine.logprobs([sample])[0] == pytest.approx(found[0].tolist(), abs=1e-4)
     assert engine.logprobs([sample], adapter=False)[0] == pytest.approx(found[1].tolist(), abs=1e-4)
     assert float((found[0] - found[1]).abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "experts-only"])
+def test_calls_that_share_a_row_teach_a_model_with_experts_what_they_teach_alone(
+    kind: str, session: Callable[..., list[Sample]], hub: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = convert(hub(kind), tmp_path, bits=4)
+    samples = [replace(sample, weight=1.0, version_gap=0) for sample in session(3)]  # a trajectory has one of each
+    gradients = []
+    for row_tokens in (1, 4096):  # each call by itself, and all that share anything together
+        engine = TrainEngine.open(folder, TrainSettings(rank=4, row_tokens=row_tokens))
+        generator = torch.Generator().manual_seed(5)
+        engine.set_adapter({n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in engine.adapter().items()})
+        engine.forward_backward(samples, LossSettings(veto=0.0))
+        gradients.append({n: p.grad for n, p in engine.model.named_parameters() if p.requires_grad})
+    alone, together = gradients
+    largest = max(float(gradient.abs().max()) for gradient in alone.values())
+    assert largest > 1e-3
+    for name, gradient in alone.items():
+        assert float((gradient - together[name]).abs().max()) < 1e-5 * max(1.0, largest), name
 
 
 def test_adapters_name_what_an_architecture_has(hub: Callable[[str], Path]) -> None:
