@@ -55,7 +55,8 @@ class Plan:
     @property
     def name(self) -> str:
         """What the rows are called."""
-        return f"{self.sessions} sessions of {self.shape.name}"
+        tokens = self.shape.system + sum(part.new + part.sampled for part in self.shape.parts)
+        return f"{self.sessions} sessions of {len(self.shape.parts)} turns, {tokens:,} tokens"
 
 
 TINY = Plan(

@@ -66,7 +66,7 @@ def append_only(name: str, *, system: int, user: int, turns: int, sampled: int, 
 
 
 APPEND_ONLY = append_only("8 turns, append-only", system=256, user=32, turns=8, sampled=64, tool=96)
-LONG = append_only("8 turns, 16k tokens", system=2848, user=357, turns=8, sampled=712, tool=1069)
+LONG = append_only("8 turns, long", system=2848, user=357, turns=8, sampled=712, tool=1069)
 
 CHARS_A_TOKEN = 4
 PREFIX_SCALE = 8

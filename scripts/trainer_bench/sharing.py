@@ -18,7 +18,6 @@ from trainer_bench.measure import Times, in_turns
 from trainer_bench.report import CLOSE, Equality, Row, Section, Target, equality, faster, row
 from trainer_bench.shapes import APPEND_ONLY, OPENCLAW, QUICK, SMALL, SessionShape, call_work, session, shorter
 
-ROW_TOKENS = 8192
 SHARED, UNSHARED = "shared", "a row a call"
 
 
@@ -88,7 +87,7 @@ def measure(*, rounds: int, threads: int, quick: bool) -> Section:
     """Every case; if `quick`, on a smaller model and eight times shorter."""
     model, found = QUICK if quick else SMALL, Section()
     with random_folder(model) as folder:
-        engine = open_engine(folder, settings(threads=threads, device="cpu", row_tokens=ROW_TOKENS))
+        engine = open_engine(folder, settings(threads=threads, device="cpu"))
     for case in CASES:
         shape = shorter(case.shape, 8) if quick else case.shape
         samples = as_sampled(engine, session(shape, vocab=model.vocab))

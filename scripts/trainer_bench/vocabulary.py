@@ -50,8 +50,8 @@ def full_step(logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Trai
     def run(engine: TrainEngine, samples: list[Sample]) -> None:
         (sample,) = samples
         ids_T = torch.tensor(sample.token_ids)
-        logits_TV = engine.model(input_ids=ids_T[None], use_cache=False).logits[0]
-        logprobs_P = logprobs_of(logits_TV[:-1], ids_T[1:, None])
+        # No name for the logits, so that they are gone as soon as autograd wants them no more.
+        logprobs_P = logprobs_of(engine.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1], ids_T[1:, None])
         weight_P = (logprobs_P.detach() - torch.tensor(sample.logprobs)).exp().clamp(max=OPEN_LOSS.tis_cap)
         per_token_P = weight_P * torch.tensor(sample.advantages) * logprobs_P
         torch.autograd.backward(-per_token_P.sum() / len(sample.trained))
@@ -83,6 +83,7 @@ def main() -> None:
     shape, positions = sizes(quick=given.quick)
     engine = open_engine(given.model, settings(threads=given.threads, device="cpu", row_tokens=2 * positions))
     samples = samples_of(shape, positions)
+    engine.logprobs(samples_of(shape, 1))  # the weights are mapped from the file, and resident once they were read
     wall, cpu = time.perf_counter(), time.process_time()
     peak = peak_of(lambda: STEPS[given.contender](engine, samples))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from clawloop_server.trainer.packing import pack
-from trainer_bench import sharing, vocabulary
+from trainer_bench import gpu, sharing, vocabulary
 from trainer_bench.engines import OPEN_LOSS, counted, gradients, open_engine, random_folder, save_random_model, settings
 from trainer_bench.flops import matmul_rate, useful_flops
 from trainer_bench.measure import Times, in_turns, peak_of
@@ -146,6 +146,14 @@ def test_a_short_run_compares_sharing_with_none() -> None:
     assert len(found.equalities) == len(sharing.CASES)
     for shared, unshared in zip(found.rows[::2], found.rows[1::2], strict=True):
         assert unshared.computed == unshared.tokens == shared.tokens > 4 * shared.computed
+
+
+def test_the_gpus_part_runs_on_a_cpu_when_it_is_tiny() -> None:
+    found = gpu.measure(tiny=True)
+    assert len(found.equalities) == 2
+    assert all(each.holds for each in found.equalities)
+    assert [row.contender for row in found.rows] == [used.contender for used in found.uses] == [gpu.FLEX, gpu.CALLS]
+    assert all(used.part > 0 for used in found.uses)
 
 
 def test_every_way_through_the_vocabulary_finds_the_same_gradient() -> None:
