@@ -27,6 +27,7 @@ _FIRST = ("reward", "kept", "ess", "entropy", "k3", "mean_log_ratio", "max_log_r
 """the metrics that say most, in this order"""
 _BOOKKEEPING = frozenset({"event", "round_id", "at_ms", "update", "round_update", "round_updates"})
 _MASK = "kept_"
+_MOST_NAMED = 5
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTHS = (8, 40)
 """of the shortest and the longest course that is drawn"""
@@ -87,6 +88,10 @@ def round_facts(found: Explained) -> dict[str, object]:
     reward = round_.metrics.get("reward")
     if isinstance(reward, int | float):
         facts["mean reward"] = f"{reward:+.3f}"
+    if set_aside := _mapping(round_.metrics, "set_aside"):
+        named = [f"{name[:12]} ({reason})" for name, reason in list(set_aside.items())[:_MOST_NAMED]]
+        more = [f"{len(set_aside) - _MOST_NAMED} more"] if len(set_aside) > _MOST_NAMED else []
+        facts["set aside"] = ", ".join([*named, *more])
     if round_.finished_ms is not None:
         facts["evaluation"] = evaluation_in_words(evaluation)
     return facts

@@ -158,7 +158,7 @@ class RunningRound:
                     steps=steps,
                     round_id=round_id,
                     settings=self._settings,
-                    row_tokens=_row_tokens(self._engine),
+                    row_tokens=self._engine.row_tokens,
                 )
         under_way = self._registry.under_way(self._line_id)
         if not trajectories or under_way is None:
@@ -235,7 +235,7 @@ class RunningRound:
             round_id=self.round_id,
             base_version=self.under_way.base_version,
             settings=self._settings,
-            row_tokens=_row_tokens(self._engine),
+            row_tokens=self._engine.row_tokens,
             progress=progress,
         )
         # JSON as Python writes it: metrics may be infinite or not a number.
@@ -246,10 +246,10 @@ class RunningRound:
         """How far the round was when it was cut off, the engine there too; None if it begins at its beginning."""
         running = self._last()
         if running is None:
-            _set_row_tokens(self._engine, self.under_way.row_tokens)
+            self._engine.row_tokens = self.under_way.row_tokens
             return None
         self._engine.load_state(self._path)
-        _set_row_tokens(self._engine, min(self.under_way.row_tokens, running.row_tokens))
+        self._engine.row_tokens = min(self.under_way.row_tokens, running.row_tokens)
         progress, updates = running.progress, len(self.plan.batches)
         _log.info("round %s goes on at update %d of %d", self.round_id, progress.at_update, updates)
         return progress
@@ -281,12 +281,3 @@ def _fingerprint(engine: TrainEngine, vault: Vault, *, line_id: str) -> str:
     """A hash of the settings that the numbers of a round depend on."""
     train = msgspec.structs.replace(engine.settings, checkpoint_every_s=0.0)
     return sha256(msgspec.json.encode([line_id, train, vault.rules]))
-
-
-def _row_tokens(engine: TrainEngine) -> int:
-    return int(getattr(engine, "row_tokens", 0))
-
-
-def _set_row_tokens(engine: TrainEngine, row_tokens: int) -> None:
-    if hasattr(engine, "row_tokens"):
-        engine.row_tokens = row_tokens

@@ -1,7 +1,9 @@
 """A round that is cut off goes on, learns from what it was given, and never from what was forgotten meanwhile."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,7 +26,7 @@ from clawloop_shared.ids import new_id
 from clawloop_shared.messages import ForgetRequest
 from clawloop_shared.records import Signal, Step, Target
 
-from .filled import PER_ROUND, TRAIN, configure, fill, group_of, send
+from .filled import PER_ROUND, TRAIN, adapters, configure, fill, group_of, send
 
 MakeStep = Callable[..., Step]
 MakeSignal = Callable[..., Signal]
@@ -181,21 +183,29 @@ def test_drafts_that_a_crash_left_are_removed(filled: Home, opened: Callable[[],
 
 
 def test_what_was_learned_from_and_then_forgotten_is_in_no_adapter(
-    opened: Callable[[], Worker], vault: Vault, device: str
+    filled: Home, opened: Callable[[], Worker], vault: Vault, device: str, tmp_path: Path
 ) -> None:
-    """The round is that of one which never had it, bit for bit."""
+    """The adapter is that of a round from which it was gone before the first update, bit for bit."""
+    die_in(opened(), 0)
+    early = Home(tmp_path / "early")
+    shutil.copytree(filled.folder, early.folder, symlinks=True)
     first = opened()
     die_in(first, 2)
     gone = learned(first)[1]
-    assert forget(vault, device, step_names(first, gone)) == []
+    names = step_names(first, gone)
+    assert forget(vault, device, names) == []
     heard = list[float]()
-    second = opened()
-    report = second.run(lambda metrics: heard.append(metrics["trajectories"]))
-    assert sum(heard) == PER_ROUND - 1
-    assert len(heard) == 3, "it began again"
+    report = opened().run(lambda metrics: heard.append(metrics["trajectories"]))
+    assert (len(heard), sum(heard)) == (3, PER_ROUND - 1), "it began again"
     assert gone not in vault.lineage(report.round_id)
     assert report.trajectories == len(vault.lineage(report.round_id)) == PER_ROUND - 1
-    assert gone not in {row[0] for row in vault.database.rows("SELECT trajectory_id FROM trajectories")}
+    assert vault.database.row("SELECT 1 FROM trajectories WHERE trajectory_id = ?", [gone]) is None
+
+    other = Worker.open(early)
+    forget(other.vault, device, names)
+    other.run()
+    other.close()
+    assert adapters(early.folder) == adapters(filled.folder) != {}
 
 
 @pytest.mark.parametrize("at", ["between updates", "while it is judged"])
@@ -301,8 +311,8 @@ def test_after_the_second_death_in_an_update_the_rows_are_halved_and_after_the_t
     assert found_round.attempts == 4
     assert (report.trajectories, report.set_aside) == (PER_ROUND - 1, 1)
     assert largest in vault.lineage(report.round_id), "it does not come back"
-    if budgets[0]:
-        assert budgets == [budgets[0], budgets[0], budgets[0] // 2]
+    assert budgets == [budgets[0], budgets[0], budgets[0] // 2]
+    assert worker._engine.row_tokens == budgets[2]
 
 
 def test_deaths_in_different_updates_set_nothing_aside(opened: Callable[[], Worker]) -> None:
