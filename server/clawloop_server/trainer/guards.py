@@ -28,25 +28,41 @@ def unhealthy(updates: Sequence[Metrics], settings: TrainSettings) -> str:
             f"entropy fell by {fall:.0%}, over [train] max_entropy_fall {settings.max_entropy_fall:g}:"
             " the policy collapses; lower [train] lr, or look at what is rewarded"
         )
+    if (rise := entropy_rise(taught)) > settings.max_entropy_rise:
+        return (
+            f"entropy rose by {rise:.0%}, over [train] max_entropy_rise {settings.max_entropy_rise:g}:"
+            " the policy falls apart; lower [train] lr, or look at what is judged bad"
+        )
     return ""
 
 
 def entropy_fall(updates: Sequence[Metrics]) -> float:
-    """The part of its entropy that the policy lost, in [0, 1]; 0 where nothing can be said.
+    """The part of its entropy that the policy lost, in [0, 1]; 0 where nothing can be said. A policy that is driven to
+    what was rewarded now and then ends in a few answers."""
+    now, before, sampled = _entropies(updates)
+    return max(0.0, 1.0 - now / min(before, sampled)) if min(before, sampled) > 0 else 0.0
 
-    By two measures, of which the smaller counts, since each alone is fooled. From the larger of the round's first half
-    and the running mean of earlier rounds to the round's last half: falls when other work comes in, of which there is
-    less to say. And from -log mu to the policy's entropy on the very same tokens of the last half: the mean of the one
-    is the entropy of the policy that sampled, but of few tokens it is noise. A round of one update has its measure from
-    before that update; what it did itself is seen in the next.
+
+def entropy_rise(updates: Sequence[Metrics]) -> float:
+    """By what part of it the policy's entropy rose; 0 where nothing can be said. A policy that is pushed away from all
+    that it does forgets the form first, and then says anything."""
+    now, before, sampled = _entropies(updates)
+    return max(0.0, now / max(before, sampled) - 1.0) if min(before, sampled) > 0 else 0.0
+
+
+def _entropies(updates: Sequence[Metrics]) -> tuple[float, float, float]:
+    """The policy's entropy in the round's last half, and the two measures that it is compared with; both must say the
+    same, since each alone is fooled.
+
+    One is the larger of its entropy in the round's first half and the running mean of earlier rounds: it changes when
+    other work comes in, of which there is less or more to say. The other is the mean of -log mu on the very tokens of
+    the last half, which is the entropy of the policy that sampled: but of few tokens it is noise. A round of one update
+    has its entropy from before that update; what it did itself is seen in the next.
     """
     half = max(1, len(updates) // 2)
     last, first = updates[-half:], updates[: len(updates) - half][:half]
-    now, before = by_tokens(last, "entropy"), max(by_tokens(first, "entropy"), updates[0].get("entropy_before", 0.0))
-    sampled = by_tokens(last, "surprise")
-    if before <= 0.0 or sampled <= 0.0:
-        return 0.0
-    return max(0.0, 1.0 - now / min(before, sampled))
+    before = max(by_tokens(first, "entropy"), updates[0].get("entropy_before", 0.0))
+    return by_tokens(last, "entropy"), before, by_tokens(last, "surprise")
 
 
 def running_entropy(before: float, update: Metrics) -> float:

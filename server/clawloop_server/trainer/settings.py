@@ -123,6 +123,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """a round of which less than this part of the tokens could be used is not published"""
     max_entropy_fall: float = 0.5
     """a round whose entropy falls by more than this part is not published"""
+    max_entropy_rise: float = 1.0
+    """nor one whose entropy rises by more than this part; 1: to twice as much"""
     checkpoint_every_s: float = 120.0
     """how much work at most is done again after a crash; 0: the state is saved after each update"""
     processes: int = 1
@@ -173,6 +175,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         f"credit {settings.credit!r}: known are {CREDITS}": settings.credit in CREDITS,
         f"discount {settings.discount} is not in [0, 1]": 0 <= settings.discount <= 1,
         f"max_entropy_fall {settings.max_entropy_fall} is not above 0": settings.max_entropy_fall > 0,
+        f"max_entropy_rise {settings.max_entropy_rise} is not above 0": settings.max_entropy_rise > 0,
         f"checkpoint_every_s {settings.checkpoint_every_s} is below 0": settings.checkpoint_every_s >= 0,
         f"processes {settings.processes} is below 1": settings.processes >= 1,
         f"row_tokens {settings.row_tokens} is below 0": settings.row_tokens >= 0,

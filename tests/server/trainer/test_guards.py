@@ -44,9 +44,16 @@ def test_a_round_in_which_the_policy_collapses_is_not_healthy() -> None:
     assert said(*collapse, max_entropy_fall=0.8) == ""
 
 
-def test_entropy_that_falls_slowly_or_rises_is_healthy() -> None:
+def test_entropy_that_falls_or_rises_slowly_is_healthy() -> None:
     assert said(*entropies((1.0, 1.0), (0.9, 1.0), (0.8, 1.0), (0.7, 1.0))) == ""
-    assert said(*entropies((1.0, 1.0), (2.0, 1.0))) == ""
+    assert said(*entropies((1.0, 1.0), (1.4, 1.0), (1.9, 1.0))) == ""
+
+
+def test_a_round_in_which_the_policy_falls_apart_is_not_healthy() -> None:
+    apart = entropies((0.4, 0.5), (0.4, 0.5), (0.9, 0.5), (1.7, 0.5))
+    assert "entropy rose by 160%" in said(*apart)
+    assert said(*apart, max_entropy_rise=2.0) == ""
+    assert said(*entropies((0.4, 0.5), (0.4, 0.5), (1.2, 1.3), (1.4, 1.2))) == "", "other work"
 
 
 def test_other_work_of_which_there_is_less_to_say_is_no_collapse() -> None:
