@@ -208,8 +208,8 @@ class TrainEngine:
 
     def _in_rows(self, work: Callable[[], Result], *, undo: Callable[[], None] = lambda: None) -> Result:
         """What `work` gives. Where it runs out of memory, `undo` it and try again with smaller rows; a sample that did
-        so twice by itself is named. Several processes end instead: some wait where another gave up, and a new start
-        finds a smaller budget (running.py)."""
+        so twice by itself is named. Several processes end instead, since the others wait where one gave up; what is
+        tried then is for running.py."""
         alone = set[int]()
         while True:
             self._row = None
