@@ -33,8 +33,9 @@ def ids_of(*words: str) -> list[int]:
     return [IDS[word] for word in words]
 
 
-SYSTEM = ids_of("<system>", *(word for n in range(TOOLS) for word in ("<call>", f"tool{n}", "<obs>", "<end>")))
-"""What every prompt begins with: the tools that there are."""
+SYSTEM = ids_of("<system>", *("<call>", "<obs>", "<ans>", "<end>") * 4)
+"""What every prompt begins with: the form of an episode, long enough for calls to share it. It names no tool, see
+docs/log.md."""
 
 
 @dataclass(frozen=True)
