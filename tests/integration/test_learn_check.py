@@ -23,7 +23,7 @@ TASK = world.Task(kind=0, thing=3)
 
 @pytest.mark.slow
 def test_one_seed_learns_from_a_device_that_is_ten_updates_behind() -> None:
-    wanted = "--variants stale-10 --seeds 0 --updates 90 --jobs 1 --json".split()
+    wanted = ["--variants", "stale-10", "--seeds", "0", "--updates", "90", "--jobs", "1", "--json"]
     command = [sys.executable, "-m", "learn_check", *wanted]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380)
