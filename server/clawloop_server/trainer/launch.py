@@ -70,14 +70,15 @@ def launch(count: int, command: Sequence[str]) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         processes = [_start(rank, count, command, listener=listener) for rank in range(count)]
     try:
         return _watch(processes, stopping)
     finally:
         _kill(processes)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(rank: int, count: int, command: Sequence[str], *, listener: socket.socket) -> subprocess.Popen[bytes]:
