@@ -94,6 +94,22 @@ def test_the_public_function_takes_the_mask_as_it_is() -> None:
         assert torch.allclose(found, dense(query, key, value, end_T), atol=1e-10)
 
 
+def test_rows_of_other_lengths_and_shapes_are_not_compiled_for_again() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()  # type: ignore[no-untyped-call]
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    seen = []
+    with torch.no_grad():
+        for size in (256, 640, 384, 512, 768):
+            query, key = torch.zeros(1, 4, size, 16), torch.zeros(1, 2, size, 16)
+            mask = block_mask(ends(size, size, restarts=0.02))
+            compiled(query, key, key, block_mask=mask, scale=0.25, enable_gqa=True)
+            seen.append(counter.frame_count)
+    assert seen[1:] == [seen[1]] * 4
+
+
 def scored(model: Any, row: PackedRow) -> tuple[Tensor, dict[str, Tensor]]:
     logprobs_P, _ = score_row(model, row)
     torch.autograd.backward((logprobs_P * row.advantage_P).sum())
