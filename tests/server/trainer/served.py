@@ -13,6 +13,12 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -55,11 +61,26 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHARED = {"mlp_only_layers": [], "shared_expert_intermediate_size": 64, "norm_topk_prob": False}
+"""as Qwen2-MoE is; mlx-lm does not look at the first and the last"""
+MORE_KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama3": (LlamaForCausalLM, LlamaConfig, {"rope_scaling": ROPE | {"original_max_position_embeddings": 64}}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2-moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, EXPERTS | SHARED),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 8, "num_experts_per_tok": 2}),
+}
+
+
 def random_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A model of that kind in float32."""
-    model, config, own = KINDS[kind]
+    """A model of that kind in float32; biases too are random."""
+    model, config, own = (KINDS | MORE_KINDS)[kind]
     torch.manual_seed(seed)
-    return model(config(**(SIZES | own | changes))).eval()
+    made = model(config(**(SIZES | own | changes))).eval()
+    for name, parameter in made.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter.data)
+    return made
 
 
 def save_as_hub(model: Any, folder: Path) -> Path:
@@ -67,8 +88,11 @@ def save_as_hub(model: Any, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    if "num_local_experts" in config:
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope != {"rope_type": "default"}:
+        config["rope_scaling"] = rope
+    if config["model_type"] != "mixtral" and "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -33,7 +33,7 @@ from clawloop_shared.lora import (
 from clawloop_shared.model_line import read_shape
 from clawloop_shared.safetensors_header import read_header
 
-from .served import KINDS, convert, mlx_logits, mlx_model, random_model, save_as_hub, torch_logits
+from .served import KINDS, MORE_KINDS, convert, mlx_logits, mlx_model, random_model, save_as_hub, torch_logits
 
 IDS = [(7 * n * n + 3 * n) % 318 + 2 for n in range(90)]
 """more than 64 picks of experts, from which on MLX sorts them"""
@@ -67,6 +67,16 @@ def test_logits_are_those_of_mlx(
     assert gap(folder) < 1e-4
     whole, own = torch_logits(load_base(hub(kind)), IDS), torch_logits(load_base(folder), IDS)
     assert float((whole - own).abs().max()) > 0.05 if bits else torch.equal(whole, own)
+
+
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_other_architectures_of_the_same_layers_work_too(kind: str, hub: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = convert(hub(kind), tmp_path, bits=4)
+    assert gap(folder) < 1e-4
+    targets = TrainEngine.open(folder, TrainSettings(rank=2)).settings.target_modules
+    assert (
+        targets == read_shape(folder).targets(LINEARS) == (ATTENTION if kind in ("mixtral", "qwen2-moe") else LINEARS)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
