@@ -98,7 +98,7 @@ def test_rows_of_other_lengths_and_shapes_are_not_compiled_for_again() -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    counter = CompileCounter()  # type: ignore[no-untyped-call]
+    counter = CompileCounter()
     compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
     seen = []
     with torch.no_grad():
