@@ -26,6 +26,7 @@ LONGEST_FIRST = (
     "edge/test_engine_lasting.py",
     "edge/pool/test_backup.py",
     "integration/test_canaries.py",
+    "server/trainer/test_distributed.py",
     "edge/gateway/test_trajectories.py",
     "edge/test_engine_grammar.py",
     "edge/test_upstream_exact.py",
