@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from clawloop_server.trainer.attention import use_flex, why_not_flex
+from clawloop_server.trainer.memory import is_out_of_memory, release
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.errors import ConfigError
 
@@ -171,3 +172,28 @@ def arithmetic(base: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+
+
+@contextlib.contextmanager
+def exact(base: Any) -> Iterator[None]:
+    """Within it a transformers model (not wrapped) of 16-bit numbers has the same ones in float32, as a device has that
+    checks a probe; afterwards it is as it was, bit for bit. Where memory is short for that, it says so and stays."""
+    halves = [(p, p.dtype) for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        try:
+            for parameter, _ in halves:
+                parameter.data = parameter.data.float()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning("no memory for a float32 copy of the base: the probe has its own, rougher numbers")
+            _put_back(halves)
+        yield
+    finally:
+        _put_back(halves)
+
+
+def _put_back(halves: list[tuple[Any, torch.dtype]]) -> None:
+    for parameter, dtype in halves:
+        parameter.data = parameter.data.to(dtype)
+    release()

@@ -33,7 +33,7 @@ from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.attention import uses_flex
 from clawloop_server.trainer.base import adapted, attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
-from clawloop_server.trainer.device import Machine, is_checkpointed, prepare, resolve
+from clawloop_server.trainer.device import Machine, exact, is_checkpointed, prepare, resolve
 from clawloop_server.trainer.generation import Reply, Sampling, generate
 from clawloop_server.trainer.losses import Calls, Distance, LossInputs, Sums, cut_log_ratio, policy_loss
 from clawloop_server.trainer.memory import (
@@ -177,7 +177,7 @@ class TrainEngine:
         """A row budget from the memory that is free now."""
         base, device = bare(self.model), self._device
         need = estimate(base, checkpointing=is_checkpointed(base), flex=uses_flex(base))
-        if device.type == "cuda":
+        if device.type == "cuda" and self._world.size == 1:  # out of memory in one process, the others would wait
             need = measure(self._trial, device, estimated=need)
         return row_budget(need, free_bytes=free_bytes(device))
 
@@ -333,13 +333,18 @@ class TrainEngine:
         self._optimizer.zero_grad()
         return norm
 
-    def logprobs(self, samples: Sequence[Sample], *, adapter: bool = True) -> list[list[float]]:
+    def logprobs(
+        self, samples: Sequence[Sample], *, adapter: bool = True, in_float32: bool = False
+    ) -> list[list[float]]:
         """For each sample the logprobs of its trained tokens at its temperature, under the adapter or the bare base.
+
+        `in_float32`, whatever the base's own numbers are; several processes, each with a part of it, use these.
 
         Raises:
             OversizedSamples: what does not fit the memory alone.
         """
-        return self._in_rows(lambda: self._find_logprobs(samples, adapter=adapter))
+        with exact(bare(self.model)) if in_float32 and self._world.size == 1 else nullcontext():
+            return self._in_rows(lambda: self._find_logprobs(samples, adapter=adapter))
 
     @torch.no_grad()
     def _find_logprobs(self, samples: Sequence[Sample], *, adapter: bool) -> list[list[float]]:

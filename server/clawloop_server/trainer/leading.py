@@ -69,9 +69,10 @@ class Logprobs(Command, frozen=True, tag=True):
 
     samples: list[Sample]
     adapter: bool
+    in_float32: bool
 
     def on(self, engine: TrainEngine) -> list[list[float]]:
-        return TrainEngine.logprobs(engine, self.samples, adapter=self.adapter)
+        return TrainEngine.logprobs(engine, self.samples, adapter=self.adapter, in_float32=self.in_float32)
 
 
 class Generate(Command, frozen=True, tag=True):
@@ -164,8 +165,10 @@ class LeadingEngine(TrainEngine):
         found: float = self._all(OptimStep(lr))
         return found
 
-    def logprobs(self, samples: Sequence[Sample], *, adapter: bool = True) -> list[list[float]]:
-        found: list[list[float]] = self._all(Logprobs(list(samples), adapter))
+    def logprobs(
+        self, samples: Sequence[Sample], *, adapter: bool = True, in_float32: bool = False
+    ) -> list[list[float]]:
+        found: list[list[float]] = self._all(Logprobs(list(samples), adapter, in_float32))
         return found
 
     def generate(self, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:

@@ -388,7 +388,7 @@ class Worker:
             logprobs=[0.0] * (size - 1),
             advantages=[0.0] * (size - 1),
         )
-        return Probe(ids=self._probe_ids, logprobs=self._engine.logprobs([sample])[0])
+        return Probe(ids=self._probe_ids, logprobs=self._engine.logprobs([sample], in_float32=True)[0])
 
     # the gate
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clawloop_server.trainer.attention import uses_flex
 from clawloop_server.trainer.base import attach_adapter, load_base
-from clawloop_server.trainer.device import Machine, Placement, arithmetic, prepare, resolve
+from clawloop_server.trainer.device import Machine, Placement, arithmetic, exact, prepare, resolve
+from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.packing import pack
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
@@ -117,6 +118,40 @@ def test_a_bfloat16_base_has_float32_adapters_gradients_and_logprobs(tiny_folder
     for name, gradient in found.items():
         cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0)
         assert float(cosine) > 0.98, name
+
+
+def test_a_probe_has_the_numbers_of_float32_and_leaves_the_base_as_it_was(tiny_folder: Path, session: Session) -> None:
+    half = TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype="bfloat16"))
+    full = TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype="float32"))
+    for mine, theirs in zip(full.model.parameters(), half.model.parameters(), strict=True):
+        mine.data = theirs.data.float()
+    before = [p.detach().clone() for p in half.model.parameters()]
+    samples = session()
+    found, wanted, rough = half.logprobs(samples, in_float32=True), full.logprobs(samples), half.logprobs(samples)
+    assert found == wanted
+    assert rough != wanted
+    assert all(torch.equal(p, b) and p.dtype == b.dtype for p, b in zip(half.model.parameters(), before, strict=True))
+
+
+def test_without_memory_for_float32_a_probe_has_the_base_s_own_numbers(
+    tiny_folder: Path, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype="bfloat16"))
+    wanted, made = half.logprobs(session()), list[int]()
+    plain = torch.Tensor.float
+
+    def short(tensor: torch.Tensor) -> torch.Tensor:
+        made.append(1)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return plain(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "float", short)
+        with exact(bare(half.model)):
+            patched.undo()
+            assert half.logprobs(session()) == wanted
+    assert "no memory for a float32 copy" in caplog.text
 
 
 def calls_of_layers(model: Any) -> list[int]:
