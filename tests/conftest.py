@@ -15,6 +15,9 @@ from demoworld import stage
 LONGEST_FIRST = (
     "integration/test_wire_capture.py",
     "integration/test_mixed_load.py",
+    "server/trainer/test_distributed.py",
+    "server/trainer/test_resume.py",
+    "integration/test_learn_check.py",
     "integration/test_loop.py",
     "integration/test_learn_check.py",
     "server/trainer/test_resume.py",
@@ -26,6 +29,7 @@ LONGEST_FIRST = (
     "edge/test_engine_lasting.py",
     "edge/pool/test_backup.py",
     "integration/test_canaries.py",
+    "server/trainer/test_trainer_quantised.py",
     "server/trainer/test_distributed.py",
     "edge/gateway/test_trajectories.py",
     "edge/test_engine_grammar.py",
