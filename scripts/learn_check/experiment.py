@@ -98,6 +98,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     k3: float
     kept: float
     first_k3: float
+    largest_k3: float
+    """of all updates; that of the first knows only an adapter whose B is zero"""
     largest_version_gap: int
     refused_rounds: list[str]
     seconds: float
@@ -156,6 +158,7 @@ class Run:
             k3=fmean(drifts),
             kept=fmean(update["kept"] for update in metrics),
             first_k3=drifts[0],
+            largest_k3=max(drifts),
             largest_version_gap=max(gaps),
             refused_rounds=refused,
             seconds=time.perf_counter() - began,

@@ -31,7 +31,7 @@ def test_one_seed_learns_from_a_device_that_is_ten_updates_behind() -> None:
     report = json.loads(done.stdout)
     (outcome,) = msgspec.convert(report["outcomes"], list[Outcome])
     assert (outcome.variant, outcome.seed, len(outcome.curve)) == ("stale-10", 0, 90)
-    assert [verdict["failed"] for verdict in report["verdicts"]] == [{}, {}]
+    assert [verdict["failed"] for verdict in report["verdicts"]] == [{}, {}, {}]
     assert outcome.first_k3 > 1e-6, "the device samples with the very weights that learn: it is not quantised"
     assert outcome.largest_version_gap == 1, "what is sampled after a round is of the version before it"
 
@@ -105,7 +105,7 @@ def test_how_fast_a_run_was_is_where_five_in_a_row_reach_it() -> None:
     assert reached([0.5] * 20) is None
 
 
-def outcome_of(variant: str, *, before: float, after: float, device: float, first_k3: float = 0.0) -> Outcome:
+def outcome_of(variant: str, *, before: float, after: float, device: float) -> Outcome:
     return Outcome(
         variant=variant,
         seed=2,
@@ -116,7 +116,8 @@ def outcome_of(variant: str, *, before: float, after: float, device: float, firs
         updates_to_reached=None,
         k3=0.0,
         kept=1.0,
-        first_k3=first_k3,
+        first_k3=0.0,
+        largest_k3=0.0,
         largest_version_gap=0,
         refused_rounds=[],
         seconds=1.0,
@@ -129,8 +130,12 @@ def outcome_of(variant: str, *, before: float, after: float, device: float, firs
         (outcome_of("fresh", before=0.2, after=0.8, device=0.8), {"before": Score(0.2, 0.2, 0.36)}),
         (outcome_of("stale-10", before=0.2, after=0.8, device=0.8), {"after": Score(0.74, 1.0, 0.8)}),
         (outcome_of("stale-30", before=0.2, after=0.8, device=0.8), {"after": Score(0.8, 1.0, 0.74)}),
-        (outcome_of("same-base", before=0.2, after=0.8, device=0.8), {"first_k3": 1e-4}),
-        (outcome_of("ignored", before=0.2, after=0.0, device=0.0), {"after": Score(0.5, 0.5, 0.0)}),
+        (outcome_of("same-base", before=0.2, after=0.8, device=0.8), {"largest_k3": 1e-4}),
+        *(
+            (outcome_of(name, before=0.2, after=0.8, device=0.8), {"refused_rounds": ["its entropy rose"]})
+            for name in ("fresh", "same-base", "stale-10", "stale-30")
+        ),
+        (outcome_of("ignored", before=0.2, after=0.24, device=0.0), {"after": Score(0.26, 0.0, 0.0)}),
         (outcome_of("shuffled", before=0.2, after=0.0, device=0.0), {"after": Score(0.3, 0.0, 0.2)}),
     ],
     ids=lambda value: value.variant if isinstance(value, Outcome) else "",
@@ -141,3 +146,15 @@ def test_each_variant_can_fail(good: Outcome, changed: dict[str, object]) -> Non
     assert [
         list(verdict.failed) for verdict in judge([good, msgspec.structs.replace(bad, seed=3)]) if verdict.failed
     ] == [[3]]
+
+
+def test_ignoring_the_ratio_must_cost_something_beside_the_same_seed_with_it() -> None:
+    corrected = outcome_of("stale-10", before=0.2, after=0.8, device=0.76)
+    near = msgspec.structs.replace(corrected, seed=3, after=Score(0.5, 0.5, 0.5))
+    ignored = [
+        msgspec.structs.replace(outcome_of("ignored", before=0.2, after=0.22, device=0.1), seed=n) for n in (2, 3)
+    ]
+    last = judge([corrected, near, *ignored])[-1]
+    assert "below stale-10" in last.demand
+    assert list(last.failed) == [3]
+    assert judge([corrected, *ignored])[-1].failed == {3: "stale-10 has not run"}
