@@ -24,7 +24,7 @@ from clawloop_shared.database import open_database
 from clawloop_shared.envelope import derive_key
 from clawloop_shared.errors import KeyMissing, StorageError
 from clawloop_shared.ids import new_id
-from clawloop_shared.messages import ItemReceived, UploadItem
+from clawloop_shared.messages import ForgetRequest, ItemReceived, UploadItem
 from clawloop_shared.records import Channel, Signal, Step, StepBatch, Target
 
 Make = Callable[..., Any]
@@ -190,6 +190,33 @@ def test_a_flood_of_signals_on_one_target_is_bounded_and_cheap(
     assert stats.set_aside == {Reason.TOO_MANY: 1000}
 
 
+@pytest.mark.parametrize(("limit", "value"), [("STEPS", 3), ("TOKENS", 17)])
+def test_a_trajectory_is_bounded_whatever_it_is_sent_in(
+    vault: Vault,
+    device: str,
+    make_step: Make,
+    make_signal: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(f"clawloop_server.vault.receiving.MAX_TRAJECTORY_{limit}", value)
+    steps = [make_step(run_id="long", created_ms=n) for n in range(6)]
+    assert {len(step.prompt_ids) + len(step.response_ids) for step in steps} == {5}
+    vault.receive(device, [item(steps[:2], [make_signal(Target.RUN, "long")])])
+    vault.receive(device, [item([*steps[2:], make_step(run_id="other")], [make_signal(Target.RUN, "other")])])
+    vault.receive(device, [item(steps[:2])])
+    (found, other) = vault.ready(steps[0].policy.line, 9)
+    assert (found.steps, len(other.steps)) == (steps[:3], 1), "what else is in an item is kept"
+    assert vault.stats().set_aside == {Reason.LONG_TRAJECTORY: 3}
+    request = ForgetRequest(request_id="one", device_id=device, at_ms=50, record_ids=[steps[0].step_id])
+    assert vault.forget(request).deleted >= 1
+    last = make_step(run_id="long", created_ms=9)
+    vault.receive(device, [item([last, make_step(run_id="long")])])
+    ready = [trajectory.steps for trajectory in vault.ready(steps[0].policy.line, 9)]
+    assert ready == [other.steps, [*steps[1:3], last]], "what was forgotten leaves room"
+
+
 def test_an_item_that_is_nested_too_deeply_is_set_aside(vault: Vault, device: str) -> None:
     deep = b"\x82\xa4type\xa8steps.v1\xa1x" + b"\x91" * 200_000 + b"\xc0"
     body = b"CLW\x01\x08steps.v1" + zstandard.ZstdCompressor().compress(deep)
@@ -278,7 +305,7 @@ from clawloop_server.release.keys import load_master_key
 from clawloop_server.vault.store import Vault
 from clawloop_shared import wire
 from clawloop_shared.ids import new_id, new_step_id
-from clawloop_shared.messages import ItemReceived, UploadItem
+from clawloop_shared.messages import ForgetRequest, ItemReceived, UploadItem
 from clawloop_shared.records import Policy, Sampling, Signal, Step, StepBatch, Target
 home = open_home(Path(sys.argv[1]))
 vault = Vault.open(home, load_master_key(home))

@@ -283,7 +283,10 @@ def _settle(database: ServerDatabase) -> list[str]:
     rounds = [row[0] for row in database.rows(consumed)]
     groups = [row[0] for row in database.rows(f"SELECT DISTINCT group_id {touched}")]
     empty = "(SELECT key FROM temp.touched WHERE NOT EXISTS (SELECT 1 FROM steps WHERE trajectory_id = key))"
-    database.run("UPDATE trajectories SET account = NULL WHERE trajectory_id IN temp.touched")
+    database.run(
+        "UPDATE trajectories SET account = NULL, (steps, tokens) = (SELECT count(*), coalesce(sum(s.tokens), 0)"
+        " FROM steps s WHERE s.trajectory_id = trajectories.trajectory_id) WHERE trajectory_id IN temp.touched"
+    )
     database.run(
         f"UPDATE trajectories SET state = 'shredded' WHERE trajectory_id IN {empty}"  # noqa: S608 constant text
         " AND round_id IS NOT NULL"

@@ -21,6 +21,9 @@ MAX_TARGET_SIGNALS = 256
 """of one step, run, session or trajectory; a reward reads them all"""
 MAX_GROUP = 4096
 """trajectories of one group, and the largest size that may be told of one"""
+MAX_TRAJECTORY_STEPS = 4096
+MAX_TRAJECTORY_TOKENS = 16 << 20
+"""of all its steps, each counted whole; a round reads a trajectory as one, some 40 bytes a token"""
 MAX_COMMENT_CHARS = 16_384
 """four times what a device takes: redaction may lengthen it"""
 MAX_EVIDENCE_CHARS = 1024
@@ -55,6 +58,8 @@ class Reason(StrEnum):
     """its target was judged by so many before that one more tells nothing"""
     LARGE_GROUP = "group too large"
     """its group has so many trajectories that one more is not taken"""
+    LONG_TRAJECTORY = "trajectory too long"
+    """its trajectory has so many steps or tokens that this one is not taken"""
     CHANGED = "changed"
     """the same id was sent before with other content"""
 

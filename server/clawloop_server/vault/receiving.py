@@ -17,6 +17,8 @@ from clawloop_server.vault.groups import TrajectoryState
 from clawloop_server.vault.intake import (
     MAX_GROUP,
     MAX_TARGET_SIGNALS,
+    MAX_TRAJECTORY_STEPS,
+    MAX_TRAJECTORY_TOKENS,
     Intake,
     Reason,
     Refused,
@@ -124,9 +126,15 @@ class Receiver:
         if trajectory_id is None:
             self._set_aside(refuse(Reason.LARGE_GROUP, f"its group has {MAX_GROUP} trajectories", record=step))
             return
+        tokens = len(step.prompt_ids) + len(step.response_ids)
+        if not self._has_room(trajectory_id, tokens):
+            limits = f"{MAX_TRAJECTORY_STEPS} steps or {MAX_TRAJECTORY_TOKENS} tokens"
+            detail = f"with its {tokens} tokens its trajectory would have more than {limits}"
+            self._set_aside(refuse(Reason.LONG_TRAJECTORY, detail, record=step))
+            return
         names = [seal.name("run", step.run_id), seal.name("session", step.session_id)]
         names.append(seal.name("trajectory", step.trajectory_id) if step.trajectory_id else b"")
-        facts = [trajectory_id, seal.digest(plain), len(step.prompt_ids) + len(step.response_ids)]
+        facts = [trajectory_id, seal.digest(plain), tokens]
         left_out = database.count(
             "SELECT left_out FROM marks WHERE device_id = ? AND step_key = ?", [seal.device_id, key]
         )
@@ -134,7 +142,8 @@ class Receiver:
             "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [seal.device_id, key, *names, *facts, seal.seal("steps", key, plain=plain), item_key, left_out],
         )
-        database.run("UPDATE trajectories SET classified = 0 WHERE trajectory_id = ?", [trajectory_id])
+        sql = "UPDATE trajectories SET classified = 0, steps = steps + 1, tokens = tokens + ? WHERE trajectory_id = ?"
+        database.run(sql, [tokens, trajectory_id])
         standing.enter(database, trajectory_id, size=step.group_size if step.group_id else 0)
         self._touched[trajectory_id] = None
 
@@ -157,6 +166,11 @@ class Receiver:
             [trajectory_id, seal.device_id, line, channel, TrajectoryState.OPEN, self._now_ms, group_id],
         )
         return trajectory_id
+
+    def _has_room(self, trajectory_id: str, tokens: int) -> bool:
+        sql = "SELECT steps, tokens FROM trajectories WHERE trajectory_id = ?"
+        ((steps, before),) = self._database.rows(sql, [trajectory_id])
+        return bool(steps < MAX_TRAJECTORY_STEPS and before + tokens <= MAX_TRAJECTORY_TOKENS)
 
     # signals
 

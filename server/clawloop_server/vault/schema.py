@@ -119,6 +119,13 @@ CREATE TABLE pins (
 CREATE INDEX pins_by_round ON pins (round_id, at_update, place);
 """
 
+_LENGTHS = """
+ALTER TABLE trajectories ADD COLUMN steps INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE trajectories ADD COLUMN tokens INTEGER NOT NULL DEFAULT 0;
+UPDATE trajectories SET (steps, tokens) =
+  (SELECT count(*), coalesce(sum(s.tokens), 0) FROM steps s WHERE s.trajectory_id = trajectories.trajectory_id);
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -141,6 +148,10 @@ def _pins(database: Database) -> None:
     _run(database, _PINS)
 
 
+def _lengths(database: Database) -> None:
+    _run(database, _LENGTHS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
@@ -153,4 +164,4 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified, _pins])
+    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified, _pins, _lengths])
