@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from clawloop_server.errors import TrainerError
 from clawloop_shared.errors import ConfigError
 
 LISTENER = "CLAWLOOP_TRAINER_LISTENER"
@@ -46,24 +47,39 @@ def find_seat(environment: Mapping[str, str]) -> Seat | None:
     """The seat that torchrun or launch.py gave this process; None if it is alone.
 
     Raises:
-        ConfigError: half of a seat.
+        ConfigError: half of a seat, or one that is no number.
     """
-    if int(environment.get("WORLD_SIZE", "1")) < 2:
+    if "MASTER_ADDR" not in environment:
+        return None  # SLURM and MPI count processes by these names too, and gave us no place to meet
+    size = _whole(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
+    if size < 2:
         return None
     try:
-        rank, size, local = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, local = (_whole(environment, name) for name in ("RANK", "LOCAL_RANK"))
     except KeyError as error:
+        raise ConfigError(f"WORLD_SIZE is {size}, but {error} is not set; start by torchrun") from error
+    if not 0 <= rank < size or not 0 <= local < size:
+        raise ConfigError(f"RANK {rank} and LOCAL_RANK {local} are not in 0..{size - 1}; start by torchrun")
+    node = _whole(environment, "GROUP_RANK") if "GROUP_RANK" in environment else 0
+    return Seat(rank, size, local, node, _whole(environment, LISTENER) if environment.get(LISTENER) else None)
+
+
+def _whole(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError as error:
         raise ConfigError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {error} is not set; start by torchrun"
+            f"{name} is {environment[name]!r:.50}, not a number; unset it, or start by torchrun"
         ) from error
-    listener = environment.get(LISTENER)
-    return Seat(rank, size, local, int(environment.get("GROUP_RANK", "0")), int(listener) if listener else None)
 
 
 def launch(count: int, command: Sequence[str]) -> int:
     """Run `command` as `count` processes until all end; the exit code. What fails is one line on stderr.
 
-    All end when one fails, on SIGTERM, and when our parent ends.
+    All end when one fails or cannot be started, on SIGTERM, and when our parent ends.
+
+    Raises:
+        TrainerError: one cannot be started.
     """
     stopping: list[int] = []
 
@@ -71,9 +87,11 @@ def launch(count: int, command: Sequence[str]) -> int:
         stopping.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        processes = [_start(rank, count, command, listener=listener) for rank in range(count)]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(count):
+                processes.append(_start(rank, count, command, listener=listener))
         return _watch(processes, stopping)
     finally:
         _kill(processes)
@@ -94,13 +112,18 @@ def _start(rank: int, count: int, command: Sequence[str], *, listener: socket.so
         LISTENER: listener.fileno(),
     }
     sockets = {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
-    return subprocess.Popen(
-        command,
-        env=os.environ | sockets | {name: str(value) for name, value in seat.items()},
-        stdin=subprocess.DEVNULL,
-        stdout=None if rank == 0 else sys.stderr.fileno(),
-        pass_fds=(listener.fileno(),) if rank == 0 else (),
-    )
+    try:
+        return subprocess.Popen(
+            command,
+            env=os.environ | sockets | {name: str(value) for name, value in seat.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else sys.stderr.fileno(),
+            pass_fds=(listener.fileno(),) if rank == 0 else (),
+        )
+    except OSError as error:
+        raise TrainerError(
+            f"process {rank} of {count} could not be started: {error}; free memory, or set [train] processes lower"
+        ) from error
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]], stopping: Sequence[int]) -> int:

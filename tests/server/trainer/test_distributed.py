@@ -212,10 +212,34 @@ def test_the_launcher_stops_the_first_process_and_then_the_others(capfd: pytest.
 def test_a_seat_is_whole_or_none() -> None:
     assert find_seat({}) is None
     assert find_seat({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}) is None
-    seat = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
+    assert find_seat({"RANK": "x", "WORLD_SIZE": "4"}) is None, "another launcher's names"
+    met = {"MASTER_ADDR": "127.0.0.1"}
+    seat = met | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
     assert find_seat(seat) == Seat(rank=3, size=4, local_rank=1, node=1)
     with pytest.raises(ConfigError, match="'LOCAL_RANK' is not set"):
-        find_seat({"RANK": "3", "WORLD_SIZE": "4"})
+        find_seat(met | {"RANK": "3", "WORLD_SIZE": "4"})
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
+        with pytest.raises(ConfigError, match=f"^{name} is 'two', not a number"):
+            find_seat(seat | {name: "two"})
+    with pytest.raises(ConfigError, match=r"RANK 4 and LOCAL_RANK 1 are not in 0\.\.3"):
+        find_seat(seat | {"RANK": "4"})
+
+
+def test_when_a_process_cannot_be_started_those_before_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, really = list[subprocess.Popen[bytes]](), subprocess.Popen
+
+    def start(*given: Any, **named: Any) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise OSError("no memory for another process")
+        started.append(really(*given, **named))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainerError, match="process 2 of 3 could not be started: no memory"):
+        launch(3, script("time.sleep(300)"))
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_base_of_other_hashes_is_refused_on_another_machine(home: Home, base: Base) -> None:
