@@ -199,7 +199,7 @@ Sampler = Callable[[Sequence[Sequence[int]], int], list[Reply]]
 
 
 def play(tasks: Sequence[Task], sampler: Sampler, *, renderer: Renderer, samples: int) -> Scores:
-    """Play every task `samples` times, all at once: one batch of prompts a turn."""
+    """Play every task `samples` times, all at once: one call of the sampler a turn."""
     episodes = [Episode(task, list(task.messages)) for task in tasks for _ in range(samples)]
     turn = 0
     while going := [episode for episode in episodes if episode.open]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -13,9 +14,57 @@ from clawloop_server.home import Home
 from clawloop_server.release.gate import GateSettings
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Reply, Sampling
+from clawloop_server.trainer.memory import is_out_of_memory, release
 from clawloop_server.trainer.tasks import Scores, Task, TemplateRenderer, load_tasks, play
 from clawloop_server.vault.store import lineage_root
 from clawloop_shared.files import sha256_file
+
+_log = logging.getLogger("clawloop.trainer")
+CACHE_TOKENS = 1 << 15
+"""positions that the key-value cache of one batch may have; 4.5 GiB for the shape of Qwen3-4B in bfloat16"""
+
+
+@dataclass
+class Batches:
+    """Generates for many prompts, as many at once as `cache_tokens` have room for, each with its whole reply.
+
+    What is one batch follows from the lengths of the prompts. Each batch has a seed of its own, by the place of its
+    first prompt. Where the memory does not suffice, batches are half as large from then on.
+    """
+
+    cache_tokens: int = CACHE_TOKENS
+
+    def generate(self, engine: TrainEngine, prompts: Sequence[Sequence[int]], *, sampling: Sampling) -> list[Reply]:
+        """One reply for each prompt."""
+        found: list[Reply] = []
+        while len(found) < len(prompts):
+            size = self._fitting(prompts[len(found) :], sampling.max_tokens)
+            batch = prompts[len(found) : len(found) + size]
+            seeded = replace(sampling, seed=sampling.seed + (len(found) << 32))
+            try:
+                found += engine.generate(batch, sampling=seeded)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            self.cache_tokens = _positions(batch[: size // 2], sampling.max_tokens)
+            _log.warning("no memory for %d episodes of the gate at once: %d from now on", size, size // 2)
+            release()
+        return found
+
+    def _fitting(self, prompts: Sequence[Sequence[int]], reply: int) -> int:
+        """How many of the first prompts make a batch, at least one."""
+        longest = 0
+        for count, prompt in enumerate(prompts):
+            longest = max(longest, len(prompt))
+            if count and (count + 1) * (longest + reply) > self.cache_tokens:
+                return count
+        return len(prompts)
+
+
+def _positions(prompts: Sequence[Sequence[int]], reply: int) -> int:
+    """Of the cache of a batch: prompts are padded to the longest, what they share is there for each."""
+    return len(prompts) * (max(map(len, prompts)) + reply)
 
 
 @dataclass(frozen=True)
@@ -27,6 +76,7 @@ class Gate:
     suite: str
     renderer: TemplateRenderer
     eos_ids: frozenset[int]
+    batches: Batches = field(default_factory=Batches)
 
     @classmethod
     def open(cls, config: ServerConfig, home: Home, *, engine: TrainEngine, tokenizer: Any) -> Gate:
@@ -55,7 +105,7 @@ class Gate:
                 temperature=self.settings.temperature,
                 seed=seed + turn,
             )
-            return engine.generate(prompts, sampling=sampling)
+            return self.batches.generate(engine, prompts, sampling=sampling)
 
         return play(self.tasks, sample, renderer=self.renderer, samples=self.settings.samples)
 
