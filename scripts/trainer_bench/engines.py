@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -22,7 +23,10 @@ RANK = 16
 OPEN_LOSS = LossSettings(
     kl_beta=0.0, opsm_delta=math.inf, veto=0.0, max_trajectory_share=1.0, max_staleness_versions=1 << 20
 )
-"""no mask and no share that asks what else is in a row: so that the loss of a session is the sum of its calls'"""
+"""no mask and no share that asks what else is in a row: so that the loss of a session is the sum of its calls'. No
+distance to the base either, as TRL has it (its beta is 0)"""
+TRAINED_LOSS = msgspec.structs.replace(OPEN_LOSS, kl_beta=LossSettings().kl_beta)
+"""the same with the distance to the base that a round has: one more forward, without the adapter"""
 MAX_DRIFT = 0.05
 """nats a token between the policy that sampled and the current one, at most"""
 

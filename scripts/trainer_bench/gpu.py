@@ -6,16 +6,29 @@ Without sharing each call is a row of its own under torch's plain causal attenti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from clawloop_server.trainer.attention import uses_flex
+from clawloop_server.trainer.memory import release
+from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare
 from clawloop_server.trainer.settings import TrainSettings
-from trainer_bench.engines import RANK, counted, gradients, open_engine, random_folder, settings
+from trainer_bench.engines import (
+    OPEN_LOSS,
+    RANK,
+    TRAINED_LOSS,
+    counted,
+    gradients,
+    open_engine,
+    random_folder,
+    settings,
+)
 from trainer_bench.flops import matmul_rate, useful_flops
-from trainer_bench.measure import Times, in_turns, peak_of
+from trainer_bench.measure import Peak, Times, in_turns, peak_of
 from trainer_bench.report import Memory, Section, Target, Use, equality, row
 from trainer_bench.shapes import (
     LONG,
@@ -30,7 +43,7 @@ from trainer_bench.shapes import (
     shared_work,
     shorter,
 )
-from trainer_bench.sharing import step
+from trainer_bench.sharing import AND_BASE, step
 
 LEAST_USE = 0.4
 FLEX, CALLS = "FlexAttention, shared", "causal, a row a call"
@@ -98,7 +111,8 @@ def same_gradients(plan: Plan, kind: str) -> Section:
 
 
 def use(plan: Plan, kind: str) -> Section:
-    """Tokens a second, memory, and the part of the matrix rate that was of use."""
+    """Tokens a second, memory, and the part of the matrix rate that was of use (that without the distance to the base:
+    the operations of its forward are not counted). One engine after the other, so that memory is of one model."""
     device = torch.device(kind)
     sessions = [
         session(plan.shape, vocab=plan.model.vocab, seed=number, trajectory=number) for number in range(plan.sessions)
@@ -106,27 +120,51 @@ def use(plan: Plan, kind: str) -> Section:
     samples = [sample for each in sessions for sample in each]
     longest = max(shared_work(each).tokens for each in sessions)
     rate = matmul_rate(device, size=plan.matrix)
-    engines, memory = {}, []
+    taken: dict[str, Taken] = {}
     with random_folder(plan.model, device=kind, dtype=torch.bfloat16) as folder:
         for name, attention in ((FLEX, "flex"), (CALLS, "dense")):
-            engines[name] = open_engine(folder, _settings(kind, attention=attention, row_tokens=longest))
-    runs = {name: step(engine, samples, share=name == FLEX) for name, engine in engines.items()}
-    times = in_turns(runs, rounds=plan.rounds, device=device)
-    computed = {}
-    for name, engine in engines.items():
-        with counted(engine.model) as positions:
-            peak = peak_of(runs[name], device=device)
-        computed[name] = positions.count
-        memory.append(Memory(section=plan.name, contender=name, base_gib=peak.base, over_gib=peak.over))
+            given = _settings(kind, attention=attention, row_tokens=longest)
+            taken |= _taken(folder, given, samples, plan=plan, name=name)
+            release()  # so that what was there before the next is not the weights of this one
     rate = max(rate, matmul_rate(device, size=plan.matrix))  # the faster: use is not to look better than it is
     works = {FLEX: sum(map(shared_work, sessions), Work(0, 0, 0)), CALLS: call_work(samples)}
-    uses = [_use(plan, name, times[name], works[name], rate=rate) for name in runs]
+    uses = [_use(plan, name, taken[name].times, work, rate=rate) for name, work in works.items()]
+    tokens = works[CALLS].tokens
     return Section(
-        rows=[row(plan.name, n, times[n], tokens=works[CALLS].tokens, computed=computed[n]) for n in runs],
-        memory=memory,
+        rows=[row(plan.name, name, one.times, tokens=tokens, computed=one.computed) for name, one in taken.items()],
+        memory=[
+            Memory(section=plan.name, contender=name, base_gib=one.peak.base, over_gib=one.peak.over)
+            for name, one in taken.items()
+        ],
         uses=uses,
         targets=[Target(name=f"part of the matrix rate, {plan.name}", found=uses[0].part, at_least=LEAST_USE)],
     )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a contender took: times, memory, and positions that went through the model."""
+
+    times: Times
+    peak: Peak
+    computed: int
+
+
+def _taken(folder: Path, given: TrainSettings, samples: Sequence[Sample], *, plan: Plan, name: str) -> dict[str, Taken]:
+    """What an engine takes, without and with the distance to the base. Nothing of it is left in memory after."""
+    device = torch.device(given.device)
+    engine = open_engine(folder, given)
+    runs = {
+        named: step(engine, samples, share=name == FLEX, loss=loss)
+        for loss, named in ((OPEN_LOSS, name), (TRAINED_LOSS, f"{name}{AND_BASE}"))
+    }
+    times = in_turns(runs, rounds=plan.rounds, device=device)
+    found = {}
+    for named, run in runs.items():
+        with counted(engine.model) as positions:
+            peak = peak_of(run, device=device)
+        found[named] = Taken(times[named], peak, positions.count)
+    return found
 
 
 def _settings(kind: str, *, attention: str, row_tokens: int) -> TrainSettings:

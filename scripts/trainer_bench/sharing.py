@@ -13,12 +13,24 @@ import torch
 
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.rows import Sample
-from trainer_bench.engines import OPEN_LOSS, as_sampled, counted, gradients, open_engine, random_folder, settings
+from clawloop_server.trainer.settings import LossSettings
+from trainer_bench.engines import (
+    OPEN_LOSS,
+    TRAINED_LOSS,
+    as_sampled,
+    counted,
+    gradients,
+    open_engine,
+    random_folder,
+    settings,
+)
 from trainer_bench.measure import Times, in_turns
 from trainer_bench.report import CLOSE, Equality, Row, Section, Target, equality, faster, row
 from trainer_bench.shapes import APPEND_ONLY, OPENCLAW, QUICK, SMALL, SessionShape, call_work, session, shorter
 
 SHARED, UNSHARED = "shared", "a row a call"
+AND_BASE = ", kl_beta as trained"
+"""what is added to a name where the base computes its logprobs too"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,9 @@ class Case:
 CASES = (Case(APPEND_ONLY, 4.9, 4.0), Case(OPENCLAW, 3.0, 2.0))
 
 
-def step(engine: TrainEngine, samples: Sequence[Sample], *, share: bool) -> Callable[[], None]:
+def step(
+    engine: TrainEngine, samples: Sequence[Sample], *, share: bool, loss: LossSettings = OPEN_LOSS
+) -> Callable[[], None]:
     """A forward and backward of all samples: together, or each call by itself."""
     total = float(sum(len(sample.trained) for sample in samples))
     parts = [list(samples)] if share else [[sample] for sample in samples]
@@ -41,7 +55,7 @@ def step(engine: TrainEngine, samples: Sequence[Sample], *, share: bool) -> Call
     def run() -> None:
         engine.model.zero_grad(set_to_none=True)
         for part in parts:
-            engine.forward_backward(part, OPEN_LOSS, normalizer=total)
+            engine.forward_backward(part, loss, normalizer=total)
 
     return run
 
@@ -63,9 +77,13 @@ def compare(
     name: str,
     device: torch.device | None = None,
     close: float = CLOSE,
+    loss: LossSettings = OPEN_LOSS,
 ) -> Compared:
     """Both in turns on the same engine."""
-    runs = {SHARED: step(engine, samples, share=True), UNSHARED: step(engine, samples, share=False)}
+    runs = {
+        SHARED: step(engine, samples, share=True, loss=loss),
+        UNSHARED: step(engine, samples, share=False, loss=loss),
+    }
     positions, found = {}, {}
     for contender, run in runs.items():
         with counted(engine.model) as seen:
@@ -84,19 +102,22 @@ def rows_of(name: str, compared: Compared, *, tokens: int) -> list[Row]:
 
 
 def measure(*, rounds: int, threads: int, quick: bool) -> Section:
-    """Every case; if `quick`, on a smaller model and eight times shorter."""
+    """Every case, and again with the distance to the base; if `quick`, on a smaller model and eight times shorter.
+    Targets are those of the first."""
     model, found = QUICK if quick else SMALL, Section()
     with random_folder(model) as folder:
         engine = open_engine(folder, settings(threads=threads, device="cpu"))
     for case in CASES:
         shape = shorter(case.shape, 8) if quick else case.shape
         samples = as_sampled(engine, session(shape, vocab=model.vocab))
-        compared = compare(engine, samples, rounds=rounds, name=shape.name)
-        found += Section(
-            rows=rows_of(shape.name, compared, tokens=call_work(samples).tokens),
-            equalities=[compared.gradients],
-            targets=targets(case, compared),
-        )
+        tokens = call_work(samples).tokens
+        for loss, name in ((OPEN_LOSS, shape.name), (TRAINED_LOSS, f"{shape.name}{AND_BASE}")):
+            compared = compare(engine, samples, rounds=rounds, name=name, loss=loss)
+            found += Section(
+                rows=rows_of(name, compared, tokens=tokens),
+                equalities=[compared.gradients],
+                targets=targets(case, compared) if loss is OPEN_LOSS else [],
+            )
     return found
 
 

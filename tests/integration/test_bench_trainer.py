@@ -1,5 +1,7 @@
 """scripts/bench-trainer's own arithmetic, and that a short run of it works. No timing is judged."""
 
+import gc
+import weakref
 from itertools import takewhile
 from pathlib import Path
 
@@ -7,7 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.packing import pack
+from clawloop_server.trainer.settings import TrainSettings
 from trainer_bench import gpu, sharing, vocabulary
 from trainer_bench.engines import OPEN_LOSS, counted, gradients, open_engine, random_folder, save_random_model, settings
 from trainer_bench.flops import matmul_rate, useful_flops
@@ -143,16 +147,33 @@ def test_rates_and_use_are_quotients() -> None:
 def test_a_short_run_compares_sharing_with_none() -> None:
     found = sharing.measure(rounds=1, threads=1, quick=True)
     assert all(each.holds for each in found.equalities)
-    assert len(found.equalities) == len(sharing.CASES)
+    assert len(found.equalities) == 2 * len(sharing.CASES)
     for shared, unshared in zip(found.rows[::2], found.rows[1::2], strict=True):
-        assert unshared.computed == unshared.tokens == shared.tokens > 4 * shared.computed
+        forwards = 2 if shared.section.endswith(sharing.AND_BASE) else 1
+        assert unshared.computed == forwards * unshared.tokens == forwards * shared.tokens > 4 * shared.computed
 
 
-def test_the_gpus_part_runs_on_a_cpu_when_it_is_tiny() -> None:
-    found = gpu.measure(tiny=True)
+def test_the_gpus_part_runs_on_a_cpu_when_it_is_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[object]] = []
+
+    def opening(folder: Path, given: TrainSettings) -> TrainEngine:
+        gc.collect()
+        assert [each for each in opened if each()] == [], "a model of before is still in memory"
+        engine = open_engine(folder, given)
+        opened.append(weakref.ref(engine.model))
+        return engine
+
+    monkeypatch.setattr(gpu, "open_engine", opening)
+    found = gpu.use(gpu.TINY, "cpu")
+    monkeypatch.undo()
+    assert len(opened) == 2
+    found += gpu.same_gradients(gpu.TINY, "cpu")
     assert len(found.equalities) == 2
     assert all(each.holds for each in found.equalities)
-    assert [row.contender for row in found.rows] == [used.contender for used in found.uses] == [gpu.FLEX, gpu.CALLS]
+    assert [used.contender for used in found.uses] == [gpu.FLEX, gpu.CALLS]
+    for first, then in zip(found.rows[::2], found.rows[1::2], strict=True):
+        assert (then.contender, then.computed) == (first.contender + sharing.AND_BASE, 2 * first.computed)
+    assert [each.contender for each in found.memory] == [each.contender for each in found.rows]
     assert all(used.part > 0 for used in found.uses)
 
 
