@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from clawloop_edge.opening import open_pool
 from clawloop_edge.pool.finishing import unfinished
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
+from clawloop_edge.pool.retention import CLOCK, TRUSTED_AFTER_MS, Clock
 from clawloop_edge.pool.settings import RetentionSettings
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import ConsentLog, Recipient
@@ -316,5 +318,8 @@ async def test_the_edge_asks_for_deletions_at_level_off_until_they_are_signed(
 async def test_the_edge_lets_go_of_what_is_old_when_it_starts(edge: Callable[..., Edge], pool: Pool) -> None:
     for session, days in (("old", 31), ("young", 29)):
         pool.keep_step(kept(session, days_ago=days)).result()
+    now_ms = time.time_ns() // 1_000_000
+    gone_on = Clock(at_ms=now_ms, since_ms=now_ms - TRUSTED_AFTER_MS)  # only then does anything go for its age
+    pool.set_state(CLOCK, msgspec.msgpack.encode(gone_on)).result()
     await edge(pool, retention=msgspec.structs.replace(RetentionSettings(), free_floor_bytes=0)).start()
     await until(lambda: [session.session_id for session in pool.sessions()] == ["young"])

@@ -225,6 +225,19 @@ async def test_a_completed_trajectory_is_judged_at_once_with_its_metadata(pool: 
     )
 
 
+@pytest.mark.parametrize("turns", range(4))
+async def test_it_stops_though_something_new_comes_at_that_very_moment(pool: Pool, turns: int) -> None:
+    worker = worker_of(pool, Noting())
+    await worker.start()
+    news = worker._wake["judge"]
+    await until(lambda: bool(news._waiters))  # type: ignore[attr-defined]
+    news.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await worker.stop()
+
+
 async def test_a_crash_between_judging_and_keeping_gives_one_signal(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,6 +254,7 @@ words = st.lists(
         st.integers(0, 50),
     ),
     max_size=12,
+    unique_by=lambda word: word.signal_id,
 )
 
 

@@ -54,12 +54,16 @@ class LocalModel:
         """
         await self._quiet()
         try:
-            return await asyncio.wait_for(self._answer(question), self._within_s)
+            return await self._within(question)
         except RequestError:  # an engine that cannot force a form
             if question.schema is None:
                 raise
             free = msgspec.structs.replace(question, schema=None)
-            return await asyncio.wait_for(self._answer(free), self._within_s)
+            return await self._within(free)
+
+    async def _within(self, question: Question) -> str:
+        async with asyncio.timeout(self._within_s):
+            return await self._answer(question)
 
     async def _quiet(self) -> None:
         until = time.monotonic() + self._quiet_s

@@ -31,7 +31,8 @@ class Drain:
         """Refuse new calls from now on and wait for the others; False if some still ran when the time was up."""
         self.draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

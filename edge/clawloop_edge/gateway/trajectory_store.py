@@ -104,7 +104,8 @@ class Entry:
     async def idle(self, timeout_s: float) -> bool:
         """Wait until none of its calls runs; False if one still did when the time was up."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

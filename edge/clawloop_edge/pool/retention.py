@@ -35,7 +35,7 @@ JUMP_MS = 7 * _DAY_MS
 TRUSTED_AFTER_MS = _DAY_MS
 """for how long the clock must have gone on without a jump before anything goes for its age: one wrong date, or the
 right one after it, would make a whole life older than `days`"""
-_CLOCK = "retention.clock"
+CLOCK = "retention.clock"
 _OLDEST = "SELECT session_id, last_ms, size FROM sessions WHERE last_ms < ? ORDER BY last_ms, last_seq"
 _FULL = "SELECT session_id FROM sessions WHERE last_ms >= ? AND size >= ?"
 
@@ -235,9 +235,9 @@ class Retention:
         return found
 
     def _clock(self, now_ms: int) -> Clock:
-        before = self._pool.get_state(_CLOCK)
+        before = self._pool.get_state(CLOCK)
         clock = msgspec.msgpack.decode(before, type=Clock).then(now_ms) if before else Clock(now_ms, now_ms)
-        self._pool.set_state(_CLOCK, msgspec.msgpack.encode(clock)).result()
+        self._pool.set_state(CLOCK, msgspec.msgpack.encode(clock)).result()
         return clock
 
     def _lack(self, found: Plan) -> str:

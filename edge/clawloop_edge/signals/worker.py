@@ -172,7 +172,9 @@ class SignalWorker:
         loaded = await self._in_thread(lambda: self._load(scorer.name))
         if not loaded:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake[scorer.name].wait(), TICK_S)
+                # Python 3.11's wait_for loses a cancellation that comes with what it waits for: `stop` waited for ever.
+                async with asyncio.timeout(TICK_S):
+                    await self._wake[scorer.name].wait()
             self._wake[scorer.name].clear()
             return
         await self._rest(began)

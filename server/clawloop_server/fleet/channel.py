@@ -137,13 +137,15 @@ class Channel:
     async def wait_connected(self, timeout_s: float) -> bool:
         """Whether a bridge is there within `timeout_s`."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._connected.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
         return self._connected.is_set()
 
     async def wait_lost(self, timeout_s: float) -> bool:
         """Whether the bridge is gone within `timeout_s`."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._lost.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._lost.wait()
         return self._lost.is_set()
 
     @property
@@ -163,7 +165,8 @@ class Channel:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            hello = await asyncio.wait_for(_read(reader, Hello, limit=_HELLO_BYTES), _HELLO_S)
+            async with asyncio.timeout(_HELLO_S):
+                hello = await _read(reader, Hello, limit=_HELLO_BYTES)
             if not hmac.compare_digest(hello.secret, self._secret):
                 _log.warning("someone without the secret called the bridge's port")
                 return

@@ -209,7 +209,8 @@ async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), grace_s + 2)
+            async with asyncio.timeout(grace_s + 2):
+                await process.wait()
         except TimeoutError:
             _log.warning("process group %d does not stop; killing it", process.pid)
     _kill_group(process.pid)

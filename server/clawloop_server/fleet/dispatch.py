@@ -146,7 +146,8 @@ class Dispatcher:
         due_s = min((d.upload_due_s for d in asked), default=float("inf"))
         timeout_s = min(timeout_s, max(due_s - self._clock(), 0.01))
         try:
-            await asyncio.wait_for(self._news.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
         except TimeoutError:
             return
         self._news.clear()
