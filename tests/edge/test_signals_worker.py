@@ -230,7 +230,7 @@ async def test_it_stops_though_something_new_comes_at_that_very_moment(pool: Poo
     worker = worker_of(pool, Noting())
     await worker.start()
     news = worker._wake["judge"]
-    await until(lambda: bool(news._waiters))  # type: ignore[attr-defined]
+    await until(lambda: bool(news._waiters))
     news.set()
     for _ in range(turns):
         await asyncio.sleep(0)
