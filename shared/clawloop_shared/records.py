@@ -194,7 +194,7 @@ def check_step(step: Step) -> Step:
         raise LogprobError(f"{where}: {len(step.response_logprobs)} logprobs for {len(step.response_ids)} response ids")
     _check_spans(step, where)
     _check_logprobs(step, where)
-    if step.sampling.temperature <= 0:
+    if not (math.isfinite(step.sampling.temperature) and step.sampling.temperature > 0):
         raise RecordError(f"{where}: temperature {step.sampling.temperature} gives no distribution to learn from")
     return step
 

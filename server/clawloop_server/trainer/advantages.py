@@ -8,6 +8,7 @@ checkpoint holds as JSON; its size is bounded. Knows no trajectory, signal or te
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -25,7 +26,7 @@ FLAT = 1e-9
 MAX_NODES = 2048
 """the tracker forgets what it has not heard of for longest"""
 MAX_POSITION = 31
-"""later steps of a trajectory share this one's baseline"""
+"""what is remembered of later steps is remembered as of this one"""
 
 Key = tuple[str, ...]
 ROOT: Key = ()
@@ -36,7 +37,8 @@ class Rewarded(msgspec.Struct, frozen=True):
     (0, 1].
 
     `key` is a path from the general to the particular of what is known before anything was sampled; `group` names the
-    task that others in the update share, if any do; `position` is how many steps came before.
+    task that others in the update share, if any do; `position` is how many steps came before; `trajectory` numbers the
+    trajectories of the update (None: this is the only one of its own).
     """
 
     reward: float
@@ -44,6 +46,7 @@ class Rewarded(msgspec.Struct, frozen=True):
     key: Key = ROOT
     group: str = ""
     position: int = 0
+    trajectory: int | None = None
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -111,7 +114,7 @@ def advantages_of(
 
 
 _Cells = dict[tuple[str, int], list[int]]
-"""which of an update are compared with each other: two or more of one group at one position"""
+"""which of an update are compared with each other: of one group, at one position, from two or more trajectories"""
 
 
 def _cells(batch: Sequence[Rewarded]) -> _Cells:
@@ -119,7 +122,7 @@ def _cells(batch: Sequence[Rewarded]) -> _Cells:
     for index, one in enumerate(batch):
         if one.group:
             cells.setdefault((one.group, one.position), []).append(index)
-    return {name: cell for name, cell in cells.items() if len(cell) > 1}
+    return {name: cell for name, cell in cells.items() if len(cell) > 1}  # a trajectory is at a position once
 
 
 def _compared(batch: Sequence[Rewarded], cells: _Cells, name: str) -> Raw:
@@ -194,7 +197,7 @@ def ema(batch: Sequence[Rewarded], state: AdvantageState) -> tuple[Raw, Advantag
     A reward counts as far as it can be trusted: what was hardly judged does not move what the rest is compared with.
     """
     expected = _expected(batch, state.means)
-    raw = [None if v is None else one.reward - v for one, v in zip(batch, expected, strict=True)]
+    raw: Raw = [None if v is None else one.reward - v for one, v in zip(batch, expected, strict=True)]
     return raw, msgspec.structs.replace(state, means=_moved(batch, state.means))
 
 
@@ -208,12 +211,16 @@ def tracker(batch: Sequence[Rewarded], state: AdvantageState) -> tuple[Raw, Adva
     """
     nodes, rho = dict(state.nodes), discount(state.drift)
     raw: Raw = []
-    for one, root in zip(batch, _expected(batch, state.means), strict=True):
-        raw.append(None if root is None else one.reward - value_of(nodes, one.key, root=root, position=one.position))
-        for name in reversed(_path(one.key, one.position)):  # so that a parent is forgotten after its children
-            node = nodes.pop(name, Node())
-            total = rho * node.total + one.confidence * one.reward
-            nodes[name] = Node(total, rho * node.weight + one.confidence)
+    expected = _expected(batch, state.means)
+    for own in _by_trajectory(batch):
+        for one, root in zip(batch[own.start : own.stop], expected[own.start : own.stop], strict=True):
+            known = None if root is None else value_of(nodes, one.key, root=root, position=one.position)
+            raw.append(None if known is None else one.reward - known)
+        for one in batch[own.start : own.stop]:
+            for name in reversed(_path(one.key, one.position)):  # so that a parent is forgotten after its children
+                node = nodes.pop(name, Node())
+                total = rho * node.total + one.confidence * one.reward
+                nodes[name] = Node(total, rho * node.weight + one.confidence)
     kept = dict(list(nodes.items())[-MAX_NODES:])
     return raw, msgspec.structs.replace(state, nodes=kept, means=_moved(batch, state.means))
 
@@ -247,8 +254,9 @@ def discount(drift: float) -> float:
 
 
 def _path(key: Key, position: int) -> list[str]:
-    """The names of the nodes from below the root to the key's own; each position has nodes of its own."""
-    at = f"@{position}" if position else ""
+    """The names of the nodes from below the root to the key's own; each position has nodes of its own, up to the last
+    that is told apart."""
+    at = f"@{min(position, MAX_POSITION)}" if position else ""
     return ["/".join(key[:depth]) + at for depth in range(1, len(key) + 1)]
 
 
@@ -256,22 +264,42 @@ def _mean(batch: Sequence[Rewarded]) -> float:
     return sum(one.confidence * one.reward for one in batch) / sum(one.confidence for one in batch)
 
 
+def _by_trajectory(batch: Sequence[Rewarded]) -> list[range]:
+    """Where the steps of each trajectory are, which stand together."""
+    starts = [
+        at
+        for at, one in enumerate(batch)
+        if not at or one.trajectory is None or one.trajectory != batch[at - 1].trajectory
+    ]
+    return [range(start, end) for start, end in pairwise([*starts, len(batch)])]
+
+
 def _at_positions(batch: Sequence[Rewarded]) -> dict[int, list[Rewarded]]:
     found: dict[int, list[Rewarded]] = {}
     for one in batch:
-        found.setdefault(one.position, []).append(one)
+        found.setdefault(min(one.position, MAX_POSITION), []).append(one)
     return found
 
 
 def _expected(batch: Sequence[Rewarded], means: dict[int, float]) -> list[float | None]:
-    """What each is compared with: the running mean of its position, or, where there is none yet, the mean of the
-    others; None for one that has no others."""
-    others = {
-        position: iter([one.reward - a for one, a in zip(own, loo(own), strict=True)])
-        for position, own in _at_positions(batch).items()
-        if position not in means and len(own) > 1
-    }
-    return [next(others[p]) if p in others else means.get(p) for p in (one.position for one in batch)]
+    """What each is compared with: the running mean of its position, or, where there is none yet, the mean of the other
+    trajectories; None for one that has no others."""
+    others = {position: iter(_others(own)) for position, own in _at_positions(batch).items() if position not in means}
+    positions = [min(one.position, MAX_POSITION) for one in batch]
+    return [next(others[p]) if p in others else means[p] for p in positions]
+
+
+def _others(batch: Sequence[Rewarded]) -> list[float | None]:
+    """For each the mean of what is of other trajectories."""
+    sums: dict[int, Node] = {}
+    names = [-1 - at if one.trajectory is None else one.trajectory for at, one in enumerate(batch)]
+    for name, one in zip(names, batch, strict=True):
+        own = sums.get(name, Node())
+        sums[name] = Node(own.total + one.confidence * one.reward, own.weight + one.confidence)
+    if len(sums) < 2:
+        return [None] * len(batch)
+    total, weight = sum(own.total for own in sums.values()), sum(own.weight for own in sums.values())
+    return [(total - sums[name].total) / max(weight - sums[name].weight, math.ulp(weight)) for name in names]
 
 
 def _moved(batch: Sequence[Rewarded], means: dict[int, float]) -> dict[int, float]:

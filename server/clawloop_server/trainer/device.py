@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from clawloop_server.trainer.attention import use_flex, why_not_flex
+from clawloop_server.trainer.attention import use_flex, uses_flex, why_not_flex
 from clawloop_server.trainer.memory import is_out_of_memory, release
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.errors import ConfigError
@@ -177,12 +177,16 @@ def arithmetic(base: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def exact(base: Any) -> Iterator[None]:
     """Within it a transformers model (not wrapped) of 16-bit numbers has the same ones in float32, as a device has that
-    checks a probe; afterwards it is as it was, bit for bit. Where memory is short for that, it says so and stays."""
+    checks a probe, and attends by dense masks, since FlexAttention was tried in its own numbers alone; afterwards it is
+    as it was, bit for bit. Where memory is short for that, it says so and stays."""
     halves = [(p, p.dtype) for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    was_flex = bool(halves) and uses_flex(base)
     try:
         try:
             for parameter, _ in halves:
                 parameter.data = parameter.data.float()
+            if was_flex:
+                base.set_attn_implementation("sdpa")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -191,6 +195,8 @@ def exact(base: Any) -> Iterator[None]:
         yield
     finally:
         _put_back(halves)
+        if was_flex:
+            use_flex(base)
 
 
 def _put_back(halves: list[tuple[Any, torch.dtype]]) -> None:

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -35,7 +35,7 @@ from clawloop_server.trainer.base import adapted, attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
 from clawloop_server.trainer.device import Machine, exact, is_checkpointed, prepare, resolve
 from clawloop_server.trainer.generation import Reply, Sampling, generate
-from clawloop_server.trainer.losses import Calls, Distance, LossInputs, Sums, cut_log_ratio, policy_loss
+from clawloop_server.trainer.losses import LossInputs, Sums, cut_log_ratio, policy_loss
 from clawloop_server.trainer.memory import (
     DENSE_JOINED,
     estimate,
@@ -49,6 +49,7 @@ from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_server.trainer.whole_step import WholeStep
 from clawloop_server.trainer.world import Alone, Root, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
@@ -74,7 +75,7 @@ class UnusableSamples(TrainerError):
 
 
 class PoisonedSamples(UnusableSamples):
-    """Samples whose logprobs are not finite."""
+    """Samples whose logprobs, or those of the base where the loss asks for them, are not finite."""
 
     reason = "logprobs under the current policy are not finite"
 
@@ -83,32 +84,6 @@ class OversizedSamples(UnusableSamples):
     """Samples that do not fit the memory, each in a row by itself."""
 
     reason = "a step does not fit the memory by itself"
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a row must know of the whole optimizer step: its trained tokens, the calls of each trajectory and of all,
-    the largest gap of versions of each, and how far those are from who sampled them of which a row has only a part."""
-
-    normalizer: float
-    calls: Counter[int]
-    gaps: dict[int, int]
-    all_calls: float
-    split: dict[int, tuple[float, float]]
-
-    def calls_of(self, row: PackedRow) -> Calls:
-        return Calls(
-            call_P=torch.repeat_interleave(torch.tensor(row.counts_S)).to(row.unit_P.device),
-            of_trajectory_U=row.weight_U.new_tensor([self.calls[t] for t in row.trajectory_U.tolist()]),
-            total=self.all_calls,
-        )
-
-    def whole_of(self, row: PackedRow) -> Distance | None:
-        if not self.split:
-            return None
-        known = [self.split.get(t, (math.nan, math.nan)) for t in row.trajectory_U.tolist()]
-        mean, lowest = zip(*known, strict=True)
-        return Distance(row.weight_U.new_tensor(mean), row.weight_U.new_tensor(lowest))
 
 
 class TrainEngine:
@@ -192,7 +167,8 @@ class TrainEngine:
     def forward_backward(
         self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None = None
     ) -> Sums:
-        """Add the gradient of the loss on `samples`, row by row. `normalizer` defaults to their trained tokens.
+        """Add the gradient of the loss on `samples`, row by row. `normalizer`: the trained tokens of the whole step, if
+        they are a part of one; shares are capped among `samples` alone.
 
         Raises:
             PoisonedSamples: logprobs that are not finite; the gradients that were there are gone, too.
@@ -202,7 +178,10 @@ class TrainEngine:
 
         def undo() -> None:
             for parameter, gradient in before.items():
-                parameter.grad = None if gradient is None else gradient.clone()
+                if parameter.grad is None or gradient is None:
+                    parameter.grad = None if gradient is None else gradient.clone()
+                else:
+                    parameter.grad.copy_(gradient)
 
         return self._in_rows(lambda: self._add_gradients(samples, settings, normalizer=normalizer), undo=undo)
 
@@ -218,8 +197,8 @@ class TrainEngine:
             except (RuntimeError, MemoryError) as error:
                 if self._row is None or self._world.size > 1 or not is_out_of_memory(error):
                     raise
-            undo()
             release()
+            undo()
             self._make_smaller(self._row, alone)
 
     def _make_smaller(self, row: PackedRow, alone: set[int]) -> None:
@@ -233,15 +212,9 @@ class TrainEngine:
             alone.add(row.members_S[0])
 
     def _add_gradients(self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None) -> Sums:
-        tokens = float(sum(len(sample.trained) for sample in samples))
         packed = self._pack(samples)
-        step = _Step(
-            normalizer=normalizer or tokens,
-            calls=Counter(sample.trajectory for sample in samples),
-            gaps={sample.trajectory: sample.version_gap for sample in sorted(samples, key=lambda s: s.version_gap)},
-            all_calls=len(samples) * ((normalizer or tokens) / max(tokens, 1.0)),
-            split=self._distances(samples, packed) if settings.judges_trajectories else {},
-        )
+        split = self._distances(samples, packed) if settings.judges_trajectories else {}
+        step = WholeStep.of(samples, settings, normalizer=normalizer, split=split)
         sums, broken = Sums(), list[int]()
         for row in self._mine(packed):
             if row is None:
@@ -251,9 +224,23 @@ class TrainEngine:
             torch.autograd.backward(loss * self._world.size)  # FSDP takes the mean over processes
             sums, broken = sums + found, broken + poisoned
         if broken := self._world.union(broken):
+            broken = self._broken_alone(samples, settings, broken=broken)
             self._optimizer.zero_grad()
             raise PoisonedSamples(broken)
         return self._world.total(sums)
+
+    def _broken_alone(self, samples: Sequence[Sample], settings: LossSettings, *, broken: list[int]) -> list[int]:
+        """Which of these trajectories are broken in rows of their own too. In a row with others a hidden state that is
+        NaN is one in all of them: its attention weight is 0, and 0 NaN is NaN. All, if none is by itself."""
+        found = []
+        for trajectory in broken:
+            own = [sample for sample in samples if sample.trajectory == trajectory]
+            logprobs = self._find_logprobs(own, adapter=True)
+            if settings.kl_beta:
+                logprobs = logprobs + self._find_logprobs(own, adapter=False)
+            if not all(math.isfinite(number) for one in logprobs for number in one):
+                found.append(trajectory)
+        return found or broken
 
     def _distances(self, samples: Sequence[Sample], packed: Sequence[PackedRow]) -> dict[int, tuple[float, float]]:
         """Mean and lowest log ratio of each trajectory that is in several rows: none of these can tell it alone."""
@@ -266,7 +253,7 @@ class TrainEngine:
             ratios.setdefault(sample.trajectory, []).extend(cut_log_ratio(drift) for drift in drifts)
         return {trajectory: (sum(own) / len(own), min(own)) for trajectory, own in ratios.items()}
 
-    def _row_loss(self, row: PackedRow, settings: LossSettings, *, step: _Step) -> tuple[Tensor, Sums, list[int]]:
+    def _row_loss(self, row: PackedRow, settings: LossSettings, *, step: WholeStep) -> tuple[Tensor, Sums, list[int]]:
         """The loss of a row, what to log, and the trajectories whose logprobs are not finite."""
         reference_P = self._reference(row) if settings.kl_beta else None
         logprobs_P, entropy_P = self._root(score_row, row, entropy=True)
@@ -276,15 +263,18 @@ class TrainEngine:
             advantage_P=row.advantage_P,
             unit_P=row.unit_P,
             weight_U=row.weight_U,
-            gap_U=row.gap_U.new_tensor([step.gaps[t] for t in row.trajectory_U.tolist()]),
-            trajectory_tokens_U=row.trajectory_tokens_U,
+            gap_U=step.of_units(row, step.gaps.__getitem__),
+            cap_U=step.of_units(row, step.caps.__getitem__),
             normalizer=step.normalizer,
             reference_P=reference_P,
             calls=step.calls_of(row),
-            whole=step.whole_of(row),
+            whole=step.distance_of(row),
         )
         loss, sums = policy_loss(inputs, settings)
-        broken = sorted(set(row.trajectory_U[row.unit_P[~logprobs_P.detach().isfinite()]].tolist()))
+        finite_P = logprobs_P.detach().isfinite()
+        if reference_P is not None:
+            finite_P &= reference_P.isfinite()
+        broken = sorted(set(row.trajectory_U[row.unit_P[~finite_P]].tolist()))
         return loss, sums + Sums(entropy=float(entropy_P.sum()) if entropy_P is not None else 0.0), broken
 
     @torch.no_grad()

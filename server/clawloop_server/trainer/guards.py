@@ -1,10 +1,12 @@
 """What a round must not be published with, whatever a gate measures. Pure functions of what was logged."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from clawloop_server.trainer.settings import TrainSettings
 
 ENTROPY_DECAY = 0.9
+MOST_CUT = 0.5
 
 Metrics = Mapping[str, float]
 
@@ -16,14 +18,9 @@ def unhealthy(updates: Sequence[Metrics], settings: TrainSettings) -> str:
     taught = [update for update in updates if update.get("tokens", 1.0) > 0]
     if not taught:
         return "no trajectory had anything to teach: every group agreed in itself"
-    if all(update.get("skipped_steps", 0.0) for update in taught):
-        return f"the gradient of none of {len(taught)} updates was finite; lower [train] lr, or see [train] dtype"
-    ess, kept, fall = mean(taught, "ess"), mean(taught, "kept"), entropy_fall(taught)
-    if ess < settings.min_ess:
-        return f"effective sample size {ess:.2f} is below {settings.min_ess}: the data are too far from the policy"
-    if kept < settings.min_kept:
-        return f"only {kept:.2f} of the tokens could be used, below {settings.min_kept}: the data are too stale"
-    if fall > settings.max_entropy_fall:
+    if reason := _broken(taught) or _far(taught, settings):
+        return reason
+    if (fall := entropy_fall(taught)) > settings.max_entropy_fall:
         return (
             f"entropy fell by {fall:.0%}, over [train] max_entropy_fall {settings.max_entropy_fall:g}:"
             " the policy collapses; lower [train] lr, or look at what is rewarded"
@@ -33,6 +30,33 @@ def unhealthy(updates: Sequence[Metrics], settings: TrainSettings) -> str:
             f"entropy rose by {rise:.0%}, over [train] max_entropy_rise {settings.max_entropy_rise:g}:"
             " the policy falls apart; lower [train] lr, or look at what is judged bad"
         )
+    return ""
+
+
+def _broken(taught: Sequence[Metrics]) -> str:
+    """What of these updates is no number, or made the policy none."""
+    skipped = sum(1 for update in taught if update.get("skipped_steps", 0.0))
+    if 2 * skipped > len(taught):
+        return (
+            f"the gradient of {skipped} of {len(taught)} updates was not finite, so that these did nothing;"
+            " lower [train] lr, or see [train] dtype"
+        )
+    for metric in ("ess", "kept", "entropy", "surprise", "k3"):
+        if not all(math.isfinite(update.get(metric, 0.0)) for update in taught):
+            return f"{metric} of an update is not finite: the policy or its data are broken; lower [train] lr"
+    return ""
+
+
+def _far(taught: Sequence[Metrics], settings: TrainSettings) -> str:
+    """How the data are too far from the policy."""
+    ess, kept = mean(taught, "ess"), mean(taught, "kept")
+    cut = mean(taught, "clipped") if settings.loss.policy == "tis" else 0.0
+    if ess < settings.min_ess:
+        return f"effective sample size {ess:.2f} is below {settings.min_ess}: the data are too far from the policy"
+    if cut > MOST_CUT:  # weights that are all cut are equal: the effective sample size does not see it
+        return f"the ratio of {cut:.0%} of the tokens is above [train.loss] tis_cap: the data are too far off"
+    if kept < settings.min_kept:
+        return f"only {kept:.2f} of the tokens could be used, below {settings.min_kept}: the data are too stale"
     return ""
 
 
@@ -66,8 +90,9 @@ def _entropies(updates: Sequence[Metrics]) -> tuple[float, float, float]:
 
 
 def running_entropy(before: float, update: Metrics) -> float:
-    """The running mean of entropy after an update; one without tokens leaves it as it was."""
-    if not update["tokens"]:
+    """The running mean of entropy after an update; one without tokens, or of which it is not known,
+    leaves it as it was."""
+    if not update["tokens"] or not math.isfinite(update["entropy"]):
         return before
     return ENTROPY_DECAY * before + (1 - ENTROPY_DECAY) * update["entropy"] if before else update["entropy"]
 

@@ -25,7 +25,12 @@ def chunk_rows(vocabulary: int, *, dtype: torch.dtype, device: str, entropy: boo
 
 
 def head_logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
-    """logits_BV in float32 at least, summed in it too, without a float32 copy of the whole head."""
+    """logits_BV in float32 at least, summed in it too, without a float32 copy of the whole head; under autocast too."""
+    with torch.autocast(weight_VD.device.type, enabled=False):
+        return _logits(hidden_BD, weight_VD)
+
+
+def _logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
     if weight_VD.dtype in (torch.float32, torch.float64):
         return torch.nn.functional.linear(hidden_BD, weight_VD)
     if weight_VD.device.type == "cuda":

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from clawloop_server.trainer.engine import OversizedSamples
 from clawloop_server.trainer.rows import Sample
 from clawloop_shared.records import Hint, Trajectory
 
@@ -23,14 +24,16 @@ Hints = dict[tuple[int, str], Hint]
 
 
 def latest_hints(trajectories: Iterable[Trajectory], *, vocab_size: int) -> Hints:
-    """The newest hint of each step that has one of tokens which the model has. Only what judges a trajectory may hint
-    at its steps: the steps of another may be of another device."""
+    """The newest hint of each step that has one within its prompt, of tokens which the model has. Only what judges a
+    trajectory may hint at its steps: the steps of another may be of another device."""
     found: Hints = {}
     for index, trajectory in enumerate(trajectories):
-        own = {step.step_id for step in trajectory.steps}
+        prompts = {step.step_id: len(step.prompt_ids) for step in trajectory.steps}
         for signal in sorted(trajectory.signals, key=lambda s: (s.created_ms, s.signal_id)):
             hint = signal.hint
-            if hint is not None and hint.step_id in own and max(hint.token_ids) < vocab_size:
+            if hint is None or not 0 < hint.at <= prompts.get(hint.step_id, 0):
+                continue
+            if max(hint.token_ids) < vocab_size:
                 found[index, hint.step_id] = hint
     return found
 
@@ -59,7 +62,11 @@ def with_hindsight(
 ) -> tuple[list[Sample], int]:
     """Samples whose advantages know what the hints say, and for how many of them there was one to use.
 
-    A hint under which the policy gives no finite number teaches nothing.
+    A hint under which the policy gives no finite number teaches nothing, nor do those of a trajectory that does not fit
+    the memory with them.
+
+    Raises:
+        OversizedSamples: samples that do not fit the memory without a hint.
     """
     found = {
         index: hinted
@@ -69,11 +76,23 @@ def with_hindsight(
     }
     if not found or not weight:
         return list(samples), 0
-    plain, taught = logprobs([samples[index] for index in found]), logprobs(list(found.values()))
+    plain = dict(zip(found, logprobs([samples[index] for index in found]), strict=True))
+    taught = _fitting(found, logprobs)
     told, used = list(samples), 0
-    for index, before, after in zip(found, plain, taught, strict=True):
+    for index, after in taught.items():
+        before = plain[index]
         gains = [weight * min(clip, max(-clip, b - a)) for a, b in zip(before, after, strict=True)]
         if all(map(math.isfinite, [*before, *after])):
             advantages = [a + gain for a, gain in zip(samples[index].advantages, gains, strict=True)]
             told[index], used = replace(samples[index], advantages=advantages), used + 1
     return told, used
+
+
+def _fitting(hinted: dict[int, Sample], logprobs: Logprobs) -> dict[int, list[float]]:
+    """The logprobs of each, without the trajectories that do not fit the memory."""
+    while hinted:
+        try:
+            return dict(zip(hinted, logprobs(list(hinted.values())), strict=True))
+        except OversizedSamples as error:
+            hinted = {at: sample for at, sample in hinted.items() if sample.trajectory not in error.trajectories}
+    return {}

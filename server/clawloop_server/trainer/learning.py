@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from clawloop_server.trainer.advantages import (
-    MAX_POSITION,
     Advantages,
     AdvantageState,
     Key,
@@ -118,8 +117,9 @@ def rewards_of(
         for at, found in enumerate(returns_to_go(judged, discount=settings.discount)):
             if found is not None:
                 places.append(Place(index, at, min(1.0, found[1] / trajectory.weight)))
-                position = min(at, MAX_POSITION)
-                rewarded.append(Rewarded(found[0], confidence=found[1], key=key, group=group, position=position))
+                rewarded.append(
+                    Rewarded(found[0], confidence=found[1], key=key, group=group, position=at, trajectory=index)
+                )
     return places, rewarded
 
 

@@ -26,6 +26,10 @@ from clawloop_shared.records import Trajectory
 NOT_FINITE = PoisonedSamples.reason
 
 
+class NothingFinite(TrainerError):
+    """Nothing that an update was to learn from has finite logprobs: it is the base, the adapter or the device."""
+
+
 class TrainState(msgspec.Struct, frozen=True, kw_only=True):
     """What training remembers besides the engine. `version` is that of the adapter that devices have now."""
 
@@ -141,6 +145,7 @@ def run_plan(
     `report` hears the metrics of each update, `keep` gets what to go on from after it.
 
     Raises:
+        NothingFinite: it is not the data's fault.
         TrainerError: there is nothing that can be used.
     """
     if not any(plan.batches):
@@ -197,6 +202,9 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
     are left out and named.
 
     Hints are used as far as a step with its hint has at most `limits.max_tokens`.
+
+    Raises:
+        NothingFinite: the logprobs of none of them are finite.
     """
     settings, learned, set_aside = engine.settings, list(batch), dict[str, str]()
     sums, lessons = Sums(), Lessons(tracked=state.advantages)
@@ -209,8 +217,15 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
             lessons = Lessons(tracked=state.advantages)  # what is left out teaches the baseline nothing either
             set_aside |= {learned[index].trajectory_id: error.reason for index in error.trajectories}
             learned = [t for index, t in enumerate(learned) if index not in error.trajectories]
+    if not (learned and lessons.samples) and set(set_aside.values()) == {NOT_FINITE}:
+        raise NothingFinite(
+            f"the logprobs of none of {len(set_aside)} trajectories of an update are finite, so it is the base, the"
+            " adapter or the device, not the data; see [train] dtype and device, and check the base's files"
+        )
     lr = settings.lr_at(state.updates)
     norm = engine.optim_step(lr) if learned else 0.0
+    if not math.isfinite(norm):
+        lessons = msgspec.structs.replace(lessons, tracked=state.advantages)  # nothing was learned from these rewards
     metrics = lessons.metrics | sums.metrics()
     metrics |= {
         "update": float(state.updates),
@@ -225,7 +240,9 @@ def run_update(engine: TrainEngine, batch: Sequence[Trajectory], *, state: Train
     after = msgspec.structs.replace(
         state,
         updates=state.updates + 1,
-        advantages=msgspec.structs.replace(lessons.tracked, drift=metrics["k3"]),
-        entropy=running_entropy(state.entropy, metrics),
+        advantages=msgspec.structs.replace(lessons.tracked, drift=metrics["k3"])
+        if math.isfinite(norm + metrics["k3"])
+        else lessons.tracked,
+        entropy=running_entropy(state.entropy, metrics) if math.isfinite(norm) else state.entropy,
     )
     return UpdateResult(after, metrics, learned, set_aside)

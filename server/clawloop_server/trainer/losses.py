@@ -10,18 +10,19 @@ With l_t = log pi(t) - log mu(t), mu the policy that sampled, w_t = min(exp(l_t)
     ppo     policy_t = -min(r_t A_t, clip(r_t) A_t)          clip(x) = x within [1 - low, 1 + high]
     gspo    policy_t = -min(q_t A_t, clip(q_t) A_t) N / (S |y|)     q_t = the ratio of t's call: exp(mean l over y)
 
-N counts the trained tokens of the whole optimizer step before any mask, so that masking never scales up the rest; S its
-calls. What g and m leave out, and where each part comes from, is in docs/training.md. Knows no model, row layout or
-optimizer.
+N counts the trained tokens of the whole optimizer step, each trajectory's scaled by its s_i, before any mask, so that
+masking never scales up the rest; S its calls in the same way. What g and m leave out, and where each part comes from,
+is in docs/training.md. Knows no model, row layout or optimizer.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from clawloop_server.trainer.rows import LEAST_LOGPROB
 from clawloop_server.trainer.settings import LossSettings, clips_of
 
 MAX_LOG_RATIO = 20.0
@@ -29,11 +30,10 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Calls:
-    """Which call each of P tokens is of, numbered within the row (a call is never split over rows); how many calls the
-    trajectory of each of U units has in the optimizer step; and how many the step has in all."""
+    """Which call each of P tokens is of, numbered within the row (a call is never split over rows); and how many calls
+    the step has in all, each scaled by the cap of its trajectory."""
 
     call_P: Tensor
-    of_trajectory_U: Tensor
     total: float
 
 
@@ -49,9 +49,9 @@ class Distance:
 class LossInputs:
     """P trained tokens of U units. Only `logprobs_P` carries a gradient; `reference_P` is the base model's, or None.
 
-    `normalizer` is N: trained tokens of the optimizer step, all rows (and ranks) together. `calls` is needed where a
-    call has a weight of its own (`gspo`). `whole` is the distance of trajectories of which other rows hold parts; NaN
-    for those that are here whole.
+    `normalizer` is N: trained tokens of the optimizer step, all rows (and ranks) together, each scaled by its `cap_U`,
+    which is s in the whole step (`share_caps`). `calls` is needed where a call has a weight of its own (`gspo`).
+    `whole` is the distance of trajectories of which other rows hold parts; NaN for those that are here whole.
     """
 
     logprobs_P: Tensor
@@ -60,7 +60,7 @@ class LossInputs:
     unit_P: Tensor
     weight_U: Tensor
     gap_U: Tensor
-    trajectory_tokens_U: Tensor
+    cap_U: Tensor
     normalizer: float
     reference_P: Tensor | None = None
     calls: Calls | None = None
@@ -203,19 +203,29 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[Tensor, Sum
         per_token_P = per_token_P + settings.kl_beta * weight_P * (inputs.logprobs_P - inputs.reference_P).square() / 2
     if settings.anchor:
         per_token_P = per_token_P + settings.anchor * drift_P.square() / 2
-    importance_U = inputs.weight_U * share_caps(inputs, settings)
+    importance_U = inputs.weight_U * inputs.cap_U
     loss = (importance_U[inputs.unit_P] * masks.data_P * per_token_P).sum() / inputs.normalizer
     masks = Masks(masks.data_P, masks.policy_P, masks.parts | {"clipped": clipped_P})
     return loss, _sums(inputs, masks, loss=loss, log_ratio_P=log_ratio_P, weight_P=weight_P)
 
 
-def share_caps(inputs: LossInputs, settings: LossSettings) -> Tensor:
-    """s_U: what a unit's tokens are scaled with so that no trajectory has more than its largest share of the step: of
-    its tokens, or of its calls where each of these weighs the same (`gspo`)."""
-    total, own_U = inputs.normalizer, inputs.trajectory_tokens_U
-    if settings.policy == "gspo" and inputs.calls is not None:
-        total, own_U = inputs.calls.total, inputs.calls.of_trajectory_U
-    return (settings.max_trajectory_share * total / own_U).clamp(max=1.0)
+def share_caps(sizes: Mapping[int, float], share: float) -> dict[int, float]:
+    """s_i: what each trajectory's tokens are scaled with so that none has more than `share` of what all count together.
+
+    `sizes` are n_i: its trained tokens in the step, or its calls where each of these weighs the same (`gspo`). With
+    s_i n_i = min(n_i, c), the limit is c = share sum_j min(n_j, c); of the k largest cut and r the sum of the others,
+    c = share r / (1 - k share). Where so few cannot keep to it, all count the same.
+    """
+    ordered = sorted(sizes.values(), reverse=True)
+    rest, limit = float(sum(ordered)), min(ordered, default=0.0)
+    for cut, size in enumerate(ordered):
+        if cut * share >= 1.0:
+            break
+        if share * rest >= size * (1.0 - cut * share):
+            limit = share * rest / (1.0 - cut * share)
+            break
+        rest -= size
+    return {trajectory: min(1.0, limit / size) if size else 1.0 for trajectory, size in sizes.items()}
 
 
 def make_masks(inputs: LossInputs, settings: LossSettings, *, log_ratio_P: Tensor) -> Masks:
@@ -275,7 +285,7 @@ def _sums(inputs: LossInputs, masks: Masks, *, loss: Tensor, log_ratio_P: Tensor
         "weight": weight_P.sum(),
         "weight_squared": weight_P.square().sum(),
         "base_distance": (logprobs_P - reference_P).square().sum() / 2,
-        "surprise": -inputs.behaviour_P.sum(),
+        "surprise": -inputs.behaviour_P.clamp(min=LEAST_LOGPROB).sum(),
         "positive": (inputs.advantage_P > 0).sum(),
         "negative": (inputs.advantage_P < 0).sum(),
         "clipped": masks.parts["clipped"].sum(),

@@ -129,10 +129,17 @@ def _free_ram(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA's own class; CPU and MPS say it in words alone."""
+    """Whether an error means that memory ran out: torch's own class; CPU, MPS and CUDA's libraries say it in words
+    alone."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    words = (
+        "can't allocate memory",
+        "not enough memory",
+        "MPS backend out of memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

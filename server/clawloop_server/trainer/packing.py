@@ -10,8 +10,7 @@ Knows token ids and the numbers that travel with them; no model, no loss.
 
 from array import array
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +29,8 @@ class PackedRow:
     """T trie nodes, P trained tokens, U units (a unit is what a row holds of one trajectory), S samples.
 
     predictor_P: node whose output predicts the token; target_P: the token; unit_P: whose token it is.
-    trajectory_U: the trajectory's number in the update; trajectory_tokens_U: its trained tokens in all rows together;
-    gap_U: how many versions lie between the policy that sampled it and the current one. members_S: which of the samples
-    that were packed are here, in the order of their tokens in P; counts_S: how many tokens each has there.
+    trajectory_U: the trajectory's number in the update. members_S: which of the samples that were packed are here, in
+    the order of their tokens in P; counts_S: how many tokens each has there.
     """
 
     token_ids_T: Tensor
@@ -45,9 +43,7 @@ class PackedRow:
     temperature_P: Tensor
     unit_P: Tensor
     weight_U: Tensor
-    gap_U: Tensor
     trajectory_U: Tensor
-    trajectory_tokens_U: Tensor
     members_S: tuple[int, ...]
     counts_S: tuple[int, ...]
 
@@ -88,10 +84,7 @@ def pack(
         _place(drafts, group, forest, row_tokens=row_tokens, join_tokens=join_tokens or row_tokens, least=min_shared)
     if fill:
         drafts = _filled(drafts, row_tokens)
-    totals: Counter[int] = Counter()
-    for sample in samples:
-        totals[sample.trajectory] += len(sample.trained)
-    return [_lay_out(draft, forest, samples, totals=totals) for draft in drafts]
+    return [_lay_out(draft, forest, samples) for draft in drafts]
 
 
 class _Forest:
@@ -233,7 +226,7 @@ def _trie(ranks: Sequence[int], forest: _Forest, trained: Sequence[Numbers]) -> 
     return _Trie(np.concatenate(tokens), np.concatenate(depths), end[:size], predictors)
 
 
-def _lay_out(draft: _Draft, forest: _Forest, everything: Sequence[Sample], *, totals: Mapping[int, int]) -> PackedRow:
+def _lay_out(draft: _Draft, forest: _Forest, everything: Sequence[Sample]) -> PackedRow:
     members = [forest.members[rank] for rank in draft.ranks]
     samples = [everything[member] for member in members]
     counts = np.array([len(s.trained) for s in samples])
@@ -241,9 +234,6 @@ def _lay_out(draft: _Draft, forest: _Forest, everything: Sequence[Sample], *, to
     trie = _trie(draft.ranks, forest, trained)
     units = {trajectory: unit for unit, trajectory in enumerate(dict.fromkeys(s.trajectory for s in samples))}
     first = {s.trajectory: s for s in reversed(samples)}
-    gaps = dict.fromkeys(units, 0)
-    for sample in samples:
-        gaps[sample.trajectory] = max(gaps[sample.trajectory], sample.version_gap)
     targets = [np.frombuffer(forest.keys[r], dtype=">u4")[at] for r, at in zip(draft.ranks, trained, strict=True)]
     return PackedRow(
         token_ids_T=_long(trie.token_ids),
@@ -256,9 +246,7 @@ def _lay_out(draft: _Draft, forest: _Forest, everything: Sequence[Sample], *, to
         temperature_P=_float(np.repeat([s.temperature for s in samples], counts)),
         unit_P=_long(np.repeat([units[s.trajectory] for s in samples], counts)),
         weight_U=_float(np.array([first[t].weight for t in units])),
-        gap_U=_long(np.array(list(gaps.values()))),
         trajectory_U=_long(np.array(list(units))),
-        trajectory_tokens_U=_float(np.array([totals[t] for t in units])),
         members_S=tuple(members),
         counts_S=tuple(counts.tolist()),
     )

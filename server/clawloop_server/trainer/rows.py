@@ -15,6 +15,11 @@ import msgspec
 from clawloop_shared.records import Channel, Step, Trajectory
 from clawloop_shared.signals import DEFAULT_RULES, RewardRules
 
+TEMPERATURES = (0.05, 5.0)
+"""beyond them a step's logprobs are a few huge numbers, or all the same"""
+LEAST_LOGPROB = -100.0
+"""no sampler draws what is less likely"""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -85,9 +90,11 @@ def reason_against(step: Step, limits: Limits) -> str:
         ("another model line", step.policy.line == limits.line_id),
         ("sampler cut the distribution", not step.sampling.truncates),
         ("temperature without a distribution", step.sampling.temperature > 0),
+        ("temperature out of range", TEMPERATURES[0] <= step.sampling.temperature <= TEMPERATURES[1]),
         ("empty prompt or response", bool(step.prompt_ids) and bool(step.response_ids)),
         ("logprob missing", len(step.response_logprobs) == len(step.response_ids)),
         ("logprob not finite", all(p is None or math.isfinite(p) for p in step.response_logprobs)),
+        ("logprob out of range", all(p is None or p >= LEAST_LOGPROB for p in step.response_logprobs)),
         ("redaction left nothing to learn from", any(p is not None for p in step.response_logprobs)),
         ("longer than the context", length <= limits.max_tokens),
     )

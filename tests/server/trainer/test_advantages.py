@@ -14,6 +14,7 @@ from clawloop_server.trainer.advantages import (
     ADVANTAGES,
     GROUP_ADVANTAGES,
     MAX_NODES,
+    MAX_POSITION,
     AdvantageState,
     Node,
     Rewarded,
@@ -92,6 +93,31 @@ def test_one_that_is_left_of_its_group_is_compared_with_what_was_before() -> Non
     assert found.values[0] == pytest.approx(0.75 / (found.state.scale or 0))
     assert found.values[1:] == pytest.approx([-0.5 / (found.state.scale or 0), 0.5 / (found.state.scale or 0)])
     assert found.state.means == {0: pytest.approx(0.9 * 0.25 + 0.1 * 1.0)}
+
+
+@pytest.mark.parametrize("advantage", sorted(ADVANTAGES))
+@pytest.mark.parametrize("state", [AdvantageState(), AdvantageState(means={n: 0.3 for n in range(32)})])
+def test_late_steps_of_one_trajectory_are_not_compared_with_each_other(advantage: str, state: AdvantageState) -> None:
+    returns = [(n * 7 % 11) / 11 for n in range(40)]
+    grouped, plain = (
+        [Rewarded(r, key=("a",), group=group, position=n, trajectory=0) for n, r in enumerate(returns)]
+        for group in ("g", "")
+    )
+    one, other = (
+        advantages_of(steps, state, advantage=advantage, group_advantage="dr-grpo") for steps in (grouped, plain)
+    )
+    assert one == other
+    assert one.groups == 0
+    # What one step returned is in no baseline of its own trajectory: others' advantages stay, before they are scaled.
+    changed = [*plain[:35], msgspec.structs.replace(plain[35], reward=1.0), *plain[36:]]
+    before, after = (ADVANTAGES[advantage](steps, state)[0] for steps in (plain, changed))
+    assert [a for n, a in enumerate(before) if n != 35] == [a for n, a in enumerate(after) if n != 35]
+    assert max(one.state.means) == MAX_POSITION
+
+
+def test_late_steps_without_a_past_are_compared_with_other_trajectories_alone() -> None:
+    late = [Rewarded(r, position=31 + n, trajectory=t) for t, n, r in [(0, 0, 1.0), (0, 1, 0.8), (1, 0, 0.2)]]
+    assert ema(late, AdvantageState())[0] == pytest.approx([0.8, 0.6, 0.2 - 0.9])
 
 
 def test_steps_of_a_group_are_compared_position_by_position() -> None:

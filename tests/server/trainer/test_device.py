@@ -133,6 +133,20 @@ def test_a_probe_has_the_numbers_of_float32_and_leaves_the_base_as_it_was(tiny_f
     assert all(torch.equal(p, b) and p.dtype == b.dtype for p, b in zip(half.model.parameters(), before, strict=True))
 
 
+def test_a_probe_has_dense_masks_where_flex_was_tried_in_half_precision_alone(
+    tiny_folder: Path, session: Session
+) -> None:
+    half = TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype="bfloat16", attention="flex"))
+    base = bare(half.model)
+    with exact(base):
+        assert not uses_flex(base)
+        assert half.logprobs(session()) == half.logprobs(session(), in_float32=True)
+    assert uses_flex(base)
+    full = bare(TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype="float32", attention="flex")).model)
+    with exact(full):
+        assert uses_flex(full)
+
+
 def test_without_memory_for_float32_a_probe_has_the_base_s_own_numbers(
     tiny_folder: Path, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,16 +1,20 @@
 """Sampled replies carry the logprobs of the very distribution that they were drawn from."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Sampling
 from clawloop_server.trainer.rows import Sample
+from clawloop_server.trainer.settings import TrainSettings
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_reply_has_the_logprobs_that_the_engine_scores(engine: TrainEngine, temperature: float) -> None:
+def test_a_reply_has_the_logprobs_that_the_engine_scores(tiny_folder: Path, dtype: str, temperature: float) -> None:
+    engine = TrainEngine.open(tiny_folder, TrainSettings(rank=4, dtype=dtype))
     rng = random.Random(3)
     prompts = [[2, 3, 4, *(rng.randrange(2, 320) for _ in range(size))] for size in (5, 2, 9)]
     sampling = Sampling(max_tokens=6, eos_ids=frozenset(range(40)), temperature=temperature, seed=4)
@@ -29,7 +33,8 @@ def test_a_reply_has_the_logprobs_that_the_engine_scores(engine: TrainEngine, te
         for n, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
     ]
     for reply, scored in zip(replies, engine.logprobs(samples), strict=True):
-        assert reply.logprobs == pytest.approx(scored, abs=1e-5)
+        # The layers of a bfloat16 base round: with a cache or without one, to other last bits.
+        assert reply.logprobs == pytest.approx(scored, abs=1e-5 if dtype == "float32" else 0.05)
 
 
 def test_what_was_not_drawn_has_certainty(engine: TrainEngine) -> None:

@@ -1,9 +1,11 @@
 """What a round is not published with."""
 
+import math
+
 import pytest
 
 from clawloop_server.trainer.guards import entropy_fall, running_entropy, unhealthy
-from clawloop_server.trainer.settings import TrainSettings
+from clawloop_server.trainer.settings import LossSettings, TrainSettings
 
 FINE = {"trajectories": 4.0, "tokens": 100.0, "ess": 0.9, "kept": 0.9, "entropy": 1.0, "surprise": 1.0}
 
@@ -34,8 +36,28 @@ def test_an_update_in_which_every_group_agreed_does_not_count_against_the_others
 
 
 def test_a_round_without_one_finite_gradient_is_not_healthy() -> None:
-    assert "gradient of none of 2" in said({"skipped_steps": 1.0}, {"skipped_steps": 1.0})
+    assert "gradient of 2 of 2" in said({"skipped_steps": 1.0}, {"skipped_steps": 1.0})
     assert said({"skipped_steps": 1.0}, {}) == ""
+
+
+def test_ratios_that_are_all_cut_are_no_sign_of_health() -> None:
+    assert "ratio of 90% of the tokens is above" in said({"ess": 1.0, "clipped": 0.9})
+    assert said({"clipped": 0.3}) == ""
+    clipped = [FINE | {"clipped": 0.9}]
+    assert unhealthy(clipped, TrainSettings(loss=LossSettings(policy="gspo"))) == ""
+
+
+def test_a_round_of_which_most_did_nothing_is_not_healthy() -> None:
+    assert "gradient of 4 of 5" in said(*[{"skipped_steps": 1.0}] * 4, {})
+
+
+@pytest.mark.parametrize("metric", ["ess", "kept", "entropy", "surprise", "k3"])
+def test_what_is_not_a_number_is_not_healthy(metric: str) -> None:
+    assert f"{metric} of an update is not finite" in said({metric: math.nan}, {}, {})
+
+
+def test_the_running_entropy_never_takes_in_what_is_not_a_number() -> None:
+    assert running_entropy(2.0, {"tokens": 5.0, "entropy": math.nan}) == 2.0
 
 
 def test_a_round_in_which_the_policy_collapses_is_not_healthy() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clawloop_server.trainer.head import CHUNK_BYTES, chunk_rows, head_logprobs
+from clawloop_server.trainer.head import CHUNK_BYTES, chunk_rows, head_logits, head_logprobs
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -66,6 +66,16 @@ def test_a_bfloat16_head_sums_in_float32() -> None:
     (gradient,) = torch.autograd.grad(wanted.sum(), exact)
     assert mine.dtype == torch.bfloat16
     assert float((mine.double() - gradient).abs().max() / gradient.abs().max()) < 0.02
+
+
+def test_a_bfloat16_head_sums_in_float32_under_autocast_too() -> None:
+    hidden, weight, _, _ = parts(5, count=40, dtype=torch.bfloat16)
+    wanted = head_logits(8 * hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head_logits(8 * hidden, weight)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_without_a_gradient_nothing_is_kept_for_one() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from clawloop_server.trainer.engine import TrainEngine
+from clawloop_server.trainer.engine import OversizedSamples, TrainEngine
 from clawloop_server.trainer.hindsight import latest_hints, with_hindsight, with_hint
 from clawloop_server.trainer.loop import TrainState, run_round
 from clawloop_server.trainer.rows import Limits, Sample
@@ -68,6 +68,33 @@ def test_tokens_gain_what_the_hint_makes_them_likelier_up_to_the_clip() -> None:
 
 def test_a_hint_under_which_the_policy_is_not_finite_teaches_nothing() -> None:
     assert told([[-3.0, -2.0], [-2.4, math.nan]]) == ([SAMPLE], 0)
+
+
+def test_a_hint_that_does_not_fit_the_memory_is_dropped_and_the_step_stays() -> None:
+    other = dataclasses.replace(SAMPLE, step_id="o", trajectory=1)
+    asked: list[list[int]] = []
+
+    def logprobs(samples: Sequence[Sample]) -> list[list[float]]:
+        asked.append([s.trajectory for s in samples])
+        if any(s.trajectory == 0 and len(s.token_ids) > 5 for s in samples):
+            raise OversizedSamples([0])
+        return [[-3.0, -2.0 + len(s.token_ids) / 100] for s in samples]
+
+    hints = {(0, "s"): HINT, (1, "o"): Hint("o", 3, [40])}
+    (plain, taught), used = with_hindsight(
+        [SAMPLE, other], hints, logprobs=logprobs, weight=1.0, clip=1.0, max_tokens=64
+    )
+    assert used == 1
+    assert plain == SAMPLE
+    assert taught.advantages == pytest.approx([1.0, -1.0 + 0.01])
+    assert asked == [[0, 1], [0, 1], [1]]
+
+
+def test_a_hint_within_a_response_whose_first_tokens_were_redacted_is_none() -> None:
+    found = trajectory(signal("late", Hint("s", 4, [50])))
+    assert latest_hints([found], vocab_size=320) == {}
+    found = trajectory(signal("late", Hint("s", 3, [50])))
+    assert latest_hints([found], vocab_size=320) != {}
 
 
 def make_step(name: str = "s") -> Step:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clawloop_server.trainer import settings as knobs
-from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, Sums, policy_loss
+from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, Sums, policy_loss, share_caps
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
 from clawloop_shared.errors import ConfigError
 
@@ -34,7 +34,7 @@ def inputs(
         unit_P=unit,
         weight_U=torch.tensor(weights, dtype=real),
         gap_U=torch.tensor(gaps[: len(weights)]),
-        trajectory_tokens_U=torch.bincount(unit, minlength=len(weights)).to(real),
+        cap_U=torch.ones(len(weights), dtype=real),
         normalizer=normalizer or float(len(logprobs)),
         reference_P=None if reference is None else torch.tensor(reference, dtype=real),
     )
@@ -121,9 +121,22 @@ def test_opsm_stops_only_negative_lessons_and_leaves_the_pull_to_the_base() -> N
 
 
 def test_one_trajectory_has_at_most_its_share_of_an_update() -> None:
-    settings = LossSettings(kl_beta=0.0, max_trajectory_share=0.1)
-    given_inputs = inputs([-1.0] * 4, [-1.0] * 4, [1.0] * 4, normalizer=20.0)
-    assert value(given_inputs, settings) == pytest.approx(0.1 * 20 / 4 * 4 / 20)
+    honest = {n: 10.0 for n in range(20)}
+    sizes = honest | {99: 99 * 200.0}
+    caps = share_caps(sizes, 0.1)
+    counted = {n: caps[n] * size for n, size in sizes.items()}
+    assert counted[99] == pytest.approx(0.1 * sum(counted.values()))
+    assert all(caps[n] == 1.0 for n in honest)
+    assert share_caps({0: 3.0, 1: 300.0}, 0.1) == pytest.approx({0: 1.0, 1: 0.01})  # too few: all count the same
+    assert share_caps({n: 7.0 for n in range(10)}, 0.1) == {n: 1.0 for n in range(10)}
+    assert share_caps({}, 0.1) == {}
+    given_inputs = replace(inputs([-1.0] * 4, [-1.0] * 4, [1.0] * 4), cap_U=torch.tensor([0.25], dtype=torch.float64))
+    assert value(given_inputs, PLAIN) == pytest.approx(0.25)
+
+
+def test_one_impossible_logprob_does_not_hide_what_the_others_say() -> None:
+    given_inputs = inputs([-1.0, -1.0], [-1.0, -1e30], [1.0, 1.0])
+    assert policy_loss(given_inputs, PLAIN)[1].metrics()["surprise"] == pytest.approx(101.0 / 2)
 
 
 def test_confidence_scales_a_trajectory() -> None:
@@ -201,7 +214,7 @@ def test_gspo_weighs_each_call_the_same_and_cuts_it_whole() -> None:
     # The first call's geometric mean ratio is 1 though its tokens' are not; the second's is e^.1, out of the range.
     given_inputs = replace(
         inputs([-1.0, -2.0, -1.0, -1.0], [-1.2, -1.8, -1.1, -1.1], [1.0, 1.0, 1.0, 1.0]),
-        calls=Calls(torch.tensor([0, 0, 1, 1]), torch.tensor([2.0]), total=2.0),
+        calls=Calls(torch.tensor([0, 0, 1, 1]), total=2.0),
     )
     loss, sums = policy_loss(given_inputs, replace_policy("gspo"))
     torch.autograd.backward(loss)

@@ -5,6 +5,7 @@ their papers differentiate (PPO, GSPO) are also those of finite differences of t
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss
+from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss, share_caps
 from clawloop_server.trainer.settings import LossSettings, clips_of
 
 REAL = torch.float64
@@ -40,7 +41,8 @@ class Token:
 
 def reference(tokens: Sequence[Token], s: LossSettings) -> tuple[float, list[float]]:
     """The loss and its gradient by each token's logprob."""
-    total, calls = len(tokens), {t.call for t in tokens}
+    caps = caps_of(tokens, s)
+    total = sum(caps[t.trajectory] for t in tokens)
     value, gradient = 0.0, list[float]()
     for t in tokens:
         own = [u for u in tokens if u.trajectory == t.trajectory]
@@ -52,8 +54,7 @@ def reference(tokens: Sequence[Token], s: LossSettings) -> tuple[float, list[flo
         m = not (t.advantage < 0 and -mean > s.opsm_delta)
         m = m and not (t.advantage > 0 and moved > s.trust_region)
         m = m and not (t.advantage < 0 and -moved > s.trust_region)
-        part = len({u.call for u in own}) / len(calls) if s.policy == "gspo" else len(own) / total
-        share = min(1.0, s.max_trajectory_share / part)
+        share = caps[t.trajectory]
         policy, slope = TERMS[s.policy](t, tokens, s)
         drift = cut(t.now - t.then)
         weight = min(math.exp(drift), s.tis_cap)
@@ -62,6 +63,25 @@ def reference(tokens: Sequence[Token], s: LossSettings) -> tuple[float, list[flo
         value += CONFIDENCE[t.trajectory] * share * g * term / total
         gradient.append(CONFIDENCE[t.trajectory] * share * g * slope / total)
     return value, gradient
+
+
+def caps_of(tokens: Sequence[Token], s: LossSettings) -> dict[int, float]:
+    """The largest limit that is no more than the share of what counts under it, found by halving; none of the
+    trajectories where even the smallest is more than its share."""
+    sizes = {t.trajectory: 0.0 for t in tokens}
+    for trajectory in sizes:
+        own = [u for u in tokens if u.trajectory == trajectory]
+        sizes[trajectory] = float(len({u.call for u in own}) if s.policy == "gspo" else len(own))
+
+    def holds(limit: float) -> bool:
+        return limit <= s.max_trajectory_share * sum(min(limit, size) for size in sizes.values()) * (1 + 1e-12)
+
+    low, high = min(sizes.values()), max(sizes.values())
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    limit = high if holds(high) else low
+    return {trajectory: min(1.0, limit / size) for trajectory, size in sizes.items()}
 
 
 def cut(drift: float) -> float:
@@ -97,7 +117,9 @@ def gspo(t: Token, tokens: Sequence[Token], s: LossSettings) -> tuple[float, flo
     own = [u for u in tokens if u.call == t.call]
     ratio = math.exp(sum(cut(u.now - u.then) for u in own) / len(own))
     value, moves = surrogate(ratio, t.advantage, s)
-    scale = len(tokens) / len({u.call for u in tokens}) / len(own)
+    caps = caps_of(tokens, s)
+    calls = {u.call: caps[u.trajectory] for u in tokens}
+    scale = sum(caps[u.trajectory] for u in tokens) / sum(calls.values()) / len(own)
     return scale * value, -scale * ratio * t.advantage * moves
 
 
@@ -111,7 +133,7 @@ TERMS: dict[str, Callable[[Token, Sequence[Token], LossSettings], tuple[float, f
 # what is tested
 
 
-def inputs_of(tokens: Sequence[Token], row: int) -> LossInputs:
+def inputs_of(tokens: Sequence[Token], row: int, settings: LossSettings) -> LossInputs:
     """What the loss gets of a row, its calls and trajectories numbered as they come."""
     here = [t for t in tokens if t.row == row]
     units, calls = (list(dict.fromkeys(getattr(t, name) for t in here)) for name in ("trajectory", "call"))
@@ -122,6 +144,10 @@ def inputs_of(tokens: Sequence[Token], row: int) -> LossInputs:
     def drifts(unit: int) -> list[float]:
         return [cut(t.now - t.then) for t in tokens if t.trajectory == unit]
 
+    sizes = Counter(t.trajectory for t in tokens)
+    if settings.policy == "gspo":
+        sizes = Counter({t.call: t.trajectory for t in tokens}.values())
+    caps = share_caps(sizes, settings.max_trajectory_share)
     split = [u for u in units if any(t.trajectory == u and t.row != row for t in tokens)]
     whole = Distance(
         real([sum(drifts(u)) / len(drifts(u)) if u in split else math.nan for u in units]),
@@ -134,13 +160,12 @@ def inputs_of(tokens: Sequence[Token], row: int) -> LossInputs:
         unit_P=torch.tensor([units.index(t.trajectory) for t in here]),
         weight_U=real([CONFIDENCE[u] for u in units]),
         gap_U=torch.tensor([GAPS[u] for u in units]),
-        trajectory_tokens_U=real([len(drifts(u)) for u in units]),
-        normalizer=float(len(tokens)),
+        cap_U=real([caps[u] for u in units]),
+        normalizer=sum(caps[t.trajectory] for t in tokens),
         reference_P=real([t.base for t in here]),
         calls=Calls(
             torch.tensor([calls.index(t.call) for t in here]),
-            real([len({t.call for t in tokens if t.trajectory == u}) for u in units]),
-            total=float(len({t.call for t in tokens})),
+            total=sum({t.call: caps[t.trajectory] for t in tokens}.values()),
         ),
         whole=whole if split else None,
     )
@@ -151,7 +176,7 @@ def ours(tokens: Sequence[Token], settings: LossSettings) -> tuple[float, list[f
     value = 0.0
     gradient = [0.0] * len(tokens)
     for row in sorted({t.row for t in tokens}):
-        inputs = inputs_of(tokens, row)
+        inputs = inputs_of(tokens, row, settings)
         loss, _ = policy_loss(inputs, settings)
         torch.autograd.backward(loss)
         assert inputs.logprobs_P.grad is not None
@@ -190,7 +215,7 @@ loss_settings = st.builds(
     max_staleness_versions=st.sampled_from([1, 16]),
     kl_beta=st.sampled_from([0.0, 0.05]),
     anchor=st.sampled_from([0.0, 1e-3]),
-    max_trajectory_share=st.sampled_from([0.1, 1.0]),
+    max_trajectory_share=st.sampled_from([0.1, 0.3, 0.4, 0.6, 1.0]),
 )
 
 

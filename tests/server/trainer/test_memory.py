@@ -123,6 +123,8 @@ def test_the_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ERRORS)
 def test_running_out_of_memory_is_told_from_other_errors(name: str) -> None:
     assert is_out_of_memory(ERRORS[name]())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 

@@ -70,8 +70,8 @@ def test_rows_keep_to_their_budget_and_trajectories_stay_whole_where_they_fit(
         alone = len(pack(mine, row_tokens=10_000, fill=True)[0].token_ids_T)
         homes = [row for row in rows if trajectory in row.trajectory_U.tolist()]
         assert len(homes) == 1 or alone > row_tokens
-        units = sum(float(row.trajectory_tokens_U[row.trajectory_U.tolist().index(trajectory)]) for row in homes)
-        assert units / len(homes) == sum(len(s.trained) for s in mine)
+        members = [samples[member] for row in homes for member in row.members_S]
+        assert sum(s.trajectory == trajectory for s in members) == len(mine)
 
 
 @given(st.lists(sequences, min_size=1, max_size=20), st.integers(4, 30), st.integers(1, 8))

@@ -26,8 +26,9 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def backward(model: Any, rows: list[PackedRow], total: int, *, chunk: int = 256) -> None:
     for row in rows:
         logprobs_P, _ = score_row(model, row, chunk=chunk)
-        names = ("behaviour_P", "advantage_P", "unit_P", "weight_U", "gap_U", "trajectory_tokens_U")
+        names = ("behaviour_P", "advantage_P", "unit_P", "weight_U")
         fields = {name: getattr(row, name) for name in names}
+        fields |= {"gap_U": torch.zeros_like(row.trajectory_U), "cap_U": torch.ones_like(row.weight_U)}
         loss, _ = policy_loss(LossInputs(logprobs_P=logprobs_P, normalizer=float(total), **fields), OPEN)
         torch.autograd.backward(loss)
 

@@ -15,6 +15,7 @@ from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.generation import Sampling
 from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_server.trainer.whole_step import WholeStep
 from clawloop_shared.errors import ConfigError, StorageError
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE, check_tensors, parse_config
 from clawloop_shared.model_line import read_shape
@@ -144,6 +145,52 @@ def test_samples_that_are_not_finite_are_named_and_leave_no_gradient(engine: Tra
     before = engine.adapter()
     assert engine.optim_step(1.0) == 0.0
     assert all(torch.equal(before[name], tensor) for name, tensor in engine.adapter().items())
+
+
+@pytest.mark.parametrize("attention", ["dense", "flex"])
+def test_of_a_row_only_the_trajectory_is_named_whose_hidden_states_are_not_finite(
+    tiny_folder: Path, session: Session, attention: str
+) -> None:
+    engine = TrainEngine.open(tiny_folder, TrainSettings(rank=4, attention=attention))
+    samples = session(0, trajectories=3, turns=1)
+    assert len(engine._pack(samples)) == 1
+    token = next(t for s in samples if s.trajectory == 1 for t in s.token_ids if only_in(samples, t, trajectory=1))
+
+    def spoil(module: torch.nn.Module, ids: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return torch.where(ids[0][..., None] == token, torch.nan, output)
+
+    hook = engine.model.get_base_model().get_input_embeddings().register_forward_hook(spoil)
+    with pytest.raises(PoisonedSamples) as caught:
+        engine.forward_backward(samples, LOSS)
+    hook.remove()
+    assert caught.value.trajectories == [1]
+
+
+def only_in(samples: list[Sample], token: int, *, trajectory: int) -> bool:
+    return all(token not in s.token_ids for s in samples if s.trajectory != trajectory)
+
+
+def test_a_base_whose_logprobs_are_not_finite_is_noticed(
+    engine: TrainEngine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = session(0, trajectories=2, turns=1)
+    monkeypatch.setattr(engine, "_reference", lambda row: torch.full_like(row.behaviour_P, torch.nan))
+    with pytest.raises(PoisonedSamples):
+        engine.forward_backward(samples, LOSS)
+
+
+def test_no_trajectory_has_more_than_its_share_of_a_step_however_long_it_is(
+    engine: TrainEngine, session: Session
+) -> None:
+    honest = session(0, trajectories=12, turns=1)
+    long = [replace(s, trajectory=99) for seed in range(1, 9) for s in session(seed, trajectories=2, turns=2)]
+    step = WholeStep.of([*honest, *long], LOSS, normalizer=None, split={})
+    counted = {s.trajectory: 0.0 for s in [*honest, *long]}
+    for sample in [*honest, *long]:
+        counted[sample.trajectory] += step.caps[sample.trajectory] * len(sample.trained)
+    assert step.normalizer == pytest.approx(sum(counted.values()))
+    assert max(counted.values()) <= LOSS.max_trajectory_share * step.normalizer * (1 + 1e-9)
+    assert counted[99] < 0.5 * sum(len(s.trained) for s in long)
 
 
 def test_another_adapter_is_used_for_the_time_of_a_with(engine: TrainEngine, session: Session) -> None:

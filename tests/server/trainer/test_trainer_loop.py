@@ -1,5 +1,6 @@
 """A round: what may not be learned from stays out and is named, the rest is learned, the same way every time."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from clawloop_server.errors import TrainerError
+from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import OversizedSamples, PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.generation import Sampling as Drawing
 from clawloop_server.trainer.guards import unhealthy
-from clawloop_server.trainer.loop import TrainState, run_round
+from clawloop_server.trainer.loop import NothingFinite, TrainState, run_round, run_update
 from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
 from clawloop_server.trainer.settings import LossSettings, TrainSettings
@@ -73,6 +75,9 @@ REJECTED: list[tuple[str, dict[str, object]]] = [
     ("marked untrainable", {"untrainable": "incognito"}),
     ("not for training", {"channel": Channel.VAL}),
     ("another model line", {"policy": Policy("other")}),
+    ("temperature out of range", {"sampling": Sampling(temperature=1e-20)}),
+    ("temperature out of range", {"sampling": Sampling(temperature=math.inf)}),
+    ("logprob out of range", {"response_logprobs": [-1e300, -1.0]}),
     ("sampler cut the distribution", {"sampling": Sampling(top_p=0.9)}),
     ("temperature without a distribution", {"sampling": Sampling(temperature=0.0)}),
     ("empty prompt or response", {"response_ids": [], "response_logprobs": []}),
@@ -235,13 +240,37 @@ def test_a_trajectory_that_cannot_be_used_is_set_aside_and_named_and_the_rest_go
     assert sorted(u["trajectories"] for u in result.updates) == [3.0, 4.0, 4.0]
 
 
-def test_a_batch_that_is_all_poisoned_leaves_the_baseline_alone(
+def test_a_batch_that_is_all_poisoned_is_not_the_datas_fault(
     fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = fresh()
 
     def forward_backward(samples: list[Sample], settings: LossSettings) -> Sums:
         raise PoisonedSamples(sorted({s.trajectory for s in samples}))
+
+    monkeypatch.setattr(engine, "forward_backward", forward_backward)
+    with pytest.raises(NothingFinite, match="none of 4 trajectories of an update are finite"):
+        run_round(engine, some(4), state=TrainState(version=3), limits=LIMITS)
+
+
+def test_an_update_without_a_finite_gradient_moves_no_baseline(
+    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fresh()
+    before = TrainState(version=3, entropy=1.5, advantages=AdvantageState(means={0: 0.25}, drift=0.01))
+    monkeypatch.setattr(engine, "optim_step", lambda lr: math.nan)
+    done = run_update(engine, some(4), state=before, limits=LIMITS)
+    assert done.metrics["skipped_steps"] == 1.0
+    assert done.state == msgspec.structs.replace(before, updates=1)
+
+
+def test_a_batch_of_which_nothing_fits_the_memory_leaves_the_baseline_alone(
+    fresh: Callable[[], TrainEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fresh()
+
+    def forward_backward(samples: list[Sample], settings: LossSettings) -> Sums:
+        raise OversizedSamples(sorted({s.trajectory for s in samples}))
 
     monkeypatch.setattr(engine, "forward_backward", forward_backward)
     result = run_round(engine, some(4), state=TrainState(version=3), limits=LIMITS)
