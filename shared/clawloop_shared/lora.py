@@ -4,7 +4,7 @@ Knows no tensor library. Facts on the two layouts: docs/formats/adapter.md.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -20,6 +20,9 @@ LINEARS = ATTENTION + MLP
 MAX_RANK = 256
 MAX_CONFIG_BYTES = 64 << 10
 _FLOATS = {"F32", "F16", "BF16"}
+_Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_AnyCount = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -28,16 +31,16 @@ class ModelShape(msgspec.Struct, frozen=True):
     With experts (Qwen's MoE), `num_experts`, `decoder_sparse_step` and `mlp_only_layers` say which layers have them.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    vocab_size: int = 0
-    num_experts: int | None = None
-    decoder_sparse_step: int | None = None
-    mlp_only_layers: tuple[int, ...] | None = None
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    head_dim: _Count | None = None
+    vocab_size: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)] = 0
+    num_experts: _AnyCount | None = None
+    decoder_sparse_step: _AnyCount | None = None
+    mlp_only_layers: Annotated[tuple[_AnyCount, ...], msgspec.Meta(max_length=4096)] | None = None
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of that layer is a router and its experts, which are no linear layers."""

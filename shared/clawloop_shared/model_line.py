@@ -56,13 +56,19 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
     """The sizes that a config.json names. transformers 5 calls `num_local_experts` what others call `num_experts`.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: one is missing, or no size that a model can have.
     """
     experts = config.get("num_experts") or config.get("num_local_experts")
     try:
-        return msgspec.convert(config | {"num_experts": experts}, ModelShape)
+        shape = msgspec.convert(config | {"num_experts": experts}, ModelShape)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from error
+    heads, shared = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % shared or (not shape.head_dim and shape.hidden_size % heads):
+        raise ConfigError(
+            f"{heads} attention heads share no {shared} key-value heads evenly, or a width of {shape.hidden_size}"
+        )
+    return shape
 
 
 def read_line(folder: Path) -> ModelLine:

@@ -52,6 +52,16 @@ def test_numbers_of_the_config_that_no_line_names_are_noticed_too(home: Home, mo
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mode 'mxfp4'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
         ({"use_sliding_window": True}, "sliding window"),
+        ({"layer_types": 3}, "layer_types is 3"),
+        ({"num_attention_heads": 0}, r"num_attention_heads"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"vocab_size": 1 << 40}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 attention heads share no 2"),
+        ({"rope_parameters": {"rope_type": "zigzag", "rope_theta": 1.0}}, "type 'zigzag'"),
+        ({"rope_scaling": {"type": "zigzag"}}, "type 'zigzag'"),
+        ({"rope_scaling": {"full_attention": {"rope_type": ["x"]}}}, r"type \['x'\]"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_when_it_is_imported(

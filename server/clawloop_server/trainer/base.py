@@ -21,6 +21,8 @@ from clawloop_shared.lora import LINEARS, ModelShape, expected_tensors
 from clawloop_shared.lora import LoraConfig as AdapterConfig
 from clawloop_shared.model_line import shape_of
 
+ATTENTION = "sdpa"
+"""torch's own, whatever a config.json names"""
 _SHOWN = 3
 """names of tensors in a message"""
 
@@ -48,11 +50,14 @@ def load_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
             config=settings,
             state_dict=weights,
             dtype=dtype,
+            attn_implementation=ATTENTION,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder} could not be loaded: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{folder} could not be loaded: {error!r:.300}") from error
     finally:
         logging.set_verbosity(verbosity)
     _check_complete(report, folder)
@@ -65,12 +70,14 @@ def _architecture(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     """The class of a causal language model, and its settings, by the `model_type` of config.json."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    known = {name: value for name, value in config.items() if name not in ("auto_map", "model_type")}
+    known = {name: value for name, value in config.items() if name != "model_type"}
     try:
         settings = AutoConfig.for_model(config.get("model_type"), **known)
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)], settings
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder}/config.json is of no causal language model that is known here: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}/config.json is of no causal language model that is known here: {error!s:.300}"
+        ) from error
 
 
 def _check_complete(report: dict[str, Any], folder: Path) -> None:
@@ -89,7 +96,10 @@ def _set_generation(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise ConfigError(f"{folder}/generation_config.json cannot be used: {error!r:.300}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -11,13 +11,17 @@ from typing import Any
 import msgspec
 
 from clawloop_shared.errors import ConfigError
-from clawloop_shared.model_line import read_config
+from clawloop_shared.model_line import read_config, shape_of
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FULL_ATTENTION = {"full_attention"}
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """settings of Gemma, Cohere and Granite; the scorer computes the head by itself and would be silently wrong"""
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE = ("rope_parameters", "rope_scaling")
+_NOT_SIZES = ("auto_map", "_implementation")
+"""in names of settings that choose code to compute with: transformers would fetch compiled code for such a word"""
 _QUANTIZATION = ("quantization", "quantization_config")
 _WORDS = {"group_size", "bits", "mode"}
 _CONVERT = "give the folder that mlx_lm.convert makes, quantised in mode affine or not at all"
@@ -42,13 +46,17 @@ class Quantization(msgspec.Struct, frozen=True):
 
 
 def read_trainable(folder: Path) -> tuple[dict[str, Any], Quantization | None]:
-    """A folder's config.json without its words on quantisation, and what those say.
+    """A folder's config.json without its words on quantisation or on code, and what those of quantisation say.
 
     Raises:
-        ConfigError: no model folder, a quantisation that is not affine, or attention or a head that cannot be trained.
+        ConfigError: no model folder, sizes that no model has, a quantisation that is not affine, or attention,
+            positions or a head that cannot be trained.
     """
     config = read_config(folder)
-    limited = sorted(set(config.get("layer_types") or []) - FULL_ATTENTION)
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise ConfigError(f"{folder}/config.json: layer_types is {layers!r:.100}, not a list of names")
+    limited = sorted(set(layers) - FULL_ATTENTION)
     if limited or config.get("use_sliding_window"):
         raise ConfigError(
             f"{folder} has layers of type {limited or 'sliding window'}; only full attention is supported"
@@ -62,7 +70,30 @@ def read_trainable(folder: Path) -> tuple[dict[str, Any], Quantization | None]:
         quantization = _quantization(config)
     except ConfigError as error:
         raise ConfigError(f"{folder}/config.json: {error}; {_CONVERT}") from error
-    return {name: value for name, value in config.items() if name not in _QUANTIZATION}, quantization
+    try:
+        _check_positions(config)
+        shape_of(config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/config.json: {error}; export the model again") from error
+    return {name: value for name, value in config.items() if _is_harmless(name)}, quantization
+
+
+def _is_harmless(name: str) -> bool:
+    return name not in _QUANTIZATION and not any(word in name for word in _NOT_SIZES)
+
+
+def _check_positions(config: Mapping[str, Any]) -> None:
+    """Both words for rotary embeddings: a table, or one for each type of layer."""
+    for name in _ROPE:
+        found = config.get(name)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise ConfigError(f"{name} is {found!r:.100}, not a table")
+        for table in (found, *(value for value in found.values() if isinstance(value, dict))):
+            kind = table.get("rope_type", table.get("type", "default"))
+            if kind not in ROPES:
+                raise ConfigError(f"{name} has type {kind!r:.50}; known are {', '.join(ROPES)}")
 
 
 def _quantization(config: Mapping[str, Any]) -> Quantization | None:

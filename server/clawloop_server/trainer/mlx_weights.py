@@ -117,6 +117,8 @@ class Packed:
             shape = _shape(parts, self.how)
         except ConfigError as error:
             raise ConfigError(f"{self.module}: {error}") from error
+        if not all(bool(part.isfinite().all()) for part in (parts.scales, parts.biases)):
+            raise ConfigError(f"{self.module} has scales or biases that are not finite; export the model again")
         # Not in half precision: quantised products sum in float32, and a Metal kernel that dequantises rounds once.
         exact = torch.promote_types(torch.promote_types(parts.scales.dtype, self.dtype), torch.float32)
         found = torch.empty(shape, dtype=self.dtype)

@@ -265,3 +265,58 @@ def test_no_code_of_a_model_runs(folder: Path) -> None:
     before = shutil.copy(folder / "config.json", folder / "kept")
     load_base(folder)
     assert (folder / "config.json").read_bytes() == Path(before).read_bytes()
+
+
+def test_code_that_a_config_names_is_neither_fetched_nor_run(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(hub("qwen3-moe"), tmp_path / "model")
+    named = {
+        f"{at}{what}_implementation{more}": "x/y"
+        for at in ("", "_")
+        for what in ("attn", "experts")
+        for more in ("", "_internal")
+    }
+    reconfigure(folder, named | {"auto_map": {"AutoModelForCausalLM": "x/y--code.Model"}})
+    model = load_base(folder)
+    assert model.config._attn_implementation == "sdpa"
+    assert "x/y" not in repr(vars(model.config))
+    assert torch.equal(torch_logits(model, IDS), torch_logits(load_base(hub("qwen3-moe")), IDS))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_act": "zigzag"},
+        {"pad_token_id": 10**6},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
+        {"vocab_size": "many"},
+        {"rms_norm_eps": "small"},
+        {"model_type": ["qwen3"]},
+    ],
+)
+def test_a_config_that_no_model_can_be_made_of_is_refused_in_a_sentence(
+    values: dict[str, object], hub: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(hub("qwen3"), tmp_path / "model")
+    reconfigure(folder, values)
+    with pytest.raises(ConfigError, match=str(folder)):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_and_biases_that_are_not_finite_are_refused_by_name(
+    part: str, value: float, hub: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = convert(hub("qwen3"), tmp_path, bits=4)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.{part}"][3, 0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(ConfigError, match=f"{name} has scales or biases that are not finite"):
+        load_base(folder)
+
+
+def reconfigure(folder: Path, values: dict[str, object]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

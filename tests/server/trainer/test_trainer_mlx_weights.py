@@ -103,11 +103,20 @@ def test_quantisations_that_are_not_affine_are_refused_and_named(
         read_trainable(tmp_path)
 
 
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 def test_layers_may_have_words_of_their_own(tmp_path: Path) -> None:
     own = {"a.b": {"group_size": 32, "bits": 8}, "a.c": False, "a.d": True, "a.e": {"bits": 3}}
-    (tmp_path / "config.json").write_text(json.dumps({"x": 1, "quantization": {"group_size": 128, "bits": 2} | own}))
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"quantization": {"group_size": 128, "bits": 2} | own}))
     config, found = read_trainable(tmp_path)
-    assert config == {"x": 1}
+    assert config == SIZES
     assert found == Quantization(
         Affine(group_size=128, bits=2),
         {
