@@ -12,7 +12,7 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_candidate, release_waiting, renew_expiring, roll_back
 from clawloop_server.vault.store import Vault
 from clawloop_shared import signing, wire
-from clawloop_shared.errors import ConfigError, KeyMissing, SignatureInvalid
+from clawloop_shared.errors import ConfigError, KeyMissing, SignatureInvalid, StorageError
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe, SignedManifest, check_files, open_manifest
 from clawloop_shared.messages import AdapterOffer
@@ -131,6 +131,46 @@ def test_an_adapter_is_renewed_in_the_last_quarter_of_its_time(
     assert renew(3 * day_ms + 3) is None
     assert registry.offer(2).files[WEIGHTS_FILE] == b"one"
     assert open_manifest(registry.offer(2).manifest, keys.release_public).expires_ms == 7 * day_ms + 2
+
+
+def test_what_a_renewal_passed_can_still_be_released(registry: Registry, keys: ServerKeys, base: Base) -> None:
+    release_candidate(registry, keys, version=add(registry, base, b"one"), expires_days=4, now_ms=1)
+    for weights in (b"two", b"three"):
+        registry.hold(add(registry, base, weights))
+    waiting = add(registry, base, b"four")
+    late_ms = 4 * 86_400_000
+    assert renew_expiring(registry, keys, line_id=base.line_id, now_ms=late_ms) == 5
+    assert renew_expiring(registry, keys, line_id=base.line_id, now_ms=5 * late_ms) == 6
+    assert [(a.version, a.origin) for a in registry.adapters()][:3] == [(6, 1), (5, 1), (4, 4)]
+
+    signed = release_candidate(registry, keys, version=3)
+    assert open_manifest(signed, keys.release_public).version == 7
+    assert registry.offer(7).files[WEIGHTS_FILE] == b"three"
+    with pytest.raises(ReleaseError, match="versions only grow"):
+        release_candidate(registry, keys, version=2)
+    with pytest.raises(ReleaseError, match="versions only grow"):
+        release_candidate(registry, keys, version=3)
+    assert release_waiting(registry, keys) == [8]
+    assert registry.adapter(waiting).state is AdapterState.HELD
+    assert registry.offer(8).files[WEIGHTS_FILE] == b"four"
+    assert roll_back(registry, keys, to_version=5) == 9
+    assert registry.adapter(9).origin == 9, "who goes back has training go back"
+
+
+def test_files_that_cannot_be_published_say_so_and_leave_nothing(
+    registry: Registry, home: Home, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("clawloop_server.release.registry.publish", full)
+    with pytest.raises(StorageError, match=r"No space left on device; make room"):
+        add(registry, base, b"one")
+    assert list(home.adapters.iterdir()) == []
+    (home.adapters / ".draft-left").mkdir()
+    (home.adapters / ".draft-left" / WEIGHTS_FILE).write_bytes(b"half")
+    registry.remove_drafts()
+    assert list(home.adapters.iterdir()) == []
 
 
 def test_there_is_no_going_back_to_what_is_current_or_never_was(

@@ -51,6 +51,10 @@ def test_how_long_a_round_will_take_follows_from_the_updates_that_were_heard() -
     assert not ear.after(0).ready
     tell(ear, {"event": "ready", "missing": 0})
     assert ear.after(0).ready
+    tell(ear, BEGAN | {"done": 1, "learned": 3})  # it goes on after a crash
+    resumed = ear.training
+    assert resumed is not None
+    assert (resumed.done, resumed.learned, resumed.left_s) == (1, 3, None)
     tell(ear, BEGAN)
     first = ear.training
     assert first is not None

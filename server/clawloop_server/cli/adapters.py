@@ -92,10 +92,13 @@ def release(version: VersionArgument, home: HomeOption = None, as_json: JsonOpti
     """Sign a candidate (or held) adapter and offer it to the devices."""
     from clawloop_server.release.keys import load_keys
     from clawloop_server.release.release import release_candidate
+    from clawloop_shared.manifest import open_manifest
 
     with open_server(home) as server:
         days = server.config.release.expires_days
-        signed = release_candidate(server.registry, load_keys(server.home), version=version, expires_days=days)
+        keys = load_keys(server.home)
+        signed = release_candidate(server.registry, keys, version=version, expires_days=days)
+    version = open_manifest(signed, keys.release_public).version  # another where a renewal was in between
     if as_json:
         print_json({"version": version, "manifest_sha256": signed.sha256, "key_id": signed.key_id})
         return

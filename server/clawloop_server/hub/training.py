@@ -131,6 +131,8 @@ class TrainerEar:
             base_version=_whole(event, "base_version"),
             trajectories=_whole(event, "trajectories"),
             updates=_whole(event, "updates"),
+            done=_whole(event, "done"),
+            learned=_whole(event, "learned"),
             began_ms=_whole(event, "at_ms"),
         )
         _log.info("round %s begins with %d trajectories", self._training.round_id, self._training.trajectories)

@@ -89,6 +89,8 @@ class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
     probe: Probe
     evaluation: Evaluation
     lineage_root: str
+    copy_of: int = 0
+    """the version that this is a copy of, made for its dates or its place alone: training does not go on from it"""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +109,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     def facts(self) -> AdapterFacts:
         """The same with each file's size and hash in the place of its bytes."""
         entries = [FileEntry(name, len(data), sha256(data)) for name, data in sorted(self.files.items())]
-        fields = {name: getattr(self, name) for name in AdapterFacts.__struct_fields__ if name != "files"}
+        named = set(AdapterFacts.__struct_fields__) & set(self.__struct_fields__) - {"files"}
+        fields = {name: getattr(self, name) for name in named}
         return AdapterFacts(files=entries, **fields)
 
 
@@ -121,6 +124,11 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     manifest: SignedManifest | None
     created_ms: int
     released_ms: int | None
+
+    @property
+    def origin(self) -> int:
+        """The version that a round made, or that the operator went back to, of which this is it or a copy."""
+        return self.facts.copy_of or self.version
 
 
 def round_of(row: tuple[Any, ...]) -> Round:

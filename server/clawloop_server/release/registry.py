@@ -39,7 +39,7 @@ from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import AdapterOffer
 
 MANIFEST_FILE = "manifest.bin"
-
+_DRAFT = ".draft-"
 
 _ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms FROM adapters"
 _ROUND = (
@@ -172,14 +172,24 @@ class Registry:
             raise AdapterInvalid(f"an adapter has the files {list(FILES)}, not {sorted(candidate.files)}")
         return self._record(candidate.facts(), lambda target: _publish_files(target, candidate.files), now_ms=now_ms)
 
-    def copy_adapter(self, version: int, *, now_ms: int | None = None) -> int:
-        """Record an older adapter again as a new candidate; its version. For rolling back: versions only grow.
+    def copy_adapter(self, version: int, *, copy_of: int = 0, now_ms: int | None = None) -> int:
+        """Record an older adapter again as a new candidate; its version. Versions only grow. With `copy_of`, training
+        does not go on from it; without, it does: the operator went back.
 
         Raises:
             ReleaseError: no such version.
+            StorageError: its files cannot be read or written.
         """
         old, files = self.adapter(version), self.files(version)
-        return self._record(old.facts, lambda target: _publish_files(target, files), now_ms=now_ms)
+        facts = msgspec.structs.replace(old.facts, copy_of=copy_of)
+        return self._record(facts, lambda target: _publish_files(target, files), now_ms=now_ms)
+
+    def remove_drafts(self) -> None:
+        """Remove what a crash left of adapters that were being published. They are published within a write
+        transaction, so that within this one nobody else is at it."""
+        with self._database.write():
+            for draft in self._folder.glob(f"{_DRAFT}*"):
+                shutil.rmtree(draft, ignore_errors=True)
 
     def _record(self, facts: AdapterFacts, put: Callable[[Path], None], *, now_ms: int | None) -> int:
         with self._database.write() as database:
@@ -315,12 +325,24 @@ class Registry:
 
 
 def _publish_files(target: Path, files: dict[str, bytes]) -> None:
-    """Write the folder whole. One that a crash left behind, unknown to the database, is replaced."""
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
-    for name, data in files.items():
-        publish(draft / name, data)
-    if target.exists():
-        shutil.rmtree(target)
-    draft.replace(target)
-    sync_folder(target.parent)
+    """Write the folder whole. One that a crash left behind, unknown to the database, is replaced.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    draft: Path | None = None
+    try:
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
+        for name, data in files.items():
+            publish(draft / name, data)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        why = error.strerror or error
+        raise StorageError(f"cannot write {target}: {why}; make room there, or mend its owner and mode") from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)

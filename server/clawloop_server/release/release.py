@@ -25,7 +25,8 @@ def release_candidate(
     expires_days: float = DEFAULT_EXPIRES_DAYS,
     now_ms: int | None = None,
 ) -> SignedManifest:
-    """Sign a candidate (or held) adapter and make it the current one.
+    """Sign a candidate (or held) adapter and make it the current one. If what was released after it is only an older
+    adapter renewed, it is released as a copy under a new version, since versions only grow, and is held itself.
 
     Raises:
         ReleaseError: it was released before, or a newer version was.
@@ -33,6 +34,24 @@ def release_candidate(
     """
     created_ms = now_ms or time.time_ns() // 1_000_000
     registry.files(version)
+    with registry.within():
+        if _is_behind_a_renewal(registry, registry.adapter(version)):
+            if registry.adapter(version).state is AdapterState.CANDIDATE:
+                registry.hold(version)
+            version = registry.copy_adapter(version, copy_of=version, now_ms=now_ms)
+        return _sign_and_release(registry, keys, version, expires_days=expires_days, created_ms=created_ms)
+
+
+def _is_behind_a_renewal(registry: Registry, record: AdapterRecord) -> bool:
+    """Whether it may still be released, had its version not been passed by a renewal."""
+    current = registry.current(record.line_id)
+    waits = record.state in (AdapterState.CANDIDATE, AdapterState.HELD)
+    return waits and current is not None and current.origin < record.origin < current.version
+
+
+def _sign_and_release(
+    registry: Registry, keys: ServerKeys, version: int, *, expires_days: float, created_ms: int
+) -> SignedManifest:
 
     def sign(record: AdapterRecord, previous_sha256: str) -> SignedManifest:
         facts = record.facts
@@ -81,7 +100,9 @@ def roll_back(
                 registry.mark_rolled_back(adapter.version)
             if adapter.version > to_version and adapter.state is AdapterState.CANDIDATE:
                 registry.hold(adapter.version)
-        return _release_again(registry, keys, to_version, expires_days=expires_days, now_ms=now_ms)
+        copy = registry.copy_adapter(to_version, now_ms=now_ms)
+        release_candidate(registry, keys, version=copy, expires_days=expires_days, now_ms=now_ms)
+    return copy
 
 
 def release_waiting(
@@ -95,11 +116,11 @@ def release_waiting(
     released = []
     for record in registry.candidates():
         current = registry.current(record.line_id)
-        if current is not None and current.version > record.version:
+        if current is not None and current.origin > record.version:
             registry.hold(record.version)
             continue
-        release_candidate(registry, keys, version=record.version, expires_days=expires_days, now_ms=now_ms)
-        released.append(record.version)
+        signed = release_candidate(registry, keys, version=record.version, expires_days=expires_days, now_ms=now_ms)
+        released.append(open_manifest(signed, keys.release_public).version)
     return released
 
 
@@ -112,7 +133,8 @@ def renew_expiring(
     now_ms: int | None = None,
 ) -> int | None:
     """Release the current adapter again as a new version once a quarter of its time is left, so that devices which
-    join late, or were away, may still take it; the new version, or None if it is not time yet."""
+    join late, or were away, may still take it; the new version, or None if it is not time yet. What training goes on
+    from stays what it is."""
     now_ms = now_ms or time.time_ns() // 1_000_000
     current = registry.current(line_id)
     if current is None or current.manifest is None:
@@ -121,12 +143,6 @@ def renew_expiring(
     if manifest.expires_ms - now_ms > (manifest.expires_ms - manifest.created_ms) / 4:
         return None
     with registry.within():
-        return _release_again(registry, keys, current.version, expires_days=expires_days, now_ms=now_ms)
-
-
-def _release_again(
-    registry: Registry, keys: ServerKeys, version: int, *, expires_days: float, now_ms: int | None
-) -> int:
-    copy = registry.copy_adapter(version, now_ms=now_ms)
-    release_candidate(registry, keys, version=copy, expires_days=expires_days, now_ms=now_ms)
+        copy = registry.copy_adapter(current.version, copy_of=current.origin, now_ms=now_ms)
+        _sign_and_release(registry, keys, copy, expires_days=expires_days, created_ms=now_ms)
     return copy

@@ -80,26 +80,29 @@ class Observer:
 
     def close(self) -> None:
         """Close what is open."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for opened in (self._file, self._board):
+            if opened is not None:
+                _close(opened)
+        self._file = self._board = None
 
     def _tell(self, kind: str, fields: Mapping[str, Any]) -> None:
         event = {"event": kind, "round_id": self._round_id, "at_ms": time.time_ns() // 1_000_000}
         event = {**event, **{name: value for name, value in fields.items() if name not in event}}
         self._write(event)
-        self._emit(event)
+        try:
+            self._emit(event)
+        except Exception as error:  # noqa: BLE001 who watches can be gone; the round has no need of them
+            _log.error("an event of training cannot be told: %s", error)
 
     def _write(self, event: Event) -> None:
         if self._file is None:
             return
         try:
             self._file.append(event)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001
             # The figures are for eyes; a full disk must not stop a round that has no other need of it.
             _log.error("%s cannot be written and stays as it is until the next start: %s", METRICS_FILE, error)
-            self._file.close()
+            _close(self._file)
             self._file = None
 
     def _draw(self, group: str, values: Mapping[str, float]) -> None:
@@ -113,7 +116,7 @@ class Observer:
                 if isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(f"{group}/{name}", value, self._update)
             self._board.flush()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 what the writer's thread runs into, it raises here
             _log.error("TensorBoard's files cannot be written and stay as they are until the next start: %s", error)
             self._board = None
 
@@ -255,9 +258,16 @@ def _prune_board(folder: Path) -> None:
             path.unlink()
 
 
+def _close(opened: MetricsFile | Board) -> None:
+    try:
+        opened.close()
+    except Exception as error:  # noqa: BLE001
+        _log.error("what training was shown with cannot be closed: %s", error)
+
+
 def _unless_broken(make: Callable[[], Opened]) -> Opened | None:
     try:
         return make()
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001
         _log.error("%s; training goes on unseen until the next start", error)
         return None

@@ -86,10 +86,9 @@ def serve(
             _emit({"event": "ready", "missing": worker.missing})
             done = 0
             while (not rounds or done < rounds) and os.getppid() == parent:
-                if worker.judge():
-                    continue
-                if worker.missing:
-                    time.sleep(POLL_S)
+                judged = worker.judge()
+                if worker.resting or worker.missing:
+                    time.sleep(0 if judged else POLL_S)
                     continue
                 observer.ended(worker.run(report, began=observer.began))
                 done += 1

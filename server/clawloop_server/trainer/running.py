@@ -3,7 +3,8 @@
 After an update, at most every `checkpoint_every_s`, the whole state is published as one file, `running.safetensors`. It
 is gone on from if it is of this round, of the adapter and the settings that this round began with, and if all that it
 learned from is still to be learned from. An update in which the process ends hard is tried again as it was; the second
-time with rows of half the size; after the third its largest trajectory is set aside. Knows no gate.
+time with rows of half the size; after the third its largest trajectory is set aside. What ends hard on and on is not
+killed by the data: the round is given up then, and what it had is let go. Knows no gate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.loop import Plan, Progress, Report, RoundResult, TrainState, plan_round, run_plan
 from clawloop_server.trainer.rows import Limits
 from clawloop_server.vault.store import Vault
-from clawloop_shared.errors import StorageError
+from clawloop_shared.errors import ClawloopError, StorageError
 from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Trajectory
@@ -35,10 +36,24 @@ RUNNING_FILE = "running.safetensors"
 MAX_DEATHS = 3
 """hard ends in one update after which its largest trajectory is set aside"""
 DEADLY = "the trainer ended hard three times in its update"
+DEADLY_READ = "the trainer ended hard three times while it was screened"
+MOST_DEADLY = 2
+"""trajectories that are set aside for hard ends in one round, before these are not the data's fault"""
+PLANNING = -1
+"""stands for an update while the round is planned"""
+GIVEN_UP = "it is not the data's fault, which wait for another round; see the trainer's log, free memory and the device"
 
 
 class LessonsLost(TrainerError):
     """What the round learned from was forgotten, or taken out by its owner, since."""
+
+
+class NothingLeft(TrainerError):
+    """All that a round had was forgotten or taken out, and nothing else is ready."""
+
+    def __init__(self, round_id: str) -> None:
+        super().__init__(f"all that round {round_id} had was forgotten or taken out by its owners")
+        self.round_id = round_id
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,27 +84,30 @@ class RunningRound:
         """`folder`: where the checkpoint is; `state`: that of the adapter, whose version it names.
 
         Raises:
+            NothingLeft: the round that was cut off has nothing any more.
             TrainerError: nothing is ready.
         """
         self._engine, self._vault, self._registry, self._limits = engine, vault, registry, limits
         self._path, self._line_id, self._start, self._clock = folder / RUNNING_FILE, line_id, state, clock
         self._settings = _fingerprint(engine, vault, line_id=line_id)
         self.under_way = self._pinned()
-        self._plan()
+        self.given_up = ""
+        """why it must not go on, for a reason that is not the data's fault; empty: it may"""
         self._count_attempt()
+        if not self.given_up:
+            try:
+                self._plan()
+            except (ClawloopError, KeyboardInterrupt):
+                self.rest()
+                raise
         self.plan = self._planned()
-        self.progress = self._resumed() or Progress(state=state)
+        self.progress = (not self.given_up and self._resumed()) or Progress(state=state)
         self._saved_s = clock()
 
     @property
     def round_id(self) -> str:
         """Its id."""
         return self.under_way.round_id
-
-    @property
-    def judging_ends_hard(self) -> bool:
-        """Whether the process ended hard too often after the last update."""
-        return self.under_way.deaths.get(len(self.plan.batches), 0) >= MAX_DEATHS
 
     def run(self, report: Report) -> RoundResult:
         """Make the updates that are left.
@@ -131,6 +149,10 @@ class RunningRound:
         self._vault.consume(self.round_id, pins.rewards(ids))
         pins.release(self.round_id)
 
+    def release(self) -> None:
+        """Let go of what was pinned to the round, for another one. Part of the transaction that is open."""
+        self._vault.pins.release(self.round_id)
+
     def rest(self) -> None:
         """Note that nothing is being worked on: what ends the process now has nothing to do with an update."""
         self._note(at_update=None)
@@ -161,6 +183,8 @@ class RunningRound:
                     row_tokens=self._engine.row_tokens,
                 )
         under_way = self._registry.under_way(self._line_id)
+        if not trajectories and found:
+            raise NothingLeft(round_id)
         if not trajectories or under_way is None:
             raise TrainerError("no rewarded trajectory is ready; a round needs signals such as /v1/feedback")
         return under_way
@@ -169,13 +193,17 @@ class RunningRound:
         """Decide which update learns from what, unless it is decided."""
         if self.under_way.rejected_steps is not None:
             return
-        ids = sorted(pin.trajectory_id for pin in self._vault.pins.of(self.round_id))
-        plan = plan_round(
-            self._vault.pins.read(ids), self._engine.settings, rounds=self._start.rounds, limits=self._limits
-        )
+        self._note(at_update=PLANNING)
+        ids = sorted(pin.trajectory_id for pin in self._vault.pins.of(self.round_id) if not pin.reason)
+        unreadable = dict[str, str]()
+        read = self._vault.pins.read(ids, unreadable=unreadable)
+        plan = plan_round(read, self._engine.settings, rounds=self._start.rounds, limits=self._limits)
+        if len(unreadable) == len(ids) > 1:
+            self.given_up = f"none of {len(ids)} trajectories can be read ({unreadable[ids[0]]}); see keys and settings"
+        _tell_of(unreadable)
         with self._vault.database.write():
-            self._vault.pins.plan(self.round_id, plan.batches, set_aside=plan.set_aside)
-            self._note(rejected_steps=plan.rejected_steps)
+            self._vault.pins.plan(self.round_id, plan.batches, set_aside=plan.set_aside | unreadable)
+            self._note(rejected_steps=plan.rejected_steps, at_update=None)
 
     def _planned(self) -> Plan:
         batches, set_aside = list[list[str]](), dict[str, str]()
@@ -190,7 +218,13 @@ class RunningRound:
     def _read(self, number: int, trajectory_ids: Sequence[str]) -> list[Trajectory]:
         self.check()
         self._note(at_update=number)
-        return list(self._vault.pins.read(trajectory_ids))
+        unreadable = dict[str, str]()
+        found = list(self._vault.pins.read(trajectory_ids, unreadable=unreadable))
+        if unreadable:
+            _tell_of(unreadable)
+            self._vault.pins.set_aside(self.round_id, unreadable)
+            self.plan.set_aside.update(unreadable)
+        return found
 
     def _lost(self, progress: Progress) -> set[str]:
         """What was learned from and may not be learned from any more."""
@@ -210,19 +244,27 @@ class RunningRound:
             if died_at is not None:
                 deaths[died_at] = deaths.get(died_at, 0) + 1
                 _log.warning("round %s: ended hard in update %d, time %d", self.round_id, died_at, deaths[died_at])
-                if deaths[died_at] == MAX_DEATHS - 1:
+                if deaths[died_at] == MAX_DEATHS - 1 and died_at != PLANNING:
                     row_tokens = max(1, row_tokens // 2)
-                if deaths[died_at] >= MAX_DEATHS and self._set_aside(died_at):
+                if deaths[died_at] >= MAX_DEATHS:
+                    self.given_up = self._set_aside(died_at)
                     deaths[died_at] = 0
             attempts = self.under_way.attempts + 1
             self._note(attempts=attempts, at_update=None, deaths=deaths, row_tokens=row_tokens)
 
-    def _set_aside(self, at_update: int) -> bool:
-        """Set the largest trajectory of an update aside; whether there was one."""
-        found = self._vault.pins.set_largest_aside(self.round_id, at_update, reason=DEADLY)
-        if found:
-            _log.error("round %s: trajectory %s is set aside: %s %d", self.round_id, found, DEADLY, at_update)
-        return found is not None
+    def _set_aside(self, at_update: int) -> str:
+        """Set the largest trajectory of an update aside; or why it is not the data's fault."""
+        pins = self._vault.pins.of(self.round_id)
+        if sum(pin.reason in (DEADLY, DEADLY_READ) for pin in pins) >= MOST_DEADLY:
+            return f"the trainer ended hard again after {MOST_DEADLY} trajectories were set aside for it; {GIVEN_UP}"
+        planning, reason = at_update == PLANNING, DEADLY_READ if at_update == PLANNING else DEADLY
+        found = self._vault.pins.set_largest_aside(self.round_id, None if planning else at_update, reason=reason)
+        if not found:
+            last = max((pin.at_update for pin in pins if pin.at_update is not None), default=PLANNING)
+            where = "in one update" if planning or at_update <= last else "while this round was judged"
+            return f"the trainer ended hard three times {where}; {GIVEN_UP}"
+        _log.error("round %s: trajectory %s is set aside: %s", self.round_id, found, reason)
+        return ""
 
     # where it goes on
 
@@ -239,17 +281,21 @@ class RunningRound:
             progress=progress,
         )
         # JSON as Python writes it: metrics may be infinite or not a number.
-        self._engine.save_state(self._path, text=json.dumps(msgspec.to_builtins(running, str_keys=True)))
+        text = json.dumps(msgspec.to_builtins(running, str_keys=True))
+        try:
+            self._engine.save_state(self._path, text=text)
+        except (StorageError, OSError) as error:  # a round does not need it unless it is cut off
+            _log.error("%s cannot be saved; after a crash this round goes on from before: %s", self._path.name, error)
         self._saved_s = self._clock()
 
     def _resumed(self) -> Progress | None:
         """How far the round was when it was cut off, the engine there too; None if it begins at its beginning."""
         running = self._last()
+        self._engine.row_tokens = min(self._engine.row_tokens, self.under_way.row_tokens)
         if running is None:
-            self._engine.row_tokens = self.under_way.row_tokens
             return None
         self._engine.load_state(self._path)
-        self._engine.row_tokens = min(self.under_way.row_tokens, running.row_tokens)
+        self._engine.row_tokens = min(self._engine.row_tokens, running.row_tokens)
         progress, updates = running.progress, len(self.plan.batches)
         _log.info("round %s goes on at update %d of %d", self.round_id, progress.at_update, updates)
         return progress
@@ -275,6 +321,11 @@ class RunningRound:
             self._vault.pins.begin_again(self.round_id, lost)
             self.plan = self._planned()
         return bool(lost)
+
+
+def _tell_of(unreadable: dict[str, str]) -> None:
+    for name, reason in unreadable.items():
+        _log.error("trajectory %s is set aside: %s", name, reason)
 
 
 def _fingerprint(engine: TrainEngine, vault: Vault, *, line_id: str) -> str:

@@ -8,6 +8,7 @@ was not taken back. A round that was refused or failed left nothing behind; one 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,9 @@ from clawloop_server.trainer.checkpoint import remove_drafts
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.judge import Judge
-from clawloop_server.trainer.loop import Report, RoundResult, TrainState
+from clawloop_server.trainer.loop import NothingFinite, Plan, Report, RoundResult, TrainState
 from clawloop_server.trainer.rows import Limits, Sample
-from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, RunningRound
+from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, NothingLeft, RunningRound
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.trial import Gate
 from clawloop_server.vault.database import ServerDatabase
@@ -46,7 +47,9 @@ PROBE_TOKENS = 16
 KEPT_CHECKPOINTS = 8
 START = "start"
 OpenEngine = Callable[[Path, TrainSettings], TrainEngine]
-JUDGING_DEADLY = "the trainer ended hard three times while this round was judged; see the gate's tasks and free memory"
+RESTS_S = 3600.0
+"""how long training waits after a round that failed for a reason that is not its data's fault"""
+NOTHING_LEARNED = "nothing was learned from: all of it was forgotten meanwhile, or set aside"
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +71,10 @@ class RoundBegan(msgspec.Struct, frozen=True, kw_only=True):
     trajectories: int
     steps: int
     updates: int
+    done: int = 0
+    """updates that were made before a crash"""
+    learned: int = 0
+    """trajectories that these learned from"""
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +115,10 @@ class Worker:
         self._probe_ids = probe_ids
         self._state = TrainState()
         self._loaded: tuple[str, int] | None = None
+        self._row_tokens, self._rests_until_s = engine.row_tokens, -math.inf
         remove_drafts(home.trainer)
+        registry.remove_drafts()
+        self._prune()
         if self._newest() is None:
             self._save(START, TrainState())
 
@@ -155,6 +165,11 @@ class Worker:
         return max(0, self._settings.round_trajectories - self.vault.count_ready(line_id))
 
     @property
+    def resting(self) -> bool:
+        """Whether training waits, since a round failed through no fault of its data. A restart ends the wait."""
+        return time.monotonic() < self._rests_until_s
+
+    @property
     def _settings(self) -> TrainSettings:
         return self._engine.settings
 
@@ -172,12 +187,16 @@ class Worker:
             TrainerError: nothing is ready.
         """
         started = clock()
+        self._engine.row_tokens = self._row_tokens  # what an earlier round had less, it had for itself
         while True:
             try:
                 round_id, result, version, decision = self._run(report, began=began, clock=clock)
                 break
             except LessonsLost as error:
                 _log.warning("%s", error)
+            except NothingLeft as error:
+                round_id, result, version, decision = self._nothing_left(error)
+                break
         evaluation = decision.evaluation
         return RoundReport(
             round_id=round_id,
@@ -225,18 +244,39 @@ class Worker:
         except (ClawloopError, KeyboardInterrupt):
             running.rest()
             raise
+        except Exception:
+            _log.exception("round %s: an error that nobody knows ends the trainer", running.round_id)
+            raise
         running.ended()
+        self._prune()
+        if running.given_up:
+            _log.error("training waits %.0f s or for a restart: %s", RESTS_S, running.given_up)
+            self._rests_until_s = time.monotonic() + RESTS_S
         return running.round_id, result, version, decision
 
+    def _nothing_left(self, error: NothingLeft) -> tuple[str, RoundResult, int | None, Decision]:
+        """Note that a round that nothing is left of has ended."""
+        decision, result = refuse(str(error)), _no_result(self._state, Plan(batches=[]))
+        metrics = _metrics(result, decision)
+        self._registry.finish_round(error.round_id, RoundState.FAILED, metrics=metrics, reason=decision.reason)
+        (self._home.trainer / RUNNING_FILE).unlink(missing_ok=True)
+        return error.round_id, result, None, decision
+
     def _learn(self, running: RunningRound, report: Report, *, current: dict[str, Any]) -> tuple[RoundResult, Decision]:
+        nothing = _no_result(running.progress.state, running.plan)
+        if running.given_up:
+            return nothing, refuse(running.given_up)
         try:
             result = running.run(report)
         except LessonsLost:
             raise
+        except NothingFinite as error:
+            running.given_up = str(error)
+            return nothing, refuse(running.given_up)
         except TrainerError as error:
-            return _no_result(running), refuse(str(error))
-        if running.judging_ends_hard:
-            return result, refuse(JUDGING_DEADLY)
+            return nothing, refuse(str(error))
+        if not result.trajectory_ids:
+            return result, refuse(NOTHING_LEARNED)
         return result, self._judge(result, current=current)
 
     def _limits(self) -> Limits:
@@ -249,9 +289,10 @@ class Worker:
     # state
 
     def _newest(self) -> AdapterRecord | None:
-        """The adapter that training goes on from."""
+        """The adapter that training goes on from: not one that the operator took back, and not a mere copy."""
         records = self._registry.adapters(line_id=self._base.line_id)
-        return next((record for record in records if record.state is not AdapterState.ROLLED_BACK), None)
+        gone_on_from = (r for r in records if r.state is not AdapterState.ROLLED_BACK and not r.facts.copy_of)
+        return next(gone_on_from, None)
 
     def _restore(self) -> None:
         """Make engine and state those that the database names, unless they are."""
@@ -305,8 +346,11 @@ class Worker:
         self._engine.save_state(self._checkpoint(name), text=msgspec.json.encode(self._saved(state)).decode())
 
     def _prune(self) -> None:
-        """Remove checkpoints that nothing goes back to: all but those of the newest adapters."""
-        kept = self._registry.adapters(line_id=self._base.line_id)[:KEPT_CHECKPOINTS]
+        """Remove checkpoints that nothing goes back to: all but those of the newest adapters. One of a round that did
+        not pass may have learned from what was forgotten since."""
+        line_id, records = self._base.line_id, [r for r in self._registry.adapters() if not r.facts.copy_of]
+        kept = [r for r in records if r.line_id == line_id][:KEPT_CHECKPOINTS]
+        kept += [r for r in records if r.line_id != line_id]
         names = {START, *(record.facts.round_id for record in kept)}
         for path in self._home.trainer.glob("*.safetensors"):
             if path.stem not in names and path.name != RUNNING_FILE:
@@ -328,16 +372,21 @@ class Worker:
         Raises:
             LessonsLost: it learned from what was forgotten meanwhile; nothing is recorded.
         """
-        round_id, version = running.round_id, None
+        round_id, version, candidate = running.round_id, None, None
         if decision.verdict is not Verdict.REFUSED:
             self._save(round_id, result.state)
+            candidate = self._candidate(round_id, result, decision=decision)
         try:
             with self.vault.database.write():
-                decision = self._unless_rolled_back(decision, went_on_from)
-                if decision.verdict is not Verdict.REFUSED:
+                if candidate and (rolled_back := self._rolled_back(went_on_from)):
+                    decision = refuse(rolled_back)
+                elif candidate:
                     running.check()
-                    version = self._registry.record_candidate(self._candidate(round_id, result, decision=decision))
-                running.consume()
+                    version = self._registry.record_candidate(candidate)
+                if running.given_up or (candidate and version is None):
+                    running.release()
+                else:
+                    running.consume()
                 if version is not None and decision.verdict is Verdict.HELD:
                     self._registry.hold(version)
                 self._registry.finish_round(
@@ -353,16 +402,15 @@ class Worker:
         if version is not None:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
-            self._prune()
         return version, decision
 
-    def _unless_rolled_back(self, decision: Decision, went_on_from: tuple[str, int] | None) -> Decision:
-        """A refusal if the operator took back, while the round ran, the adapter that it went on from: else it would
-        bring back what was taken back."""
+    def _rolled_back(self, went_on_from: tuple[str, int] | None) -> str:
+        """Why it is refused, if the operator took back, while the round ran, the adapter that it went on from: else it
+        would bring back what was taken back. Its data are not at fault."""
         newest = self._newest()
         if went_on_from is None or newest is None or newest.facts.round_id == went_on_from[0]:
-            return decision
-        return refuse(f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile")
+            return ""
+        return f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile; its data wait for another"
 
     def _candidate(self, round_id: str, result: RoundResult, *, decision: Decision) -> Candidate:
         return Candidate(
@@ -418,18 +466,20 @@ def _began(running: RunningRound) -> RoundBegan:
         trajectories=running.under_way.trajectories,
         steps=running.under_way.steps,
         updates=len(running.plan.batches),
+        done=running.progress.at_update,
+        learned=len(running.progress.learned),
     )
 
 
-def _no_result(running: RunningRound) -> RoundResult:
+def _no_result(state: TrainState, plan: Plan) -> RoundResult:
     return RoundResult(
-        state=running.progress.state,
+        state=state,
         updates=[],
         trajectory_ids=[],
         steps=0,
         reward=0.0,
-        set_aside=running.plan.set_aside,
-        rejected_steps=running.plan.rejected_steps,
+        set_aside=plan.set_aside,
+        rejected_steps=plan.rejected_steps,
     )
 
 

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
+from clawloop_server.errors import VaultError
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.groups import Stage
 from clawloop_server.vault.reading import Names, names_of, read_signals, read_trajectory
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
+from clawloop_shared.errors import StorageError
 from clawloop_shared.records import Channel, Trajectory
 from clawloop_shared.signals import RewardRules
 
@@ -78,28 +80,43 @@ class Pins:
         )
         return [Pin(name, device_id, at, reason, bool(lost)) for name, device_id, at, reason, lost in rows]
 
-    def read(self, trajectory_ids: Iterable[str]) -> Iterator[Trajectory]:
-        """These trajectories as they were pinned, one at a time; those that are lost are passed by.
+    def read(self, trajectory_ids: Iterable[str], *, unreadable: dict[str, str] | None = None) -> Iterator[Trajectory]:
+        """These trajectories as they were pinned, one at a time; those that are lost are passed by. With `unreadable`,
+        so are those that cannot be read: it is told of them, and why.
 
         Raises:
             StorageError: a record does not open with the keys that are here.
             VaultError: the vault was opened with other `[reward]` settings than those that its server runs with.
         """
         for trajectory_id in trajectory_ids:
-            with self._database.snapshot() as database:
-                found = self._names(trajectory_id)
-                if found is None:
-                    continue
-                seal, names = found
-                yielded = read_trajectory(database, seal, trajectory_id, names=names, rules=self._rules)
-            yield yielded
+            try:
+                found = self._read(trajectory_id)
+            except (StorageError, VaultError, msgspec.MsgspecError) as error:
+                if unreadable is None:
+                    raise
+                unreadable[trajectory_id] = f"cannot be read: {error}"
+                continue
+            if found is not None:
+                yield found
+
+    def _read(self, trajectory_id: str) -> Trajectory | None:
+        with self._database.snapshot() as database:
+            found = self._names(trajectory_id)
+            if found is None:
+                return None
+            seal, names = found
+            return read_trajectory(database, seal, trajectory_id, names=names, rules=self._rules)
 
     def rewards(self, trajectory_ids: Iterable[str]) -> list[Trajectory]:
-        """What `Vault.consume` asks of these trajectories: their signals, without their steps."""
+        """What `Vault.consume` asks of these trajectories: their signals, without their steps; of one that cannot be
+        read, none."""
         found = []
         for trajectory_id in trajectory_ids:
-            pinned = self._names(trajectory_id)
-            signals = read_signals(self._database, *pinned) if pinned else []
+            try:
+                pinned = self._names(trajectory_id)
+                signals = read_signals(self._database, *pinned) if pinned else []
+            except (StorageError, VaultError, msgspec.MsgspecError):
+                signals = []
             found.append(Trajectory(trajectory_id=trajectory_id, steps=[], signals=signals, reward=0.0, weight=1.0))
         return found
 
@@ -108,20 +125,24 @@ class Pins:
         row = self._database.row(sql, [trajectory_id])
         return (self._seals.open(row[0]), _NAMES.decode(row[1])) if row else None
 
-    def set_largest_aside(self, round_id: str, at_update: int, *, reason: str) -> str | None:
-        """Take the trajectory with the most tokens out of an update of a round; its id, or None if there is none."""
+    def set_largest_aside(self, round_id: str, at_update: int | None, *, reason: str) -> str | None:
+        """Take the trajectory with the most tokens out of an update of a round, or (None) out of what is not planned;
+        its id, or None if there is none. Opens no record."""
         with self._database.write() as database:
             row = database.row(
-                "SELECT trajectory_id FROM pins WHERE round_id = ? AND at_update = ? AND NOT lost"
+                "SELECT trajectory_id FROM pins WHERE round_id = ? AND at_update IS ? AND NOT lost AND reason = ''"
                 " ORDER BY tokens DESC, trajectory_id LIMIT 1",
                 [round_id, at_update],
             )
-            if row is None:
-                return None
-            sql = "UPDATE pins SET at_update = NULL, place = NULL, reason = ? WHERE trajectory_id = ?"
-            database.run(sql, [reason, row[0]])
-        found: str = row[0]
-        return found
+            if row is not None:
+                self.set_aside(round_id, {row[0]: reason})
+        return row[0] if row else None
+
+    def set_aside(self, round_id: str, reasons: Mapping[str, str]) -> None:
+        """Take trajectories out of the updates of a round, for these reasons."""
+        sql = "UPDATE pins SET at_update = NULL, place = NULL, reason = ? WHERE trajectory_id = ? AND round_id = ?"
+        with self._database.write() as database:
+            database.run_each(sql, [[reason, name, round_id] for name, reason in reasons.items()])
 
     def begin_again(self, round_id: str, trajectory_ids: Iterable[str]) -> None:
         """Note that a round begins again without these, which are lost.

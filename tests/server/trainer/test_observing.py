@@ -144,6 +144,38 @@ def test_what_is_no_event_is_passed_over(tmp_path: Path) -> None:
     assert event_of(b"not json") is None
 
 
+class BrokenBoard:
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        raise RuntimeError("the writer's thread has ended")
+
+    def flush(self) -> None:
+        raise RuntimeError
+
+    def close(self) -> None:
+        raise RuntimeError
+
+
+def test_nothing_that_breaks_here_reaches_a_round(tmp_path: Path) -> None:
+    def gone(event: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    def make(folder: Path, first_update: int) -> BrokenBoard:
+        boards.append(BrokenBoard())
+        return boards[-1]
+
+    boards = list[BrokenBoard]()
+    observer = Observer(tmp_path, emit=gone, board=make)
+    observer.began(Began("r1"))
+    observer.updated({"update": 1.0, "reward": 0.25})
+    observer.ended(Ended("r1"))
+    assert [line["event"] for line in lines(tmp_path)] == ["began", "update", "round"]
+    assert len(boards) == 1, "it is not tried again"
+    observer.close()
+    other = Observer(tmp_path, board=make)
+    other._board = boards[0]
+    other.close()
+
+
 def test_a_disk_that_refuses_stops_no_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = list[Mapping[str, Any]]()
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")

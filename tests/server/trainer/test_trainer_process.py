@@ -18,7 +18,7 @@ from clawloop_server.release.keys import ServerKeys
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_candidate, roll_back
-from clawloop_server.trainer.process import sole_trainer
+from clawloop_server.trainer.process import serve, sole_trainer
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
 from clawloop_shared import wire
@@ -171,6 +171,8 @@ def test_a_round_under_way_does_not_bring_back_what_the_operator_took_back(
     report = worker.run()
     assert (report.state, report.version) == (RoundState.REFUSED, None)
     assert "adapter 2, which it went on from, was rolled back" in report.reason
+    assert worker.vault.lineage(report.round_id) == [], "its data wait for another round"
+    assert worker.vault.database.count("SELECT count(*) FROM pins") == 0
     assert [record.version for record in registry.adapters()] == [3, 2, 1]
     worker._restore()
     assert (worker._state.version, worker._state.updates) == (3, 2)
@@ -201,6 +203,21 @@ def test_other_lora_settings_than_those_in_training_are_refused(ready_home: Home
     with pytest.raises(ConfigError, match=r"alpha 16, 7 targets .* alpha 4, 7 targets"):
         worker.run()
     worker.close()
+
+
+def test_a_classifier_that_always_has_work_starves_no_round(
+    ready_home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked = list[int]()
+
+    def judge(worker: Worker) -> int:
+        looked.append(1)
+        return 1
+
+    monkeypatch.setattr(Worker, "judge", judge)
+    serve(ready_home, rounds=1)
+    assert len(looked) == 1
+    assert '"event":"round"' in capsys.readouterr().out
 
 
 def test_only_one_trainer_runs_on_a_home(home: Home) -> None:
