@@ -4,9 +4,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import tomli_w
 
 from clawloop_server.home import Home
+from clawloop_server.release.records import UnderWay
+from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
 from clawloop_shared import wire
 from clawloop_shared.ids import new_id
@@ -76,3 +79,29 @@ def fill(
 def adapters(folder: Path) -> dict[str, bytes]:
     """The files of all adapters of a home."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "adapters").glob("[0-9]*/adapter_*")}
+
+
+class Died(BaseException):
+    """What a test ends a round with as if the process had died: nothing after it runs in the worker."""
+
+
+def die_in(worker: Worker, update: int) -> None:
+    """Have the worker die in the update of that number, with the gradients there and no step made."""
+    whole, seen = worker._engine.optim_step, [0]
+
+    def optim_step(lr: float) -> float:
+        if seen[0] == update:
+            raise Died
+        seen[0] += 1
+        return whole(lr)
+
+    worker._engine.optim_step = optim_step  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        worker.run()
+    del worker._engine.optim_step
+
+
+def under_way(worker: Worker) -> UnderWay:
+    found = worker._registry.under_way(worker._base.line_id)
+    assert found is not None
+    return found
