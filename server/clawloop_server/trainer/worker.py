@@ -244,9 +244,6 @@ class Worker:
         except (ClawloopError, KeyboardInterrupt):
             running.rest()
             raise
-        except Exception:
-            _log.exception("round %s: an error that nobody knows ends the trainer", running.round_id)
-            raise
         running.ended()
         self._prune()
         if running.given_up:

@@ -111,7 +111,7 @@ def test_what_stops_while_it_is_planned_has_not_died(
     assert under_way(worker).at_update is None
 
 
-def test_an_error_that_nobody_knows_is_logged_ends_the_trainer_and_counts(
+def test_an_error_that_nobody_knows_ends_the_trainer_and_counts(
     opened: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(engine: TrainEngine, lr: float) -> float:
@@ -122,7 +122,6 @@ def test_an_error_that_nobody_knows_is_logged_ends_the_trainer_and_counts(
         patch.setattr(TrainEngine, "optim_step", broken)
         with pytest.raises(RuntimeError, match="no device"):
             worker.run()
-    assert "RuntimeError: no device" in caplog.text
     opened().run()
     assert "ended hard in update 0, time 1" in caplog.text
 
