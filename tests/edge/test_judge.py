@@ -476,7 +476,7 @@ async def test_a_local_model_that_fails_is_a_failure(tiny_model: Path) -> None:
     with pytest.raises(ScorerFailed, match="in time"):
         await judge.score(case())
     async with asyncio.timeout(10):
-        while slow.health().in_flight:
+        while slow.health().in_flight:  # noqa: ASYNC110 - of an engine, which wakes nobody
             await asyncio.sleep(0.01)
     await slow.close()
 
