@@ -8,6 +8,7 @@ from msgspec import Meta
 from clawloop_edge.engine.settings import EngineSettings
 from clawloop_edge.engine.upstream_settings import UpstreamSettings
 from clawloop_edge.gateway.settings import GatewaySettings
+from clawloop_edge.learn.settings import LearnSettings
 from clawloop_edge.pool.settings import RetentionSettings
 from clawloop_edge.signals.settings import SignalsSettings
 from clawloop_shared.signals import RewardRules
@@ -87,3 +88,4 @@ class EdgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retention: RetentionSettings = RetentionSettings()
     signals: SignalsSettings = SignalsSettings()
     reward: RewardRules = RewardRules()
+    learn: LearnSettings = LearnSettings()

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from clawloop_edge.errors import ConsentError
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.levels import Level
 from clawloop_shared.messages import (
     MAX_PAYLOAD_BYTES,
     AdapterOffer,
     AdapterReply,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadReply,
@@ -32,6 +35,22 @@ if TYPE_CHECKING:
 ENVELOPE_BYTES = 1 << 20
 
 
+class TaskDesk(Protocol):
+    """Takes on tasks of learning at home."""
+
+    def offered(self, task: LearnTask) -> LearnReply:
+        """Keep the task for when there is time for it, or say why not."""
+        ...
+
+
+class SumMember(Protocol):
+    """Takes part in secure sums."""
+
+    def asked(self, request: SecureRequest) -> SecureReply:
+        """This device's part of one phase, or why there is none."""
+        ...
+
+
 class Handlers:
     """The edge's side of the fixed set of messages."""
 
@@ -45,10 +64,14 @@ class Handlers:
         activator: Activator,
         keep_cohort: Callable[[int], None],
         loop: asyncio.AbstractEventLoop,
+        tasks: TaskDesk | None = None,
+        sums: SumMember | None = None,
     ) -> None:
-        """`keep_cohort` is told how many devices the server says that it learns from."""
+        """`keep_cohort` is told how many devices the server says that it learns from; without `tasks` nothing is
+        learned here, without `sums` nothing is summed."""
         self._engine, self._outbox, self._consent, self._member = engine, outbox, consent, member
         self._activator, self._keep_cohort, self._loop = activator, keep_cohort, loop
+        self._tasks, self._sums = tasks, sums
         self._cohort = 0
 
     def status(self, request: StatusRequest) -> StatusReply:
@@ -87,6 +110,20 @@ class Handlers:
         """Check and install an adapter while calls go on; a bad one is refused with its reason. Raises ConsentError."""
         self._allowed()
         return asyncio.run_coroutine_threadsafe(self._activator.install(offer), self._loop).result()
+
+    def learn(self, task: LearnTask) -> LearnReply:
+        """Take on a task of learning at home, or say why not. Raises ConsentError."""
+        self._allowed()
+        if self._tasks is None:
+            return LearnReply(task_id=task.task_id, accepted=False, reason="this device does not learn at home")
+        return self._tasks.offered(task)
+
+    def secure(self, request: SecureRequest) -> SecureReply:
+        """Take part in a phase of a secure sum, or say why not. Raises ConsentError."""
+        self._allowed()
+        if self._sums is None:
+            return SecureReply(request.sum_id, request.phase, refused="this device takes no part in secure sums")
+        return self._sums.asked(request)
 
     def may_leave(self, item_ids: Sequence[str]) -> bool:
         """Whether these items may go out now; none: whether anything may."""

@@ -20,10 +20,11 @@ import msgspec
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.loop import TrainState, run_round
-from clawloop_server.trainer.rows import Limits, Sample
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.lora import WEIGHTS_FILE
+from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Policy, Step, Trajectory
+from clawloop_shared.rows import Limits, Sample
 from learn_check import world
 from learn_check.device import LINE, Episode, play, trajectory_of
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 from trainer_bench.shapes import ModelShape
 
 RANK = 16

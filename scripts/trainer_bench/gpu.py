@@ -14,9 +14,9 @@ import torch
 
 from clawloop_server.trainer.attention import uses_flex
 from clawloop_server.trainer.memory import release
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare
 from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.rows import Sample
 from trainer_bench.engines import (
     OPEN_LOSS,
     RANK,

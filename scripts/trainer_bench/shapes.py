@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from clawloop_server.trainer.rows import Sample
+from clawloop_shared.rows import Sample
 
 FIRST_WORD = 2
 """ids below it are the padding and the end"""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import LossSettings
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 from trainer_bench.engines import (
     OPEN_LOSS,
     TRAINED_LOSS,

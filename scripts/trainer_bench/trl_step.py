@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from clawloop_server.trainer.base import attach_adapter, load_base
-from clawloop_server.trainer.rows import Sample
 from clawloop_shared.lora import LINEARS
+from clawloop_shared.rows import Sample
 from trainer_bench.engines import OPEN_LOSS, RANK, as_sampled, counted, gradients, open_engine, random_folder, settings
 from trainer_bench.measure import in_turns
 from trainer_bench.report import Section, equality, faster, row

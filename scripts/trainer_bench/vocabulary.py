@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.rows import Sample
+from clawloop_shared.rows import Sample
 from trainer_bench.engines import OPEN_LOSS, gradients, open_engine, save_random_model, settings
 from trainer_bench.measure import available_gib, peak_of
 from trainer_bench.report import Memory, Section, Target, equality

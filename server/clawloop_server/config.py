@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 import tomli_w
 
+from clawloop_server.aggregate.settings import FederateSettings, check_federate
 from clawloop_server.release.gate import GateSettings
 from clawloop_server.trainer.settings import ClassifierSettings, TrainSettings, check_classifier, check_settings
 from clawloop_server.vault.settings import RewardSettings
@@ -67,6 +68,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fleet: FleetSettings = FleetSettings()
     reward: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
+    federate: FederateSettings = FederateSettings()
     classifier: ClassifierSettings = ClassifierSettings()
     gate: GateSettings = GateSettings()
     release: ReleaseSettings = ReleaseSettings()
@@ -141,6 +143,7 @@ def check_config(config: ServerConfig) -> ServerConfig:
         raise ConfigError("; ".join(broken))
     check_settings(config.train)
     check_classifier(config.classifier)
+    check_federate(config.federate)
     return config
 
 

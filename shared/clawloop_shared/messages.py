@@ -19,6 +19,8 @@ from clawloop_shared.model_line import ModelLine
 STATUS = "query.status"
 UPLOAD = "query.upload"
 ADAPTER = "query.adapter"
+LEARN = "train.start"
+SECURE = "query.secure"
 RECORD = "payload"
 """name of the one record in a Flower message, and of the one value in it"""
 SMALL_PAYLOAD_BYTES = 1 << 20
@@ -130,6 +132,23 @@ class AdapterReply(msgspec.Struct, frozen=True, tag="adapter-reply.v1"):
     version: int
     installed: bool
     reason: str = ""
+
+
+class SecureRequest(msgspec.Struct, frozen=True, tag="secure-request.v1"):
+    """One phase of a secure sum, for one device. What `body` holds is the phase's own (docs/formats/secure.md)."""
+
+    sum_id: str
+    phase: str
+    body: bytes
+
+
+class SecureReply(msgspec.Struct, frozen=True, tag="secure-reply.v1"):
+    """The device's part of that phase; `refused`: why it takes no part (any more)."""
+
+    sum_id: str
+    phase: str
+    body: bytes = b""
+    refused: Annotated[str, Meta(max_length=300)] = ""
 
 
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]

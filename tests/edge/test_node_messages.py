@@ -6,6 +6,7 @@ import pytest
 
 from clawloop_edge.node.messages import answer
 from clawloop_shared import wire
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import WireError
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
@@ -16,6 +17,8 @@ from clawloop_shared.messages import (
     AdapterReply,
     Invitation,
     ItemReceipt,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -47,6 +50,12 @@ class Handlers:
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         self.called.append("adapter")
         raise ValueError("a secret of the user")
+
+    def learn(self, task: LearnTask) -> LearnReply:
+        return LearnReply(task_id=task.task_id, accepted=False, reason="nothing to learn")
+
+    def secure(self, request: SecureRequest) -> SecureReply:
+        return SecureReply(request.sum_id, request.phase, refused="alone")
 
     def may_leave(self, item_ids: Sequence[str]) -> bool:
         return True

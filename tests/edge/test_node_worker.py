@@ -10,11 +10,14 @@ import pytest
 from clawloop_edge.node.transport import Answer, Incoming, NodeRefused, Permit, ServerAway, Withdrawn
 from clawloop_edge.node.worker import NodeSettings, NodeState, NodeWorker
 from clawloop_shared import wire
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.messages import (
     STATUS,
     UPLOAD,
     AdapterOffer,
     AdapterReply,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -89,6 +92,12 @@ class Handlers:
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         return AdapterReply(0, False)
+
+    def learn(self, task: LearnTask) -> LearnReply:
+        return LearnReply(task_id=task.task_id, accepted=False, reason="nothing to learn")
+
+    def secure(self, request: SecureRequest) -> SecureReply:
+        return SecureReply(request.sum_id, request.phase, refused="alone")
 
     def may_leave(self, item_ids: Sequence[str]) -> bool:
         if self.trouble:

@@ -33,6 +33,7 @@ from clawloop_server.home import Home, create
 from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
 from clawloop_shared import signing
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
     AdapterOffer,
@@ -40,6 +41,8 @@ from clawloop_shared.messages import (
     Invitation,
     ItemReceived,
     JoinRequest,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -198,6 +201,12 @@ class Device:
         self.adapters.append(offer)
         self.version = int(offer.manifest.body)
         return AdapterReply(self.version, installed=True)
+
+    def learn(self, task: LearnTask) -> LearnReply:
+        return LearnReply(task_id=task.task_id, accepted=False, reason="nothing to learn")
+
+    def secure(self, request: SecureRequest) -> SecureReply:
+        return SecureReply(request.sum_id, request.phase, refused="alone")
 
     def may_leave(self, item_ids: Sequence[str]) -> bool:
         return True

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -204,6 +204,7 @@ def test_evaluations_say_how_sure_they_are() -> None:
     )
 
 
+@example([0.0, 5e-324])
 @given(st.lists(st.one_of(st.none(), st.floats(-1e300, 1e300)), max_size=60))
 def test_a_course_is_as_long_as_its_numbers_up_to_its_width(values: list[float | None]) -> None:
     drawn = explaining.sparkline(values, width=20)

@@ -12,14 +12,19 @@ import msgspec
 
 from clawloop_edge.node.transport import Answer
 from clawloop_shared import wire
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import WireError
 from clawloop_shared.messages import (
     ADAPTER,
+    LEARN,
     MAX_PAYLOAD_BYTES,
+    SECURE,
     STATUS,
     UPLOAD,
     AdapterOffer,
     AdapterReply,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadReply,
@@ -28,7 +33,13 @@ from clawloop_shared.messages import (
 
 _log = logging.getLogger(__name__)
 
-_REQUESTS: dict[str, type[msgspec.Struct]] = {STATUS: StatusRequest, UPLOAD: UploadRequest, ADAPTER: AdapterOffer}
+_REQUESTS: dict[str, type[msgspec.Struct]] = {
+    STATUS: StatusRequest,
+    UPLOAD: UploadRequest,
+    ADAPTER: AdapterOffer,
+    LEARN: LearnTask,
+    SECURE: SecureRequest,
+}
 
 
 class NodeHandlers(Protocol):
@@ -44,6 +55,14 @@ class NodeHandlers(Protocol):
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         """Install an adapter, or say why not."""
+        ...
+
+    def learn(self, task: LearnTask) -> LearnReply:
+        """Take on a task of learning at home, to be done when there is time for it, or say why not."""
+        ...
+
+    def secure(self, request: SecureRequest) -> SecureReply:
+        """Take part in a phase of a secure sum, or say why not."""
         ...
 
     def may_leave(self, item_ids: Sequence[str]) -> bool:
@@ -80,6 +99,10 @@ def _handle(request: msgspec.Struct, handlers: NodeHandlers) -> Answer:
         return _packed(upload, eager=upload.more, items=tuple(item.item_id for item in upload.items))
     if isinstance(request, AdapterOffer):
         return _packed(handlers.adapter(request), eager=True)
+    if isinstance(request, LearnTask):
+        return _packed(handlers.learn(request), eager=True)
+    if isinstance(request, SecureRequest):
+        return _packed(handlers.secure(request), eager=True)
     assert isinstance(request, StatusRequest)
     return _packed(handlers.status(request), eager=True)
 

@@ -155,9 +155,9 @@ def sparkline(values: Sequence[float | None], *, width: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    low, high = min(known), max(known)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
+    low, most = min(known), len(_BARS) - 1
+    span = (max(known) - low) or 1.0
+    return "".join(" " if value is None else _BARS[round((value - low) / span * most)] for value in values)
 
 
 def number(value: float) -> str:

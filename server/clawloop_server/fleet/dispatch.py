@@ -14,16 +14,21 @@ import msgspec
 
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_shared import wire
+from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import ClawloopError, WireError
 from clawloop_shared.messages import (
     ADAPTER,
+    LEARN,
     MAX_PAYLOAD_BYTES,
+    SECURE,
     STATUS,
     UPLOAD,
     AdapterOffer,
     AdapterReply,
     ItemReceipt,
     ItemReceived,
+    SecureReply,
+    SecureRequest,
     StatusReply,
     StatusRequest,
     UploadItem,
@@ -89,6 +94,44 @@ class Members(Protocol):
         ...
 
 
+class Tasks(Protocol):
+    """What devices are asked to learn at home. Called in threads."""
+
+    def due(self, device_id: str, *, adapter_version: int) -> LearnTask | None:
+        """What that device should be asked to learn now; None: nothing, or it has answered."""
+        ...
+
+    def answered(self, device_id: str, reply: LearnReply) -> None:
+        """Keep whether it will."""
+        ...
+
+
+class Sums(Protocol):
+    """Secure sums that are under way. Called in threads."""
+
+    def due(self, device_id: str) -> SecureRequest | None:
+        """What that device is to be asked now; None: nothing, or it has answered."""
+        ...
+
+    def answered(self, device_id: str, reply: SecureReply) -> None:
+        """Keep its part.
+
+        Raises:
+            ClawloopError: it is none.
+        """
+        ...
+
+
+class NoTasks:
+    """No learning at home, no secure sums."""
+
+    def due(self, device_id: str, *, adapter_version: int = 0) -> None:
+        """Nothing, ever."""
+
+    def answered(self, device_id: str, reply: LearnReply | SecureReply) -> None:
+        """Nobody was asked."""
+
+
 class _Device:
     """What is known of one device since the hub started."""
 
@@ -102,6 +145,8 @@ class _Device:
         self.receipts: list[ItemReceipt] = []
         self.told = 0
         self.failures = 0
+        self.asked_due_s: dict[str, float] = {}
+        """when a kind of question that failed may be asked again"""
 
 
 class Dispatcher:
@@ -114,10 +159,13 @@ class Dispatcher:
         releases: Releases,
         members: Members,
         sign: Callable[[ItemReceived], ItemReceipt],
+        tasks: Tasks | None = None,
+        sums: Sums | None = None,
         settings: DispatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sign`: makes the server's word of what it has on disk."""
+        self._tasks, self._sums = tasks or NoTasks(), sums or NoTasks()
         self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
         self._settings, self._clock = settings or DispatchSettings(), clock
         self._devices: dict[int, _Device] = {}
@@ -199,9 +247,26 @@ class Dispatcher:
             device.told = len(device.receipts)
             request = UploadRequest(receipts=device.receipts, max_bytes=settings.max_upload_bytes)
             out.append(self._send(node_id, UPLOAD, request))
+        if device.version is not None:
+            out += await self._asking(node_id, device)
         for message in out:
             device.under_way[message.type] = now_s + message.ttl_s + _OVERDUE_S
         return out
+
+    async def _asking(self, node_id: int, device: _Device) -> list[Outgoing]:
+        """What it is to learn, and its part in a secure sum."""
+        out = []
+        if self._may_ask(device, LEARN):
+            version = device.version or 0
+            task = await asyncio.to_thread(self._tasks.due, device.device_id, adapter_version=version)
+            out += [self._send(node_id, LEARN, task)] if task is not None else []
+        if self._may_ask(device, SECURE):
+            request = await asyncio.to_thread(self._sums.due, device.device_id)
+            out += [self._send(node_id, SECURE, request)] if request is not None else []
+        return out
+
+    def _may_ask(self, device: _Device, kind: str) -> bool:
+        return kind not in device.under_way and device.asked_due_s.get(kind, float("-inf")) <= self._clock()
 
     def _wants(self, device: _Device, released: int) -> bool:
         if device.version is None or ADAPTER in device.under_way or released <= device.version:
@@ -239,6 +304,12 @@ class Dispatcher:
             await self._take_upload(device, wire.decode(reply.payload, UploadReply))
         elif reply.type == ADAPTER:
             await self._take_adapter(device, wire.decode(reply.payload, AdapterReply))
+        elif reply.type == LEARN:
+            answer = wire.decode(reply.payload, LearnReply)
+            await asyncio.to_thread(self._tasks.answered, device.device_id, answer)
+        elif reply.type == SECURE:
+            part = wire.decode(reply.payload, SecureReply)
+            await asyncio.to_thread(self._sums.answered, device.device_id, part)
 
     async def _take_upload(self, device: _Device, upload: UploadReply) -> None:
         items = upload.items[:_MAX_ITEMS]
@@ -276,3 +347,5 @@ class Dispatcher:
             device.status_due_s = self._clock() + wait_s
         elif kind == ADAPTER:
             device.refused[device.offered] = self._clock() + wait_s
+        else:
+            device.asked_due_s[kind] = self._clock() + wait_s

@@ -14,7 +14,9 @@ import msgspec
 from clawloop_server.errors import DeviceError
 from clawloop_server.vault.database import ServerDatabase
 
-_COLUMNS = "device_id, device_key, node_key_pem, node_id, line_id, state, adapter_version, joined_ms, seen_ms"
+_COLUMNS = (
+    "device_id, device_key, node_key_pem, node_id, line_id, state, adapter_version, joined_ms, seen_ms, level, cohort"
+)
 _SELECT = f"SELECT {_COLUMNS} FROM devices"  # noqa: S608 constant names
 
 
@@ -41,10 +43,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     adapter_version: int
     joined_ms: int
     seen_ms: int
+    level: str = ""
+    """what it last said that it lets out; empty: it never did"""
+    cohort: str = ""
+    """which devices it learns with; empty: all that are in no other"""
 
 
 def _device(row: tuple[Any, ...]) -> Device:
-    device_id, key, pem, node_id, line_id, state, version, joined_ms, seen_ms = row
+    device_id, key, pem, node_id, line_id, state, version, joined_ms, seen_ms, level, cohort = row
     return Device(
         device_id=device_id,
         device_key=key or b"",
@@ -55,6 +61,8 @@ def _device(row: tuple[Any, ...]) -> Device:
         adapter_version=version,
         joined_ms=joined_ms,
         seen_ms=seen_ms,
+        level=level,
+        cohort=cohort,
     )
 
 
@@ -79,7 +87,7 @@ class Devices:
                 raise DeviceError(f"a key of this device is already that of device {taken[0]}; make new keys")
             node_id = None if device.node_id is None else str(device.node_id)  # uint64 does not fit SQLite's integer
             fields = {**msgspec.structs.asdict(device), "node_id": node_id}
-            sql = f"INSERT INTO devices ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 constant names
+            sql = f"INSERT INTO devices ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 constant names
             database.run(sql, [fields[name] for name in _COLUMNS.split(", ")])
 
     def all(self) -> list[Device]:
@@ -112,11 +120,14 @@ class Devices:
         value = None if node_id is None else str(node_id)
         self._change("UPDATE devices SET node_id = ? WHERE device_id = ?", [value, device_id])
 
-    def mark_seen(self, device_id: str, adapter_version: int, *, now_ms: int | None = None) -> None:
-        """Note that the device answered, and which adapter it uses."""
+    def mark_seen(self, device_id: str, adapter_version: int, *, level: str = "", now_ms: int | None = None) -> None:
+        """Note that the device answered, which adapter it uses, and what it lets out if it said so."""
         now_ms = now_ms or time.time_ns() // 1_000_000
-        sql = "UPDATE devices SET adapter_version = ?, seen_ms = ? WHERE device_id = ?"
-        self._change(sql, [adapter_version, now_ms, device_id])
+        sql = (
+            "UPDATE devices SET adapter_version = ?, seen_ms = ?, level = coalesce(nullif(?, ''), level)"
+            " WHERE device_id = ?"
+        )
+        self._change(sql, [adapter_version, now_ms, level, device_id])
 
     def revoke(self, device_id: str) -> None:
         """Let the device in no more; what it sent is kept.

@@ -9,6 +9,7 @@ from clawloop_server.hub.devices import Device, Devices, DeviceState
 from clawloop_server.hub.invitations import Invitations
 from clawloop_server.release.registry import Registry
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_shared.levels import Level
 from clawloop_shared.messages import AdapterOffer, JoinRequest, StatusReply
 
 
@@ -41,7 +42,8 @@ class HubMembers:
 
     def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
         """A device answered."""
-        self.devices.mark_seen(device_id, adapter_version)
+        level = status.level if status is not None and status.level in set(Level) else ""
+        self.devices.mark_seen(device_id, adapter_version, level=level)
 
     def cohort(self) -> int:
         """How many devices of this model line may sync."""

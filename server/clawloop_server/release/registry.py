@@ -197,7 +197,7 @@ class Registry:
             put(self._folder / str(version))
             packed = msgspec.json.encode(facts)
             database.run(
-                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, NULL, ?, NULL)",
+                "INSERT INTO adapters (version, line_id, state, round_id, facts, created_ms) VALUES (?, ?, ?, ?, ?, ?)",
                 [version, facts.line.line_id, AdapterState.CANDIDATE, facts.round_id, packed, now_ms or _now_ms()],
             )
         return version

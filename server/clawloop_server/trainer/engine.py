@@ -46,13 +46,14 @@ from clawloop_server.trainer.memory import (
     row_budget,
 )
 from clawloop_server.trainer.packing import PackedRow, pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
-from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_server.trainer.settings import TrainSettings, check_settings
 from clawloop_server.trainer.whole_step import WholeStep
 from clawloop_server.trainer.world import Alone, Root, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 NOTHING = Sample(step_id="", trajectory=0, token_ids=[0, 0], trained=[1], logprobs=[0.0], advantages=[0.0], weight=1.0)
 """what a process that has no row of its own goes through with the others"""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from clawloop_server.trainer.engine import OversizedSamples
-from clawloop_server.trainer.rows import Sample
 from clawloop_shared.records import Hint, Trajectory
+from clawloop_shared.rows import Sample
 
 Logprobs = Callable[[Sequence[Sample]], list[list[float]]]
 """of each sample's trained tokens, under the current policy"""

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from clawloop_server.trainer.advantages import (
+from clawloop_server.trainer.engine import TrainEngine
+from clawloop_server.trainer.hindsight import Hints, latest_hints, with_hindsight
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.advantages import (
     Advantages,
     AdvantageState,
     Key,
@@ -19,11 +22,8 @@ from clawloop_server.trainer.advantages import (
     rescale,
     returns_to_go,
 )
-from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.hindsight import Hints, latest_hints, with_hindsight
-from clawloop_server.trainer.rows import Limits, Sample, make_samples
-from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.records import Trajectory
+from clawloop_shared.rows import Limits, Sample, make_samples
 from clawloop_shared.signals import FACTORS, OTHER, RewardRules, account_of, step_rewards
 
 OPENING_TOKENS = 64

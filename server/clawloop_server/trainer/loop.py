@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from clawloop_server.errors import TrainerError
-from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.guards import mean, running_entropy
 from clawloop_server.trainer.learning import Lessons, batches, prepare
 from clawloop_server.trainer.losses import Sums
-from clawloop_server.trainer.rows import Limits, screen
 from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.advantages import AdvantageState
 from clawloop_shared.records import Trajectory
+from clawloop_shared.rows import Limits, screen
 
 NOT_FINITE = PoisonedSamples.reason
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from clawloop_server.trainer.rows import LEAST_LOGPROB
-from clawloop_server.trainer.settings import LossSettings, clips_of
+from clawloop_shared.objective import LossSettings, clips_of
+from clawloop_shared.rows import LEAST_LOGPROB
 
 MAX_LOG_RATIO = 20.0
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clawloop_server.trainer.rows import Sample
+from clawloop_shared.rows import Sample
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]

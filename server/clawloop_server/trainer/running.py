@@ -23,12 +23,12 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.checkpoint import read_text
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.loop import Plan, Progress, Report, RoundResult, TrainState, plan_round, run_plan
-from clawloop_server.trainer.rows import Limits
 from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import ClawloopError, StorageError
 from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_id
 from clawloop_shared.records import Trajectory
+from clawloop_shared.rows import Limits
 
 _log = logging.getLogger("clawloop.trainer")
 

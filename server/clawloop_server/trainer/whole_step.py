@@ -9,8 +9,8 @@ import torch
 
 from clawloop_server.trainer.losses import Calls, Distance, share_caps
 from clawloop_server.trainer.packing import PackedRow
-from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import LossSettings
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.judge import Judge
 from clawloop_server.trainer.loop import NothingFinite, Plan, Report, RoundResult, TrainState
-from clawloop_server.trainer.rows import Limits, Sample
 from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, NothingLeft, RunningRound
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.trial import Gate
@@ -39,6 +38,7 @@ from clawloop_server.vault.store import Vault, lineage_root
 from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.lora import WEIGHTS_FILE
 from clawloop_shared.manifest import Probe
+from clawloop_shared.rows import Limits, Sample
 
 _log = logging.getLogger("clawloop.trainer")
 

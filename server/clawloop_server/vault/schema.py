@@ -126,6 +126,21 @@ UPDATE trajectories SET (steps, tokens) =
   (SELECT count(*), coalesce(sum(s.tokens), 0) FROM steps s WHERE s.trajectory_id = trajectories.trajectory_id);
 """
 
+_DELTAS = """
+ALTER TABLE devices ADD COLUMN level TEXT NOT NULL DEFAULT '';
+ALTER TABLE devices ADD COLUMN cohort TEXT NOT NULL DEFAULT '';
+ALTER TABLE adapters ADD COLUMN cohort TEXT NOT NULL DEFAULT '';
+ALTER TABLE rounds ADD COLUMN cohort TEXT NOT NULL DEFAULT '';
+CREATE TABLE deltas (
+  delta_id TEXT PRIMARY KEY, device_id TEXT NOT NULL, item_key BLOB NOT NULL, line_id TEXT NOT NULL,
+  task_id TEXT NOT NULL, base_version INTEGER NOT NULL, method TEXT NOT NULL, rank INTEGER NOT NULL,
+  trajectories INTEGER NOT NULL, size_bytes INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+  round_id TEXT, received_ms INTEGER NOT NULL, sealed BLOB) WITHOUT ROWID;
+CREATE INDEX deltas_waiting ON deltas (line_id, state, received_ms);
+CREATE INDEX deltas_by_device ON deltas (device_id);
+CREATE INDEX deltas_by_round ON deltas (round_id);
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -152,10 +167,18 @@ def _lengths(database: Database) -> None:
     _run(database, _LENGTHS)
 
 
+def _deltas(database: Database) -> None:
+    _run(database, _DELTAS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
             database.execute(statement)
+
+
+_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas]
+"""in the order in which they came; one that was released never changes"""
 
 
 def migrate(database: Database) -> None:
@@ -164,4 +187,4 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    shared_migrate(database, "server", migrations=[_tables, _forgetting, _groups, _classified, _pins, _lengths])
+    shared_migrate(database, "server", migrations=_MIGRATIONS)

@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from clawloop_server.trainer.base import attach_adapter
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.rows import Sample
 
 VOCABULARY = 320
 SIZES: dict[str, Any] = {

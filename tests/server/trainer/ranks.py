@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from clawloop_server.trainer.device import Machine, prepare, resolve
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.generation import Sampling
-from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.world import World
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 from .conftest import SIZES, awake
 

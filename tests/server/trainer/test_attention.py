@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from clawloop_server.trainer.attention import attend_by_blocks, block_mask, use_flex, why_not_flex
 from clawloop_server.trainer.packing import PackedRow, pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 

@@ -15,11 +15,11 @@ from clawloop_server.trainer.base import attach_adapter, load_base
 from clawloop_server.trainer.device import Machine, Placement, arithmetic, exact, prepare, resolve
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.packing import pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.lora import LINEARS
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 CPU = Machine()

@@ -26,12 +26,12 @@ from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.launch import Seat, find_seat, launch
 from clawloop_server.trainer.leading import Disagreement, SetAdapter, _check_base, obey
 from clawloop_server.trainer.packing import pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.trainer.world import Alone
 from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.lora import WEIGHTS_FILE
+from clawloop_shared.rows import Sample
 
 from .filled import PER_ROUND, TRAIN, MakeSignal, MakeStep, configure, fill
 from .ranks import ROW_TOKENS, Case, build, train

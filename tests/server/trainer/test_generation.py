@@ -7,8 +7,8 @@ import pytest
 
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Sampling
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.rows import Sample
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from clawloop_server.trainer.guards import entropy_fall, running_entropy, unhealthy
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.objective import LossSettings
 
 FINE = {"trajectories": 4.0, "tokens": 100.0, "ess": 0.9, "kept": 0.9, "entropy": 1.0, "surprise": 1.0}
 

@@ -10,9 +10,9 @@ import pytest
 from clawloop_server.trainer.engine import OversizedSamples, TrainEngine
 from clawloop_server.trainer.hindsight import latest_hints, with_hindsight, with_hint
 from clawloop_server.trainer.loop import TrainState, run_round
-from clawloop_server.trainer.rows import Limits, Sample
-from clawloop_server.trainer.settings import LossSettings
+from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Hint, Policy, Sampling, Signal, Step, Target, Trajectory
+from clawloop_shared.rows import Limits, Sample
 
 HINT = Hint("s", at=3, token_ids=[40, 41])
 SAMPLE = Sample(

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.learning import (
     OPENING_TOKENS,
@@ -26,9 +25,11 @@ from clawloop_server.trainer.learning import (
     spread,
 )
 from clawloop_server.trainer.loop import TrainState, run_round
-from clawloop_server.trainer.rows import Limits, Sample
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.advantages import AdvantageState
+from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Hint, Policy, Sampling, Signal, Step, Target, Trajectory
+from clawloop_shared.rows import Limits, Sample
 from clawloop_shared.signals import DEFAULT_RULES, RewardRules, reward_of
 
 LIMITS = Limits(line_id="line", vocab_size=320, max_tokens=200)

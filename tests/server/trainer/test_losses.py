@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clawloop_server.trainer import settings as knobs
 from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, Sums, policy_loss, share_caps
-from clawloop_server.trainer.settings import LossSettings, TrainSettings, check_settings
+from clawloop_server.trainer.settings import TrainSettings, check_settings
+from clawloop_shared import objective
 from clawloop_shared.errors import ConfigError
+from clawloop_shared.objective import LossSettings
 
 PLAIN = LossSettings(kl_beta=0.0, opsm_delta=math.inf, veto=0.0, max_trajectory_share=1.0)
 
@@ -160,7 +161,7 @@ def test_an_update_without_tokens_has_metrics() -> None:
 
 def test_the_table_of_policies_is_the_one_that_settings_know() -> None:
     assert tuple(POLICIES) == ("tis", "ppo", "gspo", "cispo")
-    assert set(POLICIES) == set(knobs.POLICIES)
+    assert set(POLICIES) == set(objective.POLICIES)
 
 
 @pytest.mark.parametrize(

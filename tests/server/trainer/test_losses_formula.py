@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss, share_caps
-from clawloop_server.trainer.settings import LossSettings, clips_of
+from clawloop_shared.objective import LossSettings, clips_of
 
 REAL = torch.float64
 CONFIDENCE = (1.0, 0.3, 0.6, 0.9)

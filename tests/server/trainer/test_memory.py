@@ -29,10 +29,11 @@ from clawloop_server.trainer.memory import (
     row_budget,
 )
 from clawloop_server.trainer.packing import PackedRow, pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare, score_row
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.lora import LINEARS
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 LOSS = LossSettings(veto=0.0)

@@ -11,9 +11,10 @@ from clawloop_server.trainer.attention import uses_flex
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Sampling
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import bare
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 LOSS = LossSettings(veto=0.0)

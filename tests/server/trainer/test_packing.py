@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clawloop_server.trainer import packing
 from clawloop_server.trainer.packing import PackedRow, pack
-from clawloop_server.trainer.rows import Sample
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 sequences = st.lists(st.integers(0, 3), min_size=2, max_size=8)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from clawloop_server.trainer.losses import LossInputs, policy_loss
 from clawloop_server.trainer.packing import PackedRow, pack
-from clawloop_server.trainer.rows import Sample
 from clawloop_server.trainer.scorer import score_row
-from clawloop_server.trainer.settings import LossSettings
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 
 Session = Callable[..., list[Sample]]
 OPEN = LossSettings(kl_beta=0.0, veto=0.0, anchor=0.01, max_trajectory_share=1.0)

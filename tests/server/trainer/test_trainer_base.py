@@ -17,8 +17,7 @@ from clawloop_edge.adapters.convert import read_factors
 from clawloop_edge.engine.lora import with_adapter
 from clawloop_server.trainer.base import attach_adapter, load_base
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.rows import Sample
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.errors import AdapterInvalid, ConfigError
 from clawloop_shared.lora import (
     ATTENTION,
@@ -31,6 +30,8 @@ from clawloop_shared.lora import (
     parse_config,
 )
 from clawloop_shared.model_line import read_shape
+from clawloop_shared.objective import LossSettings
+from clawloop_shared.rows import Sample
 from clawloop_shared.safetensors_header import read_header
 
 from .served import KINDS, MORE_KINDS, convert, mlx_logits, mlx_model, random_model, save_as_hub, torch_logits

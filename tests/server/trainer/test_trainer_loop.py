@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from clawloop_server.errors import TrainerError
-from clawloop_server.trainer.advantages import AdvantageState
 from clawloop_server.trainer.engine import OversizedSamples, PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.generation import Sampling as Drawing
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.loop import NothingFinite, TrainState, run_round, run_update
 from clawloop_server.trainer.losses import Sums
-from clawloop_server.trainer.rows import Limits, Sample, make_samples, screen
-from clawloop_server.trainer.settings import LossSettings, TrainSettings
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_shared.advantages import AdvantageState
+from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Channel, Policy, Sampling, Step, Trajectory
+from clawloop_shared.rows import Limits, Sample, make_samples, screen
 
 QUESTION = list(range(2, 30))
 LIMITS = Limits(line_id="line", vocab_size=320, max_tokens=64)

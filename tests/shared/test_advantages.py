@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_server.trainer import advantages
-from clawloop_server.trainer.advantages import (
+from clawloop_shared import advantages
+from clawloop_shared.advantages import (
     ADVANTAGES,
     GROUP_ADVANTAGES,
     MAX_NODES,
