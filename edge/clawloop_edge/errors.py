@@ -25,6 +25,7 @@ ClawloopError
 │   └── NodeRefused          the server does not know this device's key
 ├── ScorerFailed             a scorer could not judge this time
 │   └── NotScorable          nor will it, however often this case is asked for
+├── LearnFailed              nothing can be learned at home from this
 └── ConsentError             the privacy level does not allow it
 """
 
@@ -89,6 +90,10 @@ class AnchorError(PoolError):
 
 class ConsentError(ClawloopError):
     """The privacy level does not allow it."""
+
+
+class LearnFailed(ClawloopError):
+    """Nothing can be learned at home from this."""
 
 
 class RedactionError(UncheckedError):

@@ -1,0 +1,56 @@
+"""What is given to the learning process, and what comes of it. Frozen values; knows no MLX, pool or process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from clawloop_shared.deltas import LearnTask
+from clawloop_shared.records import Trajectory
+from clawloop_shared.signals import DEFAULT_RULES, RewardRules
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One task with all that it needs. `adapter` are the files of the adapter that the task starts from (empty: there
+    is none yet), `trajectories` what is learned from, judged; their order does not matter. `rank` is the task's, or
+    the lower one that this device allows."""
+
+    task: LearnTask
+    rank: int
+    model: Path
+    adapter: dict[str, bytes]
+    trajectories: list[Trajectory]
+    rules: RewardRules = DEFAULT_RULES
+    max_updates: int = 50
+    max_sample_tokens: int = 8192
+    max_memory_bytes: int = 0
+
+
+class Learned(msgspec.Struct, frozen=True, kw_only=True):
+    """What was learned: `weights`, a safetensors file (float32) of the factors that the task's method learns, under the
+    names of `clawloop_shared.deltas`; nothing is clipped or noised yet. `trajectory_ids` were learned from,
+    `set_aside` could not be, by their reason. `updates` has the metrics of each optimizer step."""
+
+    weights: bytes
+    trajectory_ids: list[str]
+    set_aside: dict[str, str]
+    reward: float
+    updates: list[dict[str, float]]
+
+
+class Learner(Protocol):
+    """Does jobs, one at a time."""
+
+    def learn(
+        self, job: Job, *, go_on: Callable[[], bool], kept: bytes = b"", keep: Callable[[bytes], None] = lambda _: None
+    ) -> Learned | None:
+        """What came of the job; None if `go_on` said no before it was done. Blocking: for a thread.
+
+        `keep` gets the state after each update, and `kept` is the last that it got of this very job: then it goes on
+        from there, and comes to the same. The state holds parts of what was learned from; it is for the pool alone.
+
+        Raises:
+            LearnFailed: it cannot be done, with the reason.
+        """
+        ...
