@@ -28,11 +28,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clawloop_server.trainer.launch import LOST, Seat
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.packing import PackedRow
 from clawloop_server.trainer.scorer import bare
 from clawloop_server.trainer.world import Root
 from clawloop_shared.errors import ConfigError
+from clawloop_shared.whole_step import Sums
 
 JOIN_S = 600.0
 """how long the first process waits for the last one at the start"""

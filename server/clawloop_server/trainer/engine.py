@@ -35,7 +35,7 @@ from clawloop_server.trainer.base import adapted, attach_adapter, load_base
 from clawloop_server.trainer.checkpoint import read_checkpoint, write_checkpoint
 from clawloop_server.trainer.device import Machine, exact, is_checkpointed, prepare, resolve
 from clawloop_server.trainer.generation import Reply, Sampling, generate
-from clawloop_server.trainer.losses import LossInputs, Sums, cut_log_ratio, policy_loss
+from clawloop_server.trainer.losses import LossInputs, policy_loss
 from clawloop_server.trainer.memory import (
     DENSE_JOINED,
     estimate,
@@ -48,12 +48,13 @@ from clawloop_server.trainer.memory import (
 from clawloop_server.trainer.packing import PackedRow, pack
 from clawloop_server.trainer.scorer import bare, score_row
 from clawloop_server.trainer.settings import TrainSettings, check_settings
-from clawloop_server.trainer.whole_step import WholeStep
+from clawloop_server.trainer.whole_step import PackedStep
 from clawloop_server.trainer.world import Alone, Root, World
 from clawloop_shared.files import publish
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.rows import Sample
+from clawloop_shared.whole_step import Sums, cut_log_ratio
 
 NOTHING = Sample(step_id="", trajectory=0, token_ids=[0, 0], trained=[1], logprobs=[0.0], advantages=[0.0], weight=1.0)
 """what a process that has no row of its own goes through with the others"""
@@ -215,7 +216,7 @@ class TrainEngine:
     def _add_gradients(self, samples: Sequence[Sample], settings: LossSettings, *, normalizer: float | None) -> Sums:
         packed = self._pack(samples)
         split = self._distances(samples, packed) if settings.judges_trajectories else {}
-        step = WholeStep.of(samples, settings, normalizer=normalizer, split=split)
+        step = PackedStep.of(samples, settings, normalizer=normalizer, split=split)
         sums, broken = Sums(), list[int]()
         for row in self._mine(packed):
             if row is None:
@@ -254,7 +255,7 @@ class TrainEngine:
             ratios.setdefault(sample.trajectory, []).extend(cut_log_ratio(drift) for drift in drifts)
         return {trajectory: (sum(own) / len(own), min(own)) for trajectory, own in ratios.items()}
 
-    def _row_loss(self, row: PackedRow, settings: LossSettings, *, step: WholeStep) -> tuple[Tensor, Sums, list[int]]:
+    def _row_loss(self, row: PackedRow, settings: LossSettings, *, step: PackedStep) -> tuple[Tensor, Sums, list[int]]:
         """The loss of a row, what to log, and the trajectories whose logprobs are not finite."""
         reference_P = self._reference(row) if settings.kl_beta else None
         logprobs_P, entropy_P = self._root(score_row, row, entropy=True)

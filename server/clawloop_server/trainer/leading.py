@@ -23,12 +23,12 @@ from clawloop_server.home import Home
 from clawloop_server.trainer.distributed import Processes
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.generation import Reply, Sampling
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.errors import ClawloopError, ConfigError
 from clawloop_shared.model_line import read_line
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.rows import Sample
+from clawloop_shared.whole_step import Sums
 
 Engine = TypeVar("Engine", bound=TrainEngine)
 

@@ -16,12 +16,13 @@ import msgspec
 from clawloop_server.errors import TrainerError
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine, UnusableSamples
 from clawloop_server.trainer.guards import mean, running_entropy
-from clawloop_server.trainer.learning import Lessons, batches, prepare
-from clawloop_server.trainer.losses import Sums
+from clawloop_server.trainer.learning import Lessons, prepare
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.advantages import AdvantageState
+from clawloop_shared.lessons import batches
 from clawloop_shared.records import Trajectory
 from clawloop_shared.rows import Limits, screen
+from clawloop_shared.whole_step import Sums
 
 NOT_FINITE = PoisonedSamples.reason
 

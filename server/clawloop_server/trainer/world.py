@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.packing import PackedRow
+from clawloop_shared.whole_step import Sums
 
 
 class Root(torch.nn.Module):

@@ -11,7 +11,6 @@ from clawloop_server.release.records import RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_candidate, renew_expiring, roll_back
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.running import DEADLY_READ, MOST_DEADLY, PLANNING, RUNNING_FILE
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
@@ -19,6 +18,7 @@ from clawloop_shared.errors import StorageError
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Signal, Step
 from clawloop_shared.rows import Sample
+from clawloop_shared.whole_step import Sums
 
 from .filled import PER_ROUND, Died, configure, die_in, fill, group_of, send, under_way
 

@@ -13,20 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawloop_server.trainer.engine import TrainEngine
-from clawloop_server.trainer.learning import (
-    OPENING_TOKENS,
-    Lessons,
-    batches,
-    key_of,
-    length_metrics,
-    prepare,
-    rewards_of,
-    source_metrics,
-    spread,
-)
+from clawloop_server.trainer.learning import Lessons, prepare
 from clawloop_server.trainer.loop import TrainState, run_round
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.advantages import AdvantageState
+from clawloop_shared.lessons import OPENING_TOKENS, batches, key_of, length_metrics, rewards_of, source_metrics, spread
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Hint, Policy, Sampling, Signal, Step, Target, Trajectory
 from clawloop_shared.rows import Limits, Sample
@@ -184,14 +175,14 @@ def test_a_step_that_is_less_sure_than_its_trajectory_teaches_less() -> None:
     one = trajectory("a", said(Target.STEP, "a.0", 1.0), said(Target.STEP, "a.1", 1.0, source="judge"), steps=2)
     places, rewarded = rewards_of([one], TrainSettings(credit="step"), rules=DEFAULT_RULES)
     assert [(p.part, r.confidence) for p, r in zip(places, rewarded, strict=True)] == [(1.0, 1.0), (0.5, 0.5)]
-    assert spread([one], places, [2.0, 2.0], hints={}) == [[2.0, 1.0]]
+    assert spread([one], places, [2.0, 2.0], hinted=()) == [[2.0, 1.0]]
 
 
 def test_what_teaches_nothing_has_no_sample_unless_a_hint_is_to_teach_it() -> None:
     both = [trajectory("a"), trajectory("b")]
     places, _ = rewards_of(both, TrainSettings(), rules=DEFAULT_RULES)
     hints = {(0, "a.1"): Hint("a.1", 1, [5])}
-    assert spread(both, places, [None, -1.0], hints=hints) == [[None, 0.0], [-1.0, -1.0]]
+    assert spread(both, places, [None, -1.0], hinted=hints) == [[None, 0.0], [-1.0, -1.0]]
 
 
 # keys and metrics

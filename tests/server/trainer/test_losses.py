@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, Sums, policy_loss, share_caps
+from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss
 from clawloop_server.trainer.settings import TrainSettings, check_settings
 from clawloop_shared import objective
 from clawloop_shared.errors import ConfigError
 from clawloop_shared.objective import LossSettings
+from clawloop_shared.whole_step import Sums, share_caps
 
 PLAIN = LossSettings(kl_beta=0.0, opsm_delta=math.inf, veto=0.0, max_trajectory_share=1.0)
 

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss, share_caps
+from clawloop_server.trainer.losses import POLICIES, Calls, Distance, LossInputs, policy_loss
 from clawloop_shared.objective import LossSettings, clips_of
+from clawloop_shared.whole_step import share_caps
 
 REAL = torch.float64
 CONFIDENCE = (1.0, 0.3, 0.6, 0.9)

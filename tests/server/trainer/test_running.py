@@ -16,7 +16,6 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.checkpoint import read_text
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.loop import NOT_FINITE
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.running import DEADLY, RUNNING_FILE, Running
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
@@ -25,6 +24,7 @@ from clawloop_shared.messages import ForgetRequest
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Signal, Step, Target
 from clawloop_shared.rows import Sample
+from clawloop_shared.whole_step import Sums
 
 from .filled import PER_ROUND, TRAIN, adapters, configure, die_in, fill, group_of, send, under_way
 

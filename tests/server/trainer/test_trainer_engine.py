@@ -14,13 +14,13 @@ from clawloop_server.trainer.base import load_base
 from clawloop_server.trainer.engine import PoisonedSamples, TrainEngine
 from clawloop_server.trainer.generation import Sampling
 from clawloop_server.trainer.settings import TrainSettings, check_settings
-from clawloop_server.trainer.whole_step import WholeStep
 from clawloop_shared.errors import ConfigError, StorageError
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE, check_tensors, parse_config
 from clawloop_shared.model_line import read_shape
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.rows import Sample
 from clawloop_shared.safetensors_header import read_header
+from clawloop_shared.whole_step import WholeStep
 
 Session = Callable[..., list[Sample]]
 LOSS = LossSettings(veto=0.0)

@@ -15,12 +15,12 @@ from clawloop_server.trainer.engine import OversizedSamples, PoisonedSamples, Tr
 from clawloop_server.trainer.generation import Sampling as Drawing
 from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.loop import NothingFinite, TrainState, run_round, run_update
-from clawloop_server.trainer.losses import Sums
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_shared.advantages import AdvantageState
 from clawloop_shared.objective import LossSettings
 from clawloop_shared.records import Channel, Policy, Sampling, Step, Trajectory
 from clawloop_shared.rows import Limits, Sample, make_samples, screen
+from clawloop_shared.whole_step import Sums
 
 QUESTION = list(range(2, 30))
 LIMITS = Limits(line_id="line", vocab_size=320, max_tokens=64)
