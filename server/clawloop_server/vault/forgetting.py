@@ -1,13 +1,14 @@
 """Taking out of the vault what a device wants forgotten, and keeping it from coming in again.
 
 Named records go with what has no meaning without them: signals that judge nothing any more, items that held nothing
-else, trajectories without steps. Their keyed names stay as tombstones. Everything goes with the device's key; then
-nothing that was made before is taken any more. Knows no signature, no HTTP and no clock. Format: docs/formats/vault.md.
+else, trajectories without steps. Their keyed names stay as tombstones. A delta goes by the name of its item: which
+steps it was learned from, nobody told. Everything goes with the device's key; then nothing that was made before is
+taken any more. Knows no signature, no HTTP and no clock. Format: docs/formats/vault.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from clawloop_server.errors import VaultError
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
@@ -34,6 +36,14 @@ class Erased(msgspec.Struct, frozen=True):
     items: int
     set_aside: int
     rounds: list[str]
+    deltas: int = 0
+    adapters: list[int] = []
+    """versions that those rounds made, or that went on from one of them"""
+
+    @property
+    def records(self) -> int:
+        """How much that is in words of the device."""
+        return self.steps + self.signals + self.set_aside + self.deltas
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -100,9 +110,9 @@ def forget(database: ServerDatabase, seals: DeviceSeals, *, request: ForgetReque
         receipt = ForgetReceipt(
             request_id=request.request_id,
             device_id=request.device_id,
-            deleted=erased.steps + erased.signals + erased.set_aside,
+            deleted=erased.records,
             unknown=unknown,
-            adapters=adapters_after(database, erased.rounds),
+            adapters=erased.adapters,
             at_ms=now_ms,
         )
         _write_down(database, receipt, digest=digest, before_ms=before_ms)
@@ -180,12 +190,13 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
     signals = run("DELETE FROM signals WHERE device_id = ? AND signal_key IN temp.doomed", device)
     _doom_empty_items(database)
     items = run("DELETE FROM items WHERE device_id = ? AND item_key IN temp.doomed", device)
+    deltas, joined = _erase_deltas(database, "device_id = ? AND item_key IN temp.doomed", device)
     # What cannot be told apart (an item that could not be read) may hold any of it.
     unclear = "DELETE FROM set_aside WHERE device_id = ? AND (name_key = x'' OR name_key IN temp.doomed)"
     set_aside = run(unclear, device)
     run("INSERT OR IGNORE INTO tombstones SELECT ?, key FROM temp.doomed", device)
-    rounds = _settle(database)
-    return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds), unknown
+    counts = {"steps": steps, "signals": signals, "items": items, "set_aside": set_aside, "deltas": deltas}
+    return _erased(database, counts, joined=joined), unknown
 
 
 def erase_device(database: ServerDatabase, device_id: str) -> Erased:
@@ -196,16 +207,38 @@ def erase_device(database: ServerDatabase, device_id: str) -> Erased:
         database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
         for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
     )
-    rounds = _settle(database)
-    return Erased(steps=steps, signals=signals, items=items, set_aside=set_aside, rounds=rounds)
+    deltas, joined = _erase_deltas(database, "device_id = ?", [device_id])
+    counts = {"steps": steps, "signals": signals, "items": items, "set_aside": set_aside, "deltas": deltas}
+    return _erased(database, counts, joined=joined)
+
+
+def _erase_deltas(database: ServerDatabase, which: str, values: Sequence[str]) -> tuple[int, list[str]]:
+    """Delete these deltas; how many still were more than a row, and the rounds whose adapters have some of them. Of
+    those the rows stay, so that the rounds are explained."""
+    there = f"{which} AND state != '{DeltaState.SHREDDED}'"
+    of = f"FROM deltas WHERE {there} AND state = '{DeltaState.JOINED}'"
+    number = database.count(f"SELECT count(*) FROM deltas WHERE {there}", values)  # noqa: S608 constant text
+    rounds = [row[0] for row in database.rows(f"SELECT DISTINCT round_id {of} ORDER BY 1", values)]
+    shred = f"UPDATE deltas SET state = '{DeltaState.SHREDDED}', sealed = NULL WHERE {there}"  # noqa: S608
+    database.run(f"{shred} AND state = '{DeltaState.JOINED}'", values)
+    database.run(f"DELETE FROM deltas WHERE {there}", values)  # noqa: S608
+    return number, rounds
+
+
+def _erased(database: ServerDatabase, counts: Mapping[str, int], *, joined: Sequence[str]) -> Erased:
+    rounds = sorted({*_settle(database), *joined})
+    return Erased(**counts, rounds=rounds, adapters=adapters_after(database, rounds))
 
 
 def adapters_after(database: ServerDatabase, rounds: Iterable[str]) -> list[int]:
-    """The versions that these rounds made, and those that went on from one of them."""
+    """The versions that these rounds made, and those that went on from one of them, or joined what a device had learned
+    beside one of them."""
     found = database.rows(
-        "WITH RECURSIVE learned (round_id) AS (SELECT value FROM json_each(?) UNION"
-        " SELECT r.round_id FROM learned JOIN adapters a ON a.round_id = learned.round_id"
-        " JOIN rounds r ON r.base_version = a.version)"
+        "WITH RECURSIVE went_on (round_id, base_version) AS (SELECT round_id, base_version FROM rounds UNION"
+        " SELECT round_id, base_version FROM deltas WHERE state IN ('joined', 'shredded')),"
+        " learned (round_id) AS (SELECT value FROM json_each(?) UNION"
+        " SELECT w.round_id FROM learned JOIN adapters a ON a.round_id = learned.round_id"
+        " JOIN went_on w ON w.base_version = a.version)"
         " SELECT version FROM adapters WHERE round_id IN learned ORDER BY version",
         [msgspec.json.encode(list(rounds)).decode()],
     )

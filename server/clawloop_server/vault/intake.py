@@ -32,7 +32,7 @@ Record = Step | Signal | Mark
 
 
 class Reason(StrEnum):
-    """Why a record was set aside."""
+    """Why a record was set aside. Of deltas: `delta_intake`."""
 
     TOO_LARGE = "too large"
     """the item is over the limit"""
@@ -60,13 +60,25 @@ class Reason(StrEnum):
     """its group has so many trajectories that one more is not taken"""
     LONG_TRAJECTORY = "trajectory too long"
     """its trajectory has so many steps or tokens that this one is not taken"""
+    BAD_DELTA = "bad delta"
+    """a delta lacks a tensor, has one of another shape, or breaks the rules of its method or level"""
+    NOT_FINITE = "delta not finite"
+    """a number of a delta is infinite, or none"""
+    OTHER_BASE = "delta of another adapter"
+    """this server never released the adapter that a delta says it was learned beside"""
+    LARGE_RANK = "rank of a delta too large"
+    """over `[federate] rank`"""
+    OTHER_LEVEL = "delta above its device's level"
+    """its device lets out less than that, by its own last word"""
+    MANY_DELTAS = "too many deltas"
+    """its device sent so many within an hour that one more is not read"""
     CHANGED = "changed"
     """the same id was sent before with other content"""
 
 
 class Refused(msgspec.Struct, frozen=True):
     """A record (or a whole item) that is set aside: why, in words, and its bytes. `kind` (`step`, `signal`) and `name`
-    tell which record it is, or is about; an item that is refused whole has none."""
+    tell which record it is, or is about; an item that is refused whole has none, unless it is a delta (`item`)."""
 
     reason: Reason
     detail: str

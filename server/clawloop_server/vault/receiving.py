@@ -1,7 +1,7 @@
-"""Keeping what one call of one device brought: items, steps, signals and marks, each once, whatever comes first.
+"""Keeping what one call of one device brought: items, steps, signals, marks, deltas, each once, whatever comes first.
 
 Part of the transaction that is open. Afterwards the trajectories that something came for are brought in line
-(`standing`). Knows no clock; what makes a record bad is in `intake`.
+(`standing`). Knows no clock; what makes a record bad is in `intake`, and of a delta in `delta_intake`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Mapping
 
 import msgspec
 
+from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.delta_intake import sort_delta
+from clawloop_server.vault.deltas import keep_delta
 from clawloop_server.vault.forgetting import Graves
 from clawloop_server.vault.groups import TrajectoryState
 from clawloop_server.vault.intake import (
@@ -27,6 +30,8 @@ from clawloop_server.vault.intake import (
 )
 from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
+from clawloop_shared.deltas import DELTA_KIND
+from clawloop_shared.lora import ModelShape
 from clawloop_shared.messages import UploadItem
 from clawloop_shared.records import Mark, Signal, Step, Target
 from clawloop_shared.signals import RewardRules, trajectory_key
@@ -47,12 +52,15 @@ class Receiver:
         database: ServerDatabase,
         seal: DeviceSeal,
         *,
-        vocabularies: Mapping[str, int],
+        shapes: Mapping[str, ModelShape],
         rules: RewardRules,
+        federate: FederateSettings,
         now_ms: int,
     ) -> None:
+        """`shapes`: the model of each line that is trained."""
         self._database, self._seal, self._now_ms = database, seal, now_ms
-        self._vocabularies, self._rules = vocabularies, rules
+        self._shapes, self._rules, self._federate = shapes, rules, federate
+        self._vocabularies = {line_id: shape.vocab_size for line_id, shape in shapes.items()}
         self._graves = Graves.of(database, seal)
         self._touched: dict[str, None] = {}
         self._judged: dict[tuple[Target, bytes], None] = {}
@@ -60,9 +68,12 @@ class Receiver:
     def take(self, item: UploadItem) -> int:
         """Keep what is in an item, if it is new; when it first came."""
         received_ms, is_new = self._note_item(item)
-        if is_new:
+        item_key = self._seal.name("item", item.item_id)
+        if is_new and item.kind == DELTA_KIND:
+            self._keep_delta(item, item_key)
+        elif is_new:
             intake = sort_item(item, self._vocabularies, forgotten=self._graves.hold)
-            self._keep(intake, item_key=self._seal.name("item", item.item_id))
+            self._keep(intake, item_key=item_key)
         return received_ms
 
     def finish(self) -> None:
@@ -82,9 +93,8 @@ class Receiver:
         if self._graves.hold_name("item", item.item_id):
             return self._now_ms, False
         if known is not None:
-            self._set_aside(
-                Refused(Reason.CHANGED, "an item with this id was sent before with another body", item.body)
-            )
+            body = b"" if item.kind == DELTA_KIND else item.body
+            self._set_aside(Refused(Reason.CHANGED, "an item with this id was sent before with another body", body))
             return self._now_ms, False
         facts = msgspec.msgpack.encode([item.item_id[:256], item.receipt_id[:256], item.kind[:64]])
         self._database.run(
@@ -111,6 +121,20 @@ class Receiver:
             self._keep_signal(signal, item_key)
         for mark in intake.marks:
             self._keep_mark(mark)
+
+    def _keep_delta(self, item: UploadItem, item_key: bytes) -> None:
+        found = sort_delta(
+            item,
+            device_id=self._seal.device_id,
+            database=self._database,
+            shapes=self._shapes,
+            settings=self._federate,
+            now_ms=self._now_ms,
+        )
+        if isinstance(found, Refused):
+            self._set_aside(found)
+            return
+        keep_delta(self._database, self._seal, found, item_key=item_key, body=item.body, now_ms=self._now_ms)
 
     # steps
 

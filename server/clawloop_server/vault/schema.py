@@ -133,12 +133,27 @@ ALTER TABLE adapters ADD COLUMN cohort TEXT NOT NULL DEFAULT '';
 ALTER TABLE rounds ADD COLUMN cohort TEXT NOT NULL DEFAULT '';
 CREATE TABLE deltas (
   delta_id TEXT PRIMARY KEY, device_id TEXT NOT NULL, item_key BLOB NOT NULL, line_id TEXT NOT NULL,
-  task_id TEXT NOT NULL, base_version INTEGER NOT NULL, method TEXT NOT NULL, rank INTEGER NOT NULL,
+  base_version INTEGER NOT NULL, method TEXT NOT NULL, level TEXT NOT NULL, rank INTEGER NOT NULL,
   trajectories INTEGER NOT NULL, size_bytes INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-  round_id TEXT, received_ms INTEGER NOT NULL, sealed BLOB) WITHOUT ROWID;
+  round_id TEXT, received_ms INTEGER NOT NULL, sealed BLOB);
 CREATE INDEX deltas_waiting ON deltas (line_id, state, received_ms);
-CREATE INDEX deltas_by_device ON deltas (device_id);
+CREATE INDEX deltas_by_device ON deltas (device_id, received_ms);
 CREATE INDEX deltas_by_round ON deltas (round_id);
+"""
+
+_JOINING = """
+ALTER TABLE invitations ADD COLUMN label TEXT NOT NULL DEFAULT '';
+ALTER TABLE invitations ADD COLUMN revoked_ms INTEGER;
+ALTER TABLE devices ADD COLUMN instance TEXT NOT NULL DEFAULT '';
+ALTER TABLE devices ADD COLUMN taken_at_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE devices ADD COLUMN held_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE devices ADD COLUMN rival_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE devices ADD COLUMN approved_ms INTEGER NOT NULL DEFAULT 0;
+UPDATE devices SET approved_ms = joined_ms;
+CREATE TABLE device_events (
+  event_id INTEGER PRIMARY KEY AUTOINCREMENT, device_id TEXT NOT NULL, at_ms INTEGER NOT NULL, what TEXT NOT NULL,
+  detail TEXT NOT NULL);
+CREATE INDEX device_events_by_device ON device_events (device_id, event_id);
 """
 
 
@@ -171,13 +186,17 @@ def _deltas(database: Database) -> None:
     _run(database, _DELTAS)
 
 
+def _joining(database: Database) -> None:
+    _run(database, _JOINING)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
             database.execute(statement)
 
 
-_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas]
+_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas, _joining]
 """in the order in which they came; one that was released never changes"""
 
 

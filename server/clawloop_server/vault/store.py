@@ -12,11 +12,13 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import list_bases
 from clawloop_server.errors import VaultError
 from clawloop_server.home import Home
 from clawloop_server.vault import standing
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.deltas import Deltas
 from clawloop_server.vault.forgetting import Erased, erase_device, forget
 from clawloop_server.vault.groups import TrajectoryState, deadlines
 from clawloop_server.vault.judging import Answer, answers, keep_values
@@ -36,7 +38,8 @@ _ACCOUNT = msgspec.msgpack.Decoder(Account)
 
 
 class VaultStats(msgspec.Struct, frozen=True):
-    """What is in the vault, in numbers. `trajectories` is by channel, then state; `set_aside` by reason."""
+    """What is in the vault, in numbers. `trajectories` is by channel, then state; `set_aside` by reason;
+    `deltas` by state."""
 
     devices: int
     items: int
@@ -47,6 +50,7 @@ class VaultStats(msgspec.Struct, frozen=True):
     marks: int
     trajectories: dict[str, dict[str, int]]
     set_aside: dict[str, int]
+    deltas: dict[str, int] = {}
 
 
 class Lesson(msgspec.Struct, frozen=True):
@@ -64,23 +68,37 @@ class Vault:
     """The vault of a server, safe to use from any thread."""
 
     def __init__(
-        self, database: ServerDatabase, *, home: Home, master_key: bytes, settings: RewardSettings = DEFAULT_SETTINGS
+        self,
+        database: ServerDatabase,
+        *,
+        home: Home,
+        master_key: bytes,
+        settings: RewardSettings = DEFAULT_SETTINGS,
+        federate: FederateSettings | None = None,
     ) -> None:
-        self.database = database
+        self.database, self._federate = database, federate or FederateSettings()
         self._home, self._settings = home, settings
         self._seals = DeviceSeals(database, master_key)
         self.pins = Pins(database, self._seals, settings)
+        self.deltas = Deltas(database, self._seals)
 
     @classmethod
-    def open(cls, home: Home, master_key: bytes, *, settings: RewardSettings = DEFAULT_SETTINGS) -> Vault:
-        """Open (or make) the vault in `home`; `settings` are those of `[reward]`.
+    def open(
+        cls,
+        home: Home,
+        master_key: bytes,
+        *,
+        settings: RewardSettings = DEFAULT_SETTINGS,
+        federate: FederateSettings | None = None,
+    ) -> Vault:
+        """Open (or make) the vault in `home`; `settings` are those of `[reward]`, `federate` those of `[federate]`.
 
         Raises:
             KeyMissing: the master key is another one.
             StorageError: the database cannot be opened.
         """
         database = ServerDatabase.open(home.database, master_key)
-        return cls(database, home=home, master_key=master_key, settings=settings)
+        return cls(database, home=home, master_key=master_key, settings=settings, federate=federate)
 
     @property
     def rules(self) -> RewardSettings:
@@ -103,14 +121,15 @@ class Vault:
             DeviceError: the device is unknown, revoked or deleted; nothing is kept.
             StorageError: nothing could be written; send it again.
         """
-        vocabularies = {base.line_id: base.shape.vocab_size for base in list_bases(self._home)}
+        shapes = {base.line_id: base.shape for base in list_bases(self._home)}
         now_ms = now_ms or _now_ms()
         with self.database.write() as database:
             receiver = Receiver(
                 database,
                 self._seals.ensure(device_id),
-                vocabularies=vocabularies,
+                shapes=shapes,
                 rules=self._settings,
+                federate=self._federate,
                 now_ms=now_ms,
             )
             # One at a time: unpacked, an item may be far larger than it came.
@@ -224,6 +243,12 @@ class Vault:
         sql = "SELECT trajectory_id FROM trajectories WHERE round_id = ? ORDER BY place"
         return [row[0] for row in self.database.rows(sql, [round_id])]
 
+    def devices_of(self, trajectory_ids: Iterable[str]) -> frozenset[str]:
+        """The devices that these trajectories came from."""
+        sql = "SELECT DISTINCT device_id FROM trajectories WHERE trajectory_id IN (SELECT value FROM json_each(?))"
+        ids = msgspec.json.encode(list(trajectory_ids)).decode()
+        return frozenset(row[0] for row in self.database.rows(sql, [ids]))
+
     def lessons(self, round_id: str) -> list[Lesson]:
         """What a round consumed, in the order in which it got it, with how each reward came about. Never content.
 
@@ -294,6 +319,7 @@ class Vault:
             marks=count("SELECT count(*) FROM marks"),
             trajectories=trajectories,
             set_aside=dict(rows("SELECT reason, count(*) FROM set_aside GROUP BY 1 ORDER BY 1")),
+            deltas=dict(rows("SELECT state, count(*) FROM deltas GROUP BY 1 ORDER BY 1")),
         )
 
 
@@ -305,6 +331,6 @@ def _received(item: UploadItem, *, device_id: str, received_ms: int) -> ItemRece
     return ItemReceived(device_id=device_id, item_id=item.item_id, received_ms=received_ms, sha256=sha256(item.body))
 
 
-def lineage_root(trajectory_ids: Iterable[str]) -> str:
-    """One hash over the trajectories of a round, for its adapter's manifest."""
-    return sha256("\n".join(sorted(trajectory_ids)).encode())
+def lineage_root(ids: Iterable[str]) -> str:
+    """One hash over the trajectories and deltas of a round, for its adapter's manifest."""
+    return sha256("\n".join(sorted(ids)).encode())
