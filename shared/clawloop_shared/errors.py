@@ -7,6 +7,7 @@
     │   ├── WireError            bytes that are not a message of ours, or too large
     │   ├── SignatureInvalid     a signature does not belong to these bytes and this key
     │   ├── AdapterInvalid       an adapter's files, names, shapes or values are not what they must be
+    │   ├── SumError             a part of a secure sum is not what it must be
     │   └── ConfigError          a configuration file or value is wrong
     └── UncheckedError           it could not be checked (a key or file is missing); treated as a refusal
         ├── KeyMissing           the key that should open or verify this is not there
@@ -42,6 +43,10 @@ class SignatureInvalid(InvalidError):
 
 class AdapterInvalid(InvalidError):
     """An adapter's files, names, shapes or values are not what they must be."""
+
+
+class SumError(InvalidError):
+    """A part of a secure sum is not what it must be; whoever was given it takes no further part."""
 
 
 class ConfigError(InvalidError):
