@@ -59,6 +59,8 @@ class Manifest(
     lineage_root: str
     created_ms: int
     expires_ms: int
+    cohort: str = ""
+    """the devices that it is for; empty: all that have none of a cohort of their own"""
 
     @property
     def weights_sha256(self) -> str:

@@ -54,6 +54,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     started_ms: int
     finished_ms: int | None
     attempts: int
+    cohort: str = ""
+    """the devices that it is for; empty: all that are in no cohort"""
 
 
 class UnderWay(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +77,7 @@ class UnderWay(msgspec.Struct, frozen=True, kw_only=True):
     at_update: int | None = None
     deaths: dict[int, int] = {}
     rejected_steps: dict[str, int] | None = None
+    cohort: str = ""
 
 
 class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +108,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     probe: Probe
     evaluation: Evaluation
     lineage_root: str
+    cohort: str = ""
 
     def facts(self) -> AdapterFacts:
         """The same with each file's size and hash in the place of its bytes."""
@@ -124,6 +128,8 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     manifest: SignedManifest | None
     created_ms: int
     released_ms: int | None
+    cohort: str = ""
+    """the devices that it is for; empty: all that have no adapter of a cohort of their own"""
 
     @property
     def origin(self) -> int:
@@ -147,7 +153,7 @@ def under_way_of(row: tuple[Any, ...]) -> UnderWay:
 
 def adapter_of(row: tuple[Any, ...]) -> AdapterRecord:
     """An adapter from its row."""
-    version, line_id, state, facts, manifest, created_ms, released_ms = row
+    version, line_id, state, facts, manifest, created_ms, released_ms, cohort = row
     return AdapterRecord(
         version=version,
         line_id=line_id,
@@ -156,4 +162,5 @@ def adapter_of(row: tuple[Any, ...]) -> AdapterRecord:
         manifest=wire.decode(manifest, SignedManifest) if manifest else None,
         created_ms=created_ms,
         released_ms=released_ms,
+        cohort=cohort,
     )

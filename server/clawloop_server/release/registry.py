@@ -41,14 +41,14 @@ from clawloop_shared.messages import AdapterOffer
 MANIFEST_FILE = "manifest.bin"
 _DRAFT = ".draft-"
 
-_ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms FROM adapters"
+_ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms, cohort FROM adapters"
 _ROUND = (
     "SELECT round_id, line_id, state, base_version, version, trajectories, steps, metrics, reason, started_ms,"
-    " finished_ms, attempts FROM rounds"
+    " finished_ms, attempts, cohort FROM rounds"
 )
 _UNDER_WAY = (
     "SELECT round_id, base_version, settings, trajectories, steps, attempts, row_tokens, at_update, deaths,"
-    " rejected_steps FROM rounds"
+    " rejected_steps, cohort FROM rounds"
 )
 
 
@@ -75,17 +75,19 @@ class Registry:
         round_id: str | None = None,
         settings: str = "",
         row_tokens: int = 0,
+        cohort: str = "",
         now_ms: int | None = None,
     ) -> str:
         """Note that a round runs; its id. A round of that id that runs already is started anew, and what was known of
-        its attempts is gone. `settings`, `row_tokens`: see `UnderWay`."""
+        its attempts is gone. `settings`, `row_tokens`: see `UnderWay`; `cohort`: whose adapter it is to make."""
         round_id = round_id or new_id()
         values = [round_id, line_id, RoundState.RUNNING, base_version, trajectories, steps, now_ms or _now_ms()]
         with self._database.write() as database:
             database.run(
                 "INSERT OR REPLACE INTO rounds (round_id, line_id, state, base_version, trajectories, steps,"
-                " started_ms, metrics, reason, settings, row_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, '{}', '', ?, ?)",
-                [*values, settings, row_tokens],
+                " started_ms, metrics, reason, settings, row_tokens, cohort)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, '{}', '', ?, ?, ?)",
+                [*values, settings, row_tokens, cohort],
             )
         return round_id
 
@@ -170,11 +172,14 @@ class Registry:
         """
         if sorted(candidate.files) != sorted(FILES):
             raise AdapterInvalid(f"an adapter has the files {list(FILES)}, not {sorted(candidate.files)}")
-        return self._record(candidate.facts(), lambda target: _publish_files(target, candidate.files), now_ms=now_ms)
+        facts, cohort = candidate.facts(), candidate.cohort
+        return self._record(facts, lambda target: _publish_files(target, candidate.files), cohort=cohort, now_ms=now_ms)
 
-    def copy_adapter(self, version: int, *, copy_of: int = 0, now_ms: int | None = None) -> int:
-        """Record an older adapter again as a new candidate; its version. Versions only grow. With `copy_of`, training
-        does not go on from it; without, it does: the operator went back.
+    def copy_adapter(
+        self, version: int, *, copy_of: int = 0, cohort: str | None = None, now_ms: int | None = None
+    ) -> int:
+        """Record an older adapter again as a new candidate, for the same devices or for a `cohort`; its version.
+        Versions only grow. With `copy_of`, training does not go on from it; without, it does: the operator went back.
 
         Raises:
             ReleaseError: no such version.
@@ -182,7 +187,8 @@ class Registry:
         """
         old, files = self.adapter(version), self.files(version)
         facts = msgspec.structs.replace(old.facts, copy_of=copy_of)
-        return self._record(facts, lambda target: _publish_files(target, files), now_ms=now_ms)
+        cohort = old.cohort if cohort is None else cohort
+        return self._record(facts, lambda target: _publish_files(target, files), cohort=cohort, now_ms=now_ms)
 
     def remove_drafts(self) -> None:
         """Remove what a crash left of adapters that were being published. They are published within a write
@@ -191,14 +197,23 @@ class Registry:
             for draft in self._folder.glob(f"{_DRAFT}*"):
                 shutil.rmtree(draft, ignore_errors=True)
 
-    def _record(self, facts: AdapterFacts, put: Callable[[Path], None], *, now_ms: int | None) -> int:
+    def _record(self, facts: AdapterFacts, put: Callable[[Path], None], *, cohort: str, now_ms: int | None) -> int:
         with self._database.write() as database:
             version = database.count("SELECT max(version) FROM adapters") + 1
             put(self._folder / str(version))
             packed = msgspec.json.encode(facts)
             database.run(
-                "INSERT INTO adapters (version, line_id, state, round_id, facts, created_ms) VALUES (?, ?, ?, ?, ?, ?)",
-                [version, facts.line.line_id, AdapterState.CANDIDATE, facts.round_id, packed, now_ms or _now_ms()],
+                "INSERT INTO adapters (version, line_id, state, round_id, facts, created_ms, cohort)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    version,
+                    facts.line.line_id,
+                    AdapterState.CANDIDATE,
+                    facts.round_id,
+                    packed,
+                    now_ms or _now_ms(),
+                    cohort,
+                ],
             )
         return version
 
@@ -223,13 +238,20 @@ class Registry:
         rows = self._database.rows(f"{_ADAPTER} WHERE state = ? ORDER BY version", [AdapterState.CANDIDATE])
         return [adapter_of(row) for row in rows]
 
-    def current(self, line_id: str | None = None) -> AdapterRecord | None:
-        """The adapter that devices should use now: the newest that is released."""
-        rows = self._database.rows(
-            f"{_ADAPTER} WHERE state = ? AND ? IN ('', line_id) ORDER BY version DESC LIMIT 1",
-            [AdapterState.RELEASED, line_id or ""],
+    def current(self, line_id: str | None = None, *, cohort: str = "") -> AdapterRecord | None:
+        """The adapter that devices of a cohort should use now: the newest that is released for it, or, as long as there
+        is none, for all."""
+        row = self._database.row(
+            f"{_ADAPTER} WHERE state = ? AND ? IN ('', line_id) AND cohort IN ('', ?)"
+            " ORDER BY cohort = ? DESC, version DESC LIMIT 1",
+            [AdapterState.RELEASED, line_id or "", cohort, cohort],
         )
-        return adapter_of(rows[0]) if rows else None
+        return adapter_of(row) if row else None
+
+    def cohorts(self, line_id: str) -> list[str]:
+        """The cohorts that have an adapter of their own; the empty name is all others."""
+        sql = "SELECT DISTINCT cohort FROM adapters WHERE line_id = ? ORDER BY cohort"
+        return [row[0] for row in self._database.rows(sql, [line_id])]
 
     def previous_sha256(self, line_id: str) -> str:
         """The hash of the newest manifest of a line, whatever became of its adapter; empty before the first."""
@@ -253,7 +275,8 @@ class Registry:
             if record.state not in (AdapterState.CANDIDATE, AdapterState.HELD):
                 raise ReleaseError(f"adapter {version} is {record.state}; only a candidate or held one can be released")
             newer = database.count(
-                "SELECT max(version) FROM adapters WHERE line_id = ? AND manifest IS NOT NULL", [record.line_id]
+                "SELECT max(version) FROM adapters WHERE line_id = ? AND manifest IS NOT NULL AND cohort IN ('', ?)",
+                [record.line_id, record.cohort],
             )
             if newer > version:
                 raise ReleaseError(f"adapter {version} is older than {newer}, which was released; versions only grow")

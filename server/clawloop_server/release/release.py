@@ -25,8 +25,10 @@ def release_candidate(
     expires_days: float = DEFAULT_EXPIRES_DAYS,
     now_ms: int | None = None,
 ) -> SignedManifest:
-    """Sign a candidate (or held) adapter and make it the current one. If what was released after it is only an older
-    adapter renewed, it is released as a copy under a new version, since versions only grow, and is held itself.
+    """Sign a candidate (or held) adapter and make it the current one of its cohort.
+
+    If what was released after it is only an older adapter renewed, or one for all where it is for a cohort, it is
+    released as a copy under a new version, since versions only grow, and is held itself.
 
     Raises:
         ReleaseError: it was released before, or a newer version was.
@@ -35,18 +37,22 @@ def release_candidate(
     created_ms = now_ms or time.time_ns() // 1_000_000
     registry.files(version)
     with registry.within():
-        if _is_behind_a_renewal(registry, registry.adapter(version)):
+        if _is_passed_by(registry, registry.adapter(version)):
             if registry.adapter(version).state is AdapterState.CANDIDATE:
                 registry.hold(version)
             version = registry.copy_adapter(version, copy_of=version, now_ms=now_ms)
         return _sign_and_release(registry, keys, version, expires_days=expires_days, created_ms=created_ms)
 
 
-def _is_behind_a_renewal(registry: Registry, record: AdapterRecord) -> bool:
-    """Whether it may still be released, had its version not been passed by a renewal."""
-    current = registry.current(record.line_id)
+def _is_passed_by(registry: Registry, record: AdapterRecord) -> bool:
+    """Whether it may still be released, had its version not been passed by a renewal, or by one of all others."""
     waits = record.state in (AdapterState.CANDIDATE, AdapterState.HELD)
-    return waits and current is not None and current.origin < record.origin < current.version
+    mine, shared = registry.current(record.line_id, cohort=record.cohort), registry.current(record.line_id)
+    if not waits or mine is None or shared is None:
+        return False
+    if record.cohort and record.origin < shared.version:
+        return mine.cohort != record.cohort or mine.origin < record.origin
+    return mine.origin < record.origin < mine.version
 
 
 def _sign_and_release(
@@ -69,6 +75,7 @@ def _sign_and_release(
             lineage_root=facts.lineage_root,
             created_ms=created_ms,
             expires_ms=created_ms + int(expires_days * _DAY_MS),
+            cohort=record.cohort,
         )
         return sign_manifest(manifest, keys.release)
 
@@ -80,27 +87,31 @@ def roll_back(
     keys: ServerKeys,
     *,
     to_version: int,
+    cohort: str | None = None,
     expires_days: float = DEFAULT_EXPIRES_DAYS,
     now_ms: int | None = None,
 ) -> int:
-    """Release the files of an older adapter as a new version, and mark those released after it; the new version.
+    """Release the files of an older adapter as a new version, and mark those released after it; the new version. It is
+    for those devices that the older one was for, or for a `cohort`.
 
     Raises:
         ReleaseError: `to_version` was never released, or is the current one.
     """
     old = registry.adapter(to_version)
-    current = registry.current(old.line_id)
+    cohort = old.cohort if cohort is None else cohort
+    current = registry.current(old.line_id, cohort=cohort)
     if old.manifest is None or current is None:
         raise ReleaseError(f"adapter {to_version} was never released, so there is no going back to it")
     if current.version == to_version:
         raise ReleaseError(f"adapter {to_version} is the current one; name an older one to go back to")
     with registry.within():
-        for adapter in registry.adapters(line_id=old.line_id):
+        later = [a for a in registry.adapters(line_id=old.line_id) if a.cohort == cohort]
+        for adapter in later:
             if adapter.version > to_version and adapter.state is AdapterState.RELEASED:
                 registry.mark_rolled_back(adapter.version)
             if adapter.version > to_version and adapter.state is AdapterState.CANDIDATE:
                 registry.hold(adapter.version)
-        copy = registry.copy_adapter(to_version, now_ms=now_ms)
+        copy = registry.copy_adapter(to_version, cohort=cohort, now_ms=now_ms)
         release_candidate(registry, keys, version=copy, expires_days=expires_days, now_ms=now_ms)
     return copy
 
@@ -115,8 +126,9 @@ def release_waiting(
     """
     released = []
     for record in registry.candidates():
-        current = registry.current(record.line_id)
-        if current is not None and current.origin > record.version:
+        current = registry.current(record.line_id, cohort=record.cohort)
+        same = current is not None and current.cohort == record.cohort
+        if same and current is not None and current.origin > record.version:
             registry.hold(record.version)
             continue
         signed = release_candidate(registry, keys, version=record.version, expires_days=expires_days, now_ms=now_ms)
@@ -129,15 +141,16 @@ def renew_expiring(
     keys: ServerKeys,
     *,
     line_id: str,
+    cohort: str = "",
     expires_days: float = DEFAULT_EXPIRES_DAYS,
     now_ms: int | None = None,
 ) -> int | None:
-    """Release the current adapter again as a new version once a quarter of its time is left, so that devices which
-    join late, or were away, may still take it; the new version, or None if it is not time yet. What training goes on
-    from stays what it is."""
+    """Release the current adapter of a cohort again as a new version once a quarter of its time is left, so that
+    devices which join late, or were away, may still take it; the new version, or None if it is not time yet. What
+    training goes on from stays what it is."""
     now_ms = now_ms or time.time_ns() // 1_000_000
-    current = registry.current(line_id)
-    if current is None or current.manifest is None:
+    current = registry.current(line_id, cohort=cohort)
+    if current is None or current.manifest is None or current.cohort != cohort:
         return None
     manifest = open_manifest(current.manifest, keys.release_public)
     if manifest.expires_ms - now_ms > (manifest.expires_ms - manifest.created_ms) / 4:
