@@ -310,3 +310,18 @@ def test_names_that_run_into_each_other_stop_nobody_elses_training(
 
 def said(target: Target, target_id: str) -> Signal:
     return Signal(signal_id=new_id(), target=target, target_id=target_id, source="user", value=1.0, created_ms=1)
+
+
+def test_a_round_of_a_cohort_takes_what_its_own_devices_sent(
+    vault: Vault, device: str, make_step: Make, make_signal: Make, base: Base
+) -> None:
+    step = make_step(step_id="one")
+    vault.receive(device, [item(step, make_signal(Target.STEP, "one"))])
+    assert vault.count_ready(base.line_id) == len(vault.ready(base.line_id, 9)) == 1
+    assert vault.count_ready(base.line_id, cohort="a") == len(vault.ready(base.line_id, 9, cohort="a")) == 0
+    with vault.database.write() as database:
+        database.run("UPDATE devices SET cohort = 'a' WHERE device_id = ?", [device])
+    assert vault.count_ready(base.line_id) == len(vault.ready(base.line_id, 9)) == 0
+    assert vault.pin("round", base.line_id, 9) == (0, 0)
+    assert vault.count_ready(base.line_id, cohort="a") == len(vault.ready(base.line_id, 9, cohort="a")) == 1
+    assert vault.pin("round", base.line_id, 9, cohort="a") == (1, 1)

@@ -43,14 +43,17 @@ class Pins:
     def __init__(self, database: ServerDatabase, seals: DeviceSeals, rules: RewardRules) -> None:
         self._database, self._seals, self._rules = database, seals, rules
 
-    def take(self, round_id: str, line_id: str, limit: int, *, deadlines: dict[Stage, int]) -> tuple[int, int]:
-        """Pin what is ready to a round, whole groups, the longest waiting first; how many trajectories and steps.
+    def take(
+        self, round_id: str, line_id: str, limit: int, *, deadlines: dict[Stage, int], cohort: str = ""
+    ) -> tuple[int, int]:
+        """Pin what is ready for a cohort to a round, whole groups, the longest waiting first; how many trajectories and
+        steps.
 
         Opens no record, so that it holds up nobody. What the round had before is let go.
         """
         with self._database.write() as database:
             self.release(round_id)
-            chosen = standing.chosen(database, line_id, Channel.TRAIN, deadlines=deadlines, limit=limit)
+            chosen = standing.chosen(database, line_id, Channel.TRAIN, deadlines=deadlines, limit=limit, cohort=cohort)
             steps = 0
             for trajectory_id, device_id in chosen:
                 names = names_of(database, trajectory_id, device_id)

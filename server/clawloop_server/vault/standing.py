@@ -19,6 +19,10 @@ _RESTATE = (
     " WHERE s.trajectory_id = ? AND g.counts) THEN 'judged'"
     " ELSE 'open' END WHERE trajectory_id = ? AND state IN ('open', 'judged', 'left out') RETURNING group_id"
 )
+_READY = (
+    " FROM trajectory_groups WHERE line_id = ? AND channel = ? AND stage = ? AND arrived_ms <= ?"
+    " AND device_id IN (SELECT device_id FROM devices WHERE cohort = ?)"
+)
 
 
 def enter(database: ServerDatabase, trajectory_id: str, *, size: int) -> None:
@@ -60,24 +64,33 @@ def update_groups(database: ServerDatabase, group_ids: Iterable[str], *, arrived
 
 
 def ready_groups(
-    database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int], limit: int
+    database: ServerDatabase,
+    line_id: str,
+    channel: str,
+    *,
+    deadlines: dict[Stage, int],
+    limit: int,
+    cohort: str = "",
 ) -> list[ReadyGroup]:
-    """Up to `limit` groups that go, the longest waiting first."""
-    part = (
-        "SELECT group_id, judged, arrived_ms, arrival FROM trajectory_groups"
-        " WHERE line_id = ? AND channel = ? AND stage = ? AND arrived_ms <= ?"
-    )
+    """Up to `limit` groups of a cohort's devices that go, the longest waiting first."""
+    part = "SELECT group_id, judged, arrived_ms, arrival" + _READY
     sql = " UNION ALL ".join([part] * len(deadlines)) + " ORDER BY arrived_ms, arrival LIMIT ?"
-    values = [value for stage, at_ms in deadlines.items() for value in (line_id, channel, stage, at_ms)]
+    values = [value for stage, at_ms in deadlines.items() for value in (line_id, channel, stage, at_ms, cohort)]
     return [ReadyGroup(row[0], row[1]) for row in database.rows(sql, [*values, limit])]
 
 
 def chosen(
-    database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int], limit: int
+    database: ServerDatabase,
+    line_id: str,
+    channel: str,
+    *,
+    deadlines: dict[Stage, int],
+    limit: int,
+    cohort: str = "",
 ) -> list[tuple[str, str]]:
-    """The trajectories that a round of up to `limit` takes, with their devices: whole groups, the longest waiting
-    first."""
-    found = ready_groups(database, line_id, channel, deadlines=deadlines, limit=limit)
+    """The trajectories that a round of up to `limit` takes for a cohort, with their devices: whole groups, the longest
+    waiting first."""
+    found = ready_groups(database, line_id, channel, deadlines=deadlines, limit=limit, cohort=cohort)
     sql = (
         "SELECT trajectory_id, device_id FROM trajectories WHERE group_id = ? AND state = ?"
         " ORDER BY created_ms, trajectory_id"
@@ -89,9 +102,9 @@ def chosen(
     ]
 
 
-def count_ready(database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int]) -> int:
-    """How many trajectories are in the groups that go."""
-    sql = (
-        "SELECT sum(judged) FROM trajectory_groups WHERE line_id = ? AND channel = ? AND stage = ? AND arrived_ms <= ?"
-    )
-    return sum(database.count(sql, [line_id, channel, stage, at_ms]) for stage, at_ms in deadlines.items())
+def count_ready(
+    database: ServerDatabase, line_id: str, channel: str, *, deadlines: dict[Stage, int], cohort: str = ""
+) -> int:
+    """How many trajectories are in the groups of a cohort's devices that go."""
+    sql = "SELECT sum(judged)" + _READY
+    return sum(database.count(sql, [line_id, channel, stage, at_ms, cohort]) for stage, at_ms in deadlines.items())

@@ -165,9 +165,16 @@ class Vault:
     # giving out
 
     def ready(
-        self, line_id: str, limit: int, channel: Channel = Channel.TRAIN, *, now_ms: int | None = None
+        self,
+        line_id: str,
+        limit: int,
+        channel: Channel = Channel.TRAIN,
+        *,
+        cohort: str = "",
+        now_ms: int | None = None,
     ) -> list[Trajectory]:
-        """The trajectories that a round of up to `limit` takes: those of whole groups, the longest waiting first.
+        """The trajectories that a round of up to `limit` takes for a cohort: those of whole groups, the longest waiting
+        first.
 
         A group that alone is larger than the limit is taken whole when it is the first. Ids of trajectories and groups
         are the vault's own: unique over all devices.
@@ -188,19 +195,23 @@ class Vault:
                     rules=self._settings,
                 )
                 for trajectory_id, device_id in standing.chosen(
-                    database, line_id, channel, deadlines=until, limit=limit
+                    database, line_id, channel, deadlines=until, limit=limit, cohort=cohort
                 )
             ]
 
-    def pin(self, round_id: str, line_id: str, limit: int, *, now_ms: int | None = None) -> tuple[int, int]:
+    def pin(
+        self, round_id: str, line_id: str, limit: int, *, cohort: str = "", now_ms: int | None = None
+    ) -> tuple[int, int]:
         """Pin what `ready` would give out to a round, as it is now; how many trajectories and steps."""
         until = deadlines(now_ms or _now_ms(), self._settings)
-        return self.pins.take(round_id, line_id, limit, deadlines=until)
+        return self.pins.take(round_id, line_id, limit, deadlines=until, cohort=cohort)
 
-    def count_ready(self, line_id: str, channel: Channel = Channel.TRAIN, *, now_ms: int | None = None) -> int:
-        """How many trajectories are ready: as many as `ready` gives out without a limit."""
+    def count_ready(
+        self, line_id: str, channel: Channel = Channel.TRAIN, *, cohort: str = "", now_ms: int | None = None
+    ) -> int:
+        """How many trajectories are ready for a cohort: as many as `ready` gives out without a limit."""
         until = deadlines(now_ms or _now_ms(), self._settings)
-        return standing.count_ready(self.database, line_id, channel, deadlines=until)
+        return standing.count_ready(self.database, line_id, channel, deadlines=until, cohort=cohort)
 
     def consume(self, round_id: str, trajectories: Sequence[Trajectory], db: ServerDatabase | None = None) -> None:
         """Mark trajectories as consumed by a round, all or none; part of the transaction that `db` has open.
