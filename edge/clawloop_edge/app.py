@@ -32,6 +32,7 @@ from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node.deleting import ask_due
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.transport import Transport
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
 from clawloop_edge.opening import model_folder, open_engine, open_pool, open_redactor
 from clawloop_edge.pool import finishing
@@ -286,8 +287,6 @@ class Edge:
         )
 
     def _make_node(self, member: Membership, activator: Activator, *, node_id: int) -> NodeWorker:
-        from clawloop_edge.node.flower import FlowerTransport
-
         handlers = Handlers(
             self.engine,
             self.outbox,
@@ -297,10 +296,20 @@ class Edge:
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
         )
-        transport = FlowerTransport(
-            member, node_id=node_id, remember=lambda number: state.keep_node_id(self.pool, number)
-        )
+        transport = self._make_transport(member, node_id=node_id)
         return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
+
+    def _make_transport(self, member: Membership, *, node_id: int) -> Transport:
+        def remember(number: int) -> None:
+            state.keep_node_id(self.pool, number)
+
+        if self.config.node.driver == "stock":
+            from clawloop_edge.node.stock import StockTransport
+
+            return StockTransport(member, folder=self.home.folder / "node", remember=remember)
+        from clawloop_edge.node.flower import FlowerTransport
+
+        return FlowerTransport(member, node_id=node_id, remember=remember)
 
     async def _stop_node(self, *, silent: bool) -> None:
         """`silent`: nothing may leave any more, not even a goodbye or the rest of what is being sent."""

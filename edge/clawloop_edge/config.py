@@ -1,6 +1,6 @@
 """The edge's configuration (`config.toml` in its home). Every key is described in docs/configuration.md."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -60,9 +60,11 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How often the edge asks the server for messages (with jitter)."""
+    """How often the edge asks the server for messages (with jitter), and through what: `embedded`, flwr's client inside
+    the edge, or `stock`, a `flower-supernode` that the edge starts."""
 
     poll_s: _Period = 15.0
+    driver: Literal["embedded", "stock"] = "embedded"
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -154,6 +154,7 @@ class ServerApp:
             forgetting=forgetting,
             upstream_tls=client_context(self._tls),
             is_open=lambda: fleet.open,
+            stock_nodes=self.config.fleet.stock_nodes,
         )
 
     async def _start_trainer(self) -> None:

@@ -46,6 +46,8 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """how often a device is asked for what may leave"""
     status_every_s: float = 300.0
     """how often it is asked how it is"""
+    stock_nodes: bool = False
+    """let devices connect by a stock SuperNode: those fetch the bridge's app (and never run it)"""
     superlink_port: int = 0
     """loopback port of Flower's SuperLink; 0: any that is free"""
     wrong_joins_per_minute: int = 30

@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from clawloop_edge.node.flower import _payload, _record, load_flwr
+from clawloop_edge.node.flower import load_flwr
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.records import payload_of, record_of
 from clawloop_shared import signing, wire
 from clawloop_shared.model_line import ModelLine
 
@@ -91,7 +92,7 @@ class FakeFleet:
         """Send the device a message; its reply comes into `answers`."""
         flwr = self._flwr
         metadata = flwr.message_from_proto(_empty_proto(kind)).metadata
-        message = flwr.Message(_record(flwr, wire.encode(request)), metadata=metadata)
+        message = flwr.Message(record_of(flwr, wire.encode(request)), metadata=metadata)
         message.metadata.__dict__["_message_id"] = message.object_id
         with flwr.no_object_id_recompute():
             self._objects |= {key: held.deflate() for key, held in flwr.get_all_nested_objects(message).items()}
@@ -186,7 +187,7 @@ class FakeFleet:
     def _collect(self, wanted: list[str]) -> None:
         if set(wanted) <= self._objects.keys():
             contents = {object_id: self._objects[object_id] for object_id in wanted}
-            self.answers.put(_payload(self._flwr.inflate_object_from_contents(self._tree.object_id, contents)))
+            self.answers.put(payload_of(self._flwr.inflate_object_from_contents(self._tree.object_id, contents)))
 
 
 def _head(stream: Any) -> tuple[str, int] | None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clawloop_edge.node import flower
+from clawloop_edge.node import flower, records
 from clawloop_edge.node.transport import NodeError
 
 CALLS = [
@@ -63,17 +63,17 @@ def test_the_client_takes_our_certificate_check_and_follows_no_redirect() -> Non
 def test_a_payload_survives_flwrs_objects(size: int) -> None:
     flwr = flower.load_flwr()
     payload = os.urandom(size)
-    record = flower._record(flwr, payload)
+    record = records.record_of(flwr, payload)
     with flwr.no_object_id_recompute():
         contents = {key: held.deflate() for key, held in flwr.get_all_nested_objects(record).items()}
         again = flwr.inflate_object_from_contents(record.object_id, contents)
-    assert flower._payload(Holding(again)) == payload
+    assert records.payload_of(Holding(again)) == payload
 
 
 def test_a_message_without_our_record_has_an_empty_payload() -> None:
     flwr = flower.load_flwr()
     for content in (flwr.RecordDict({}), flwr.RecordDict({"payload": flwr.ConfigRecord({"other": b"x"})})):
-        assert flower._payload(Holding(content)) == b""
+        assert records.payload_of(Holding(content)) == b""
 
 
 def test_another_version_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

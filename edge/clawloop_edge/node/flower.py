@@ -1,9 +1,9 @@
 """The Flower node inside the edge: it speaks the Fleet API through flwr's own client and never runs a FAB.
 
-Everything private of flwr that the edge uses is in this one module, so the version is pinned exactly and checked
-before the first import. Two of flwr's habits are left out on purpose, because they end the whole process and with it
-the agent: its retry helper and its connection send SIGINT on a 401, and its version interceptor may exit on an answer
-of the server. Redirects are not followed.
+Everything private of flwr that this driver uses is in this module and `_flwr`, so the version is pinned exactly and
+checked before the first import. Two of flwr's habits are left out on purpose, because they end the whole process and
+with it the agent: its retry helper and its connection send SIGINT on a 401, and its version interceptor may exit on an
+answer of the server. Redirects are not followed.
 """
 
 import importlib.metadata
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.records import VersionHeaders, payload_of, reply_to
 from clawloop_edge.node.sockets import Sockets
 from clawloop_edge.node.transport import (
     Answer,
@@ -32,12 +33,11 @@ from clawloop_edge.node.transport import (
     Withdrawn,
 )
 from clawloop_shared.errors import KeyMissing
-from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD, SMALL_PAYLOAD_BYTES
+from clawloop_shared.messages import MAX_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
 
 FLWR_VERSION = "1.41.0"
-_STYPE = "clawloop.wire"
 _HEARTBEAT_S = 30.0
 _HEARTBEAT_AT = (0.5, 0.8)
 _TIMEOUT_S = 30.0
@@ -48,8 +48,6 @@ _TRANSIENT = frozenset({500, 502, 503, 504})
 _MAX_OBJECTS = 64
 _OBJECT_WAIT_S = 30.0
 _CUT = "an answer was broken off: it may no longer leave"
-_ERROR_CODE = 2
-"""flwr's CLIENT_APP_RAISED_EXCEPTION"""
 
 
 def check_flwr() -> None:
@@ -137,17 +135,13 @@ class FlowerTransport:
         head = self._flwr.message_from_proto(response.messages_list[0])
         message = self._pull(head.metadata.run_id, response.message_object_trees[0])
         message.metadata.__dict__["_message_id"] = head.metadata.message_id
-        return Incoming(head.metadata.message_type, _payload(message), message)
+        return Incoming(head.metadata.message_type, payload_of(message), message)
 
     def send(self, incoming: Incoming, answer: Answer, *, permit: Permit) -> None:
         """Answer. An answer that the server no longer waits for (its run ended) is dropped: it will ask again."""
         flwr, original = self._flwr, incoming.handle
         run_id = original.metadata.run_id
-        if answer.error:
-            reply = flwr.Message(flwr.Error(_ERROR_CODE, answer.error), reply_to=original)
-        else:
-            reply = flwr.Message(_record(flwr, answer.payload), reply_to=original)
-        reply.metadata.__dict__["_message_id"] = reply.object_id
+        reply = reply_to(flwr, original, answer)
         with flwr.no_object_id_recompute():
             objects, tree = flwr.get_all_nested_objects(reply), flwr.get_object_tree(reply)
             head = flwr.remove_content_from_message(reply) if reply.has_content() else reply
@@ -194,7 +188,11 @@ class FlowerTransport:
         self._sockets = sockets = Sockets()
         client = flwr.FleetHttpClient(
             f"https://{urlsplit(membership.url).netloc}",
-            interceptors=[flwr.NodeAuthHttpInterceptor(key, key.public_key()), _Version(flwr), sockets],
+            interceptors=[
+                flwr.NodeAuthHttpInterceptor(key, key.public_key()),
+                VersionHeaders(flwr, "SuperNode"),
+                sockets,
+            ],
             verify=context,
             timeout=_TIMEOUT_S,
         )
@@ -302,17 +300,6 @@ class FlowerTransport:
                 raise ServerAway("the server did not keep a part of our answer; it will ask again")
 
 
-class _Version:
-    """Tells the server our flwr version, without acting on what it answers."""
-
-    def __init__(self, flwr: Any) -> None:
-        self._headers = dict(flwr.RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
-
-    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
-        context.request.headers.update(self._headers)
-        return call_next(context)
-
-
 def _ask(permit: Permit) -> None:
     if not permit():
         raise Withdrawn(_CUT)
@@ -331,18 +318,3 @@ def _load_key(pem: str) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise KeyMissing("the node key of this membership is no EC key; leave and join again")
     return key
-
-
-def _record(flwr: Any, payload: bytes) -> Any:
-    if len(payload) <= SMALL_PAYLOAD_BYTES:
-        return flwr.RecordDict({RECORD: flwr.ConfigRecord({RECORD: payload})})
-    array = flwr.Array("uint8", (len(payload),), _STYPE, payload)
-    return flwr.RecordDict({RECORD: flwr.ArrayRecord({RECORD: array})})
-
-
-def _payload(message: Any) -> bytes:
-    if not message.has_content():
-        return b""
-    small, large = message.content.config_records.get(RECORD), message.content.array_records.get(RECORD)
-    data = small.get(RECORD) if small is not None else large[RECORD].data if large and RECORD in large else None
-    return data if isinstance(data, bytes) else b""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clawloop_server.fleet import guard
+from clawloop_shared import guard
 
 _log = logging.getLogger(__name__)
 

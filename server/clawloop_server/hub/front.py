@@ -35,6 +35,8 @@ FLEET_CALLS = frozenset(
         "send-node-heartbeat",
     }
 )
+CODE_CALL = "get-fab"
+"""what a stock SuperNode will have before it passes a message on; our own devices run no code of a server's"""
 MAX_FLEET_BODY_BYTES = 16 << 20
 """Flower cuts payloads into objects of 5 MB"""
 _WHOLE_BYTES = 1 << 20
@@ -63,11 +65,14 @@ class Front:
         self,
         superlink: str,
         *,
+        stock_nodes: bool = False,
         joining: Desk,
         forgetting: Desk,
         upstream_tls: ssl.SSLContext,
         is_open: Callable[[], bool] = lambda: True,
     ) -> None:
+        # a stock SuperNode insists on the bridge's app
+        self._calls = FLEET_CALLS | {CODE_CALL} if stock_nodes else FLEET_CALLS
         self._superlink, self._upstream_tls = f"https://{superlink}", upstream_tls
         self._joining, self._forgetting = joining, forgetting
         self._is_open = is_open
@@ -107,7 +112,7 @@ class Front:
 
     async def _fleet(self, request: web.Request) -> web.StreamResponse:
         call = request.match_info["call"]
-        if call not in FLEET_CALLS or request.query_string:
+        if call not in self._calls or request.query_string:
             raise web.HTTPNotFound
         if request.headers.get("Content-Encoding"):
             return _error(415, "Content-Encoding is not accepted here")
