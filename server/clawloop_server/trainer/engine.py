@@ -325,6 +325,14 @@ class TrainEngine:
         self._optimizer.zero_grad()
         return norm
 
+    def take_gradient(self) -> dict[str, Tensor]:
+        """The gradients that are there, under the names of `adapter`; afterwards there are none."""
+        found = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self._parameters.items()
+        }
+        self._optimizer.zero_grad()
+        return {name: self._world.whole(gradient) for name, gradient in found.items()}
+
     def logprobs(
         self, samples: Sequence[Sample], *, adapter: bool = True, in_float32: bool = False
     ) -> list[list[float]]:

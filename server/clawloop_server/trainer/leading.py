@@ -65,6 +65,13 @@ class OptimStep(Command, frozen=True, tag=True):
         return TrainEngine.optim_step(engine, self.lr)
 
 
+class TakeGradient(Command, frozen=True, tag=True):
+    """`TrainEngine.take_gradient`."""
+
+    def on(self, engine: TrainEngine) -> dict[str, Tensor]:
+        return TrainEngine.take_gradient(engine)
+
+
 class Logprobs(Command, frozen=True, tag=True):
     """`TrainEngine.logprobs`."""
 
@@ -125,7 +132,18 @@ class Stop(Command, frozen=True, tag=True):
         pass
 
 
-AnyCommand = ForwardBackward | OptimStep | Logprobs | Generate | ReadAdapter | SetAdapter | ReadState | SetState | Stop
+AnyCommand = (
+    ForwardBackward
+    | OptimStep
+    | TakeGradient
+    | Logprobs
+    | Generate
+    | ReadAdapter
+    | SetAdapter
+    | ReadState
+    | SetState
+    | Stop
+)
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +182,10 @@ class LeadingEngine(TrainEngine):
 
     def optim_step(self, lr: float) -> float:
         found: float = self._all(OptimStep(lr))
+        return found
+
+    def take_gradient(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self._all(TakeGradient())
         return found
 
     def logprobs(
