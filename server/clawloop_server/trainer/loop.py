@@ -10,6 +10,7 @@ or gate.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -44,7 +45,8 @@ class TrainState(msgspec.Struct, frozen=True, kw_only=True):
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a round did. `updates` has the metrics of each; `set_aside` names trajectories that could not be used, and
-    why; `rejected_steps` counts steps by the reason against them."""
+    why; `rejected_steps` counts steps by the reason against them. `deltas` names those of devices that it looked at,
+    and why they are not in the adapter (empty: they are); `joined` is the account of that (`aggregate`)."""
 
     state: TrainState
     updates: list[dict[str, float]]
@@ -53,6 +55,18 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     reward: float
     set_aside: dict[str, str]
     rejected_steps: dict[str, int]
+    deltas: dict[str, str] = {}
+    joined: dict[str, Any] = {}
+
+    @property
+    def joined_ids(self) -> list[str]:
+        """The deltas that are in the adapter."""
+        return sorted(delta_id for delta_id, why in self.deltas.items() if not why)
+
+    @property
+    def lineage(self) -> list[str]:
+        """The trajectories and deltas that the adapter was learned from."""
+        return [*self.trajectory_ids, *self.joined_ids]
 
     def mean(self, metric: str) -> float:
         """The mean of a metric over the updates; 0 if there were none."""

@@ -109,6 +109,11 @@ class RunningRound:
         """Its id."""
         return self.under_way.round_id
 
+    @property
+    def may_join(self) -> bool:
+        """Whether deltas may join it: not if what comes after its updates ended hard twice: it may be their fault."""
+        return self.under_way.deaths.get(len(self.plan.batches), 0) < MAX_DEATHS - 1
+
     def run(self, report: Report) -> RoundResult:
         """Make the updates that are left.
 

@@ -1,8 +1,7 @@
-"""One round of the server: what the vault has ready, trained on, judged, and recorded as one transaction.
+"""One round of the server: what the vault has ready, trained on, joined, judged, and recorded as one transaction.
 
-The database names the state that training goes on from: the checkpoint of the round that made the newest adapter that
-was not taken back. A round that was refused or failed left nothing behind; one that was cut off is gone on with
-(`running`). Knows no process, poll or signal.
+It goes on from the state that the database names (`saves`), through trajectories (`running`), and what devices learned
+at home (`joining`); each may be there without the other. Knows no process, poll or signal.
 """
 
 from __future__ import annotations
@@ -12,31 +11,45 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+from torch import Tensor
 
+from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import Base, check_unchanged, find_base
 from clawloop_server.config import load_config
 from clawloop_server.errors import TrainerError
 from clawloop_server.home import Home
 from clawloop_server.release.gate import Decision, Verdict, decide, decide_unevaluated, refuse
 from clawloop_server.release.keys import load_master_key
-from clawloop_server.release.records import AdapterRecord, AdapterState, Candidate, RoundState
+from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
-from clawloop_server.trainer.checkpoint import remove_drafts
+from clawloop_server.trainer.delta_round import DeltaRound
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.guards import unhealthy
+from clawloop_server.trainer.joining import Joining, join_seed
 from clawloop_server.trainer.judge import Judge
 from clawloop_server.trainer.loop import NothingFinite, Plan, Report, RoundResult, TrainState
+from clawloop_server.trainer.reports import (
+    NOTHING_LEARNED,
+    AnyRound,
+    RoundBegan,
+    RoundReport,
+    began_of,
+    metrics_of,
+    no_result,
+    nothing_joined,
+    round_state,
+)
 from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, NothingLeft, RunningRound
+from clawloop_server.trainer.saves import Named, Saves
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.trial import Gate
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.store import Vault, lineage_root
-from clawloop_shared.errors import ClawloopError, ConfigError
-from clawloop_shared.lora import WEIGHTS_FILE
+from clawloop_shared.errors import ClawloopError
 from clawloop_shared.manifest import Probe
 from clawloop_shared.rows import Limits, Sample
 
@@ -44,55 +57,17 @@ _log = logging.getLogger("clawloop.trainer")
 
 PROBE_TEXT = "A probe of sixteen tokens: 0123456789, one sentence that no task needs."
 PROBE_TOKENS = 16
-KEPT_CHECKPOINTS = 8
-START = "start"
 OpenEngine = Callable[[Path, TrainSettings], TrainEngine]
 RESTS_S = 3600.0
 """how long training waits after a round that failed for a reason that is not its data's fault"""
-NOTHING_LEARNED = "nothing was learned from: all of it was forgotten meanwhile, or set aside"
 
 
-class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of a checkpoint: what training remembers, and what the adapter's numbers mean."""
+class _Began(NamedTuple):
+    """A round that runs, the adapter that it began with, and where that is from."""
 
-    state: TrainState
-    line_id: str
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-
-
-class RoundBegan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a round starts with; one line of the trainer's output. `updates` is what it will be unless groups or what is
-    set aside make it another number; each update says it."""
-
-    round_id: str
-    base_version: int
-    trajectories: int
-    steps: int
-    updates: int
-    done: int = 0
-    """updates that were made before a crash"""
-    learned: int = 0
-    """trajectories that these learned from"""
-
-
-class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a round came to; one line of the trainer's output."""
-
-    round_id: str
-    state: RoundState
-    verdict: str
-    reason: str
-    version: int | None
-    trajectories: int
-    steps: int
-    updates: int
-    reward: float
-    evaluated: float
-    evaluated_before: float
-    set_aside: int
-    seconds: float
+    running: AnyRound
+    current: dict[str, Tensor]
+    went_on_from: Named
 
 
 class Worker:
@@ -109,18 +84,18 @@ class Worker:
         gate: Gate,
         probe_ids: list[int],
         judge: Judge | None = None,
+        federate: FederateSettings | None = None,
     ) -> None:
         self.vault, self._judges = vault, judge
         self._home, self._base, self._engine, self._registry, self._gate = home, base, engine, registry, gate
         self._probe_ids = probe_ids
         self._state = TrainState()
-        self._loaded: tuple[str, int] | None = None
+        self._loaded: Named | None = None
         self._row_tokens, self._rests_until_s = engine.row_tokens, -math.inf
-        remove_drafts(home.trainer)
-        registry.remove_drafts()
-        self._prune()
-        if self._newest() is None:
-            self._save(START, TrainState())
+        own: dict[str, Any] = {"engine": engine, "registry": registry, "line_id": base.line_id}
+        self._saves = Saves(home.trainer, **own)
+        self._joining = Joining(vault=vault, settings=federate or FederateSettings(), **own)
+        self._saves.begin()
 
     @classmethod
     def open(cls, home: Home, *, open_engine: OpenEngine | None = None) -> Worker:
@@ -145,6 +120,7 @@ class Worker:
             registry=Registry(database, home.adapters),
             gate=Gate.open(config, home, engine=engine, tokenizer=tokenizer),
             probe_ids=_probe_ids(tokenizer),
+            federate=config.federate,
         )
 
     def close(self) -> None:
@@ -157,7 +133,13 @@ class Worker:
 
     @property
     def missing(self) -> int:
-        """How many more rewarded trajectories the next round waits for; 0: it can run, or go on."""
+        """How many more rewarded trajectories the next round waits for; 0: it can run, or go on, if only with what
+        devices learned at home."""
+        missing = self._missing_lessons
+        return missing if missing and not self._joining.ready(self._saves.newest) else 0
+
+    @property
+    def _missing_lessons(self) -> int:
         line_id = self._base.line_id
         cut_off = self._registry.under_way(line_id)
         if cut_off and any(not pin.lost for pin in self.vault.pins.of(cut_off.round_id)):
@@ -180,17 +162,23 @@ class Worker:
         began: Callable[[RoundBegan], None] = lambda round: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> RoundReport:
-        """Run a round on what is ready, oldest first, at most as many as a round takes. `began` hears of it before its
-        first update, `report` of each.
+        """Run a round on what is ready, oldest first, at most as many as a round takes, and on the deltas that wait.
+        With too few trajectories and enough deltas it is of these alone. `began` hears of it before its first update,
+        `report` of each.
 
         Raises:
             TrainerError: nothing is ready.
         """
         started = clock()
         self._engine.row_tokens = self._row_tokens  # what an earlier round had less, it had for itself
+        self._joining.forget_losses()
+        alone = bool(self._missing_lessons) and self._joining.ready(self._saves.newest)
         while True:
             try:
-                round_id, result, version, decision = self._run(report, began=began, clock=clock)
+                self._restore()
+                begun = self._begin(alone=alone, clock=clock)
+                began(began_of(begun.running, deltas=len(self._joining.fresh(self._saves.newest()))))
+                round_id, result, version, decision = self._run(begun, report)
                 break
             except LessonsLost as error:
                 _log.warning("%s", error)
@@ -200,7 +188,7 @@ class Worker:
         evaluation = decision.evaluation
         return RoundReport(
             round_id=round_id,
-            state=_round_state(result, decision),
+            state=round_state(result, decision),
             verdict=decision.verdict,
             reason=decision.reason,
             version=version,
@@ -212,18 +200,20 @@ class Worker:
             evaluated_before=evaluation.reward_before,
             set_aside=len(result.set_aside),
             seconds=clock() - started,
+            deltas=len(result.joined_ids),
         )
 
-    def _run(
-        self, report: Report, *, began: Callable[[RoundBegan], None], clock: Callable[[], float]
-    ) -> tuple[str, RoundResult, int | None, Decision]:
-        """Go from the newest adapter through the round; its id, its result, the version that it made, the last word.
+    def _begin(self, *, alone: bool, clock: Callable[[], float]) -> _Began:
+        """The round that was cut off, or a new one; `alone`: of deltas alone.
 
         Raises:
-            LessonsLost: it is to be made anew.
+            NothingLeft: the one that was cut off has nothing any more.
+            TrainerError: nothing is ready.
         """
-        self._restore()
-        current, went_on_from, self._loaded = self._engine.adapter(), self._loaded, None
+        went_on_from = self._loaded or self._saves.named()
+        current, self._loaded = self._engine.adapter(), None
+        if alone:
+            return _Began(self._delta_round(), current, went_on_from)
         running = RunningRound(
             engine=self._engine,
             vault=self.vault,
@@ -234,10 +224,27 @@ class Worker:
             limits=self._limits(),
             clock=clock,
         )
-        began(_began(running))
+        return _Began(running, current, went_on_from)
+
+    def _delta_round(self) -> DeltaRound:
+        return DeltaRound(
+            vault=self.vault,
+            registry=self._registry,
+            line_id=self._base.line_id,
+            state=self._state,
+            waiting=self._joining.fresh(self._saves.newest()),
+        )
+
+    def _run(self, begun: _Began, report: Report) -> tuple[str, RoundResult, int | None, Decision]:
+        """Go through the round; its id, its result, the version that it made, the last word.
+
+        Raises:
+            LessonsLost: it is to be made anew.
+        """
+        running = begun.running
         try:
-            result, decision = self._learn(running, report, current=current)
-            version, decision = self._record(running, result, decision=decision, went_on_from=went_on_from)
+            result, decision = self._learn(running, report, current=begun.current)
+            version, decision = self._record(running, result, decision=decision, went_on_from=begun.went_on_from)
         except LessonsLost:
             running.begin_again()
             raise
@@ -253,14 +260,14 @@ class Worker:
 
     def _nothing_left(self, error: NothingLeft) -> tuple[str, RoundResult, int | None, Decision]:
         """Note that a round that nothing is left of has ended."""
-        decision, result = refuse(str(error)), _no_result(self._state, Plan(batches=[]))
-        metrics = _metrics(result, decision)
+        decision, result = refuse(str(error)), no_result(self._state, Plan(batches=[]))
+        metrics = metrics_of(result, decision)
         self._registry.finish_round(error.round_id, RoundState.FAILED, metrics=metrics, reason=decision.reason)
         (self._home.trainer / RUNNING_FILE).unlink(missing_ok=True)
         return error.round_id, result, None, decision
 
-    def _learn(self, running: RunningRound, report: Report, *, current: dict[str, Any]) -> tuple[RoundResult, Decision]:
-        nothing = _no_result(running.progress.state, running.plan)
+    def _learn(self, running: AnyRound, report: Report, *, current: dict[str, Tensor]) -> tuple[RoundResult, Decision]:
+        nothing = no_result(running.progress.state, running.plan)
         if running.given_up:
             return nothing, refuse(running.given_up)
         try:
@@ -272,9 +279,22 @@ class Worker:
             return nothing, refuse(running.given_up)
         except TrainerError as error:
             return nothing, refuse(str(error))
-        if not result.trajectory_ids:
-            return result, refuse(NOTHING_LEARNED)
+        if isinstance(running, RunningRound):
+            if not result.trajectory_ids:
+                return result, refuse(NOTHING_LEARNED)
+            if broken := unhealthy(result.updates, self._settings):
+                return result, refuse(broken)
+        if running.may_join:
+            result = self._join(running, result, current=current)
+        if not result.lineage:
+            return result, refuse(nothing_joined(result))
         return result, self._judge(result, current=current)
+
+    def _join(self, running: AnyRound, result: RoundResult, *, current: dict[str, Tensor]) -> RoundResult:
+        """Let what devices learned at home into the engine; the result with what became of it."""
+        waiting = running.waiting if isinstance(running, DeltaRound) else self._joining.fresh(self._saves.newest())
+        seed = join_seed(self._settings.seed, running.progress.state.rounds)
+        return self._joining.into(result, waiting, before=current, seed=seed)
 
     def _limits(self) -> Limits:
         config = self._engine.model.config
@@ -285,83 +305,23 @@ class Worker:
 
     # state
 
-    def _newest(self) -> AdapterRecord | None:
-        """The adapter that training goes on from: not one that the operator took back, and not a mere copy."""
-        records = self._registry.adapters(line_id=self._base.line_id)
-        gone_on_from = (r for r in records if r.state is not AdapterState.ROLLED_BACK and not r.facts.copy_of)
-        return next(gone_on_from, None)
-
     def _restore(self) -> None:
         """Make engine and state those that the database names, unless they are."""
-        newest = self._newest()
-        named = (newest.facts.round_id, newest.version) if newest else (START, 0)
-        if self._loaded == named:
-            return
-        checkpoint = self._checkpoint(named[0])
-        if newest is None or checkpoint.exists():
-            saved = msgspec.json.decode(self._engine.load_state(checkpoint), type=Saved)
-        else:
-            saved = self._start_from(newest)
-        mine = self._saved(saved.state)
-        if saved != mine:
-            raise ConfigError(
-                f"training goes on from rank {saved.rank}, alpha {saved.alpha:g}, {len(saved.target_modules)} targets"
-                f" of line {saved.line_id}, but [train] says rank {mine.rank}, alpha {mine.alpha:g},"
-                f" {len(mine.target_modules)} targets of line {mine.line_id}; change the settings back"
-            )
-        self._state = msgspec.structs.replace(saved.state, version=named[1])
-        self._loaded = named
-
-    def _start_from(self, adapter: AdapterRecord) -> Saved:
-        """Go on from an adapter whose checkpoint was pruned (the operator went back further than they reach): its
-        weights are among its files; optimizer, learning rate and baseline begin anew."""
-        facts = adapter.facts
-        _log.warning("round %s has no checkpoint any more; going on from the files of its adapter", facts.round_id)
-        self._engine.start_from(self._registry.files(adapter.version)[WEIGHTS_FILE])
-        return Saved(
-            state=TrainState(),
-            line_id=adapter.line_id,
-            rank=facts.rank,
-            alpha=facts.alpha,
-            target_modules=tuple(sorted(facts.target_modules)),
-        )
-
-    def _saved(self, state: TrainState) -> Saved:
-        settings = self._settings
-        return Saved(
-            state=state,
-            line_id=self._base.line_id,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            target_modules=tuple(sorted(settings.target_modules)),
-        )
-
-    def _checkpoint(self, name: str) -> Path:
-        return self._home.trainer / f"{name}.safetensors"
-
-    def _save(self, name: str, state: TrainState) -> None:
-        self._engine.save_state(self._checkpoint(name), text=msgspec.json.encode(self._saved(state)).decode())
+        if self._loaded != self._saves.named():
+            self._state, self._loaded = self._saves.restore()
 
     def _prune(self) -> None:
-        """Remove checkpoints that nothing goes back to: all but those of the newest adapters. One of a round that did
-        not pass may have learned from what was forgotten since."""
-        line_id, records = self._base.line_id, [r for r in self._registry.adapters() if not r.facts.copy_of]
-        kept = [r for r in records if r.line_id == line_id][:KEPT_CHECKPOINTS]
-        kept += [r for r in records if r.line_id != line_id]
-        names = {START, *(record.facts.round_id for record in kept)}
-        for path in self._home.trainer.glob("*.safetensors"):
-            if path.stem not in names and path.name != RUNNING_FILE:
-                path.unlink()
+        self._saves.prune()
 
     # rounds
 
     def _record(
         self,
-        running: RunningRound,
+        running: AnyRound,
         result: RoundResult,
         *,
         decision: Decision,
-        went_on_from: tuple[str, int] | None,
+        went_on_from: Named,
     ) -> tuple[int | None, Decision]:
         """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any, and the
         last word on it.
@@ -371,7 +331,7 @@ class Worker:
         """
         round_id, version, candidate = running.round_id, None, None
         if decision.verdict is not Verdict.REFUSED:
-            self._save(round_id, result.state)
+            self._saves.save(round_id, result.state)
             candidate = self._candidate(round_id, result, decision=decision)
         try:
             with self.vault.database.write():
@@ -379,33 +339,35 @@ class Worker:
                     decision = refuse(rolled_back)
                 elif candidate:
                     running.check()
+                    self._joining.check(result)
                     version = self._registry.record_candidate(candidate)
                 if running.given_up or (candidate and version is None):
                     running.release()
                 else:
                     running.consume()
+                    self._joining.settle(round_id, result, refused="" if version else decision.reason)
                 if version is not None and decision.verdict is Verdict.HELD:
                     self._registry.hold(version)
                 self._registry.finish_round(
                     round_id,
-                    _round_state(result, decision),
-                    metrics=_metrics(result, decision),
+                    round_state(result, decision),
+                    metrics=metrics_of(result, decision),
                     version=version,
                     reason=decision.reason,
                 )
         except LessonsLost:
-            self._checkpoint(round_id).unlink(missing_ok=True)
+            self._saves.path(round_id).unlink(missing_ok=True)
             raise
         if version is not None:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
         return version, decision
 
-    def _rolled_back(self, went_on_from: tuple[str, int] | None) -> str:
+    def _rolled_back(self, went_on_from: Named) -> str:
         """Why it is refused, if the operator took back, while the round ran, the adapter that it went on from: else it
         would bring back what was taken back. Its data are not at fault."""
-        newest = self._newest()
-        if went_on_from is None or newest is None or newest.facts.round_id == went_on_from[0]:
+        newest = self._saves.newest()
+        if newest is None or newest.facts.round_id == went_on_from[0]:
             return ""
         return f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile; its data wait for another"
 
@@ -419,7 +381,7 @@ class Worker:
             target_modules=sorted(self._settings.target_modules),
             probe=self._probe(),
             evaluation=decision.evaluation,
-            lineage_root=lineage_root(result.trajectory_ids),
+            lineage_root=lineage_root(result.lineage),
         )
 
     def _probe(self) -> Probe:
@@ -437,59 +399,14 @@ class Worker:
 
     # the gate
 
-    def _judge(self, result: RoundResult, *, current: dict[str, Any]) -> Decision:
-        broken = unhealthy(result.updates, self._settings)
-        if broken:
-            return refuse(broken)
+    def _judge(self, result: RoundResult, *, current: dict[str, Tensor]) -> Decision:
         if not self._gate.tasks:
             return decide_unevaluated(self._gate.settings)
-        seed = self._gate.seed(result.trajectory_ids)
+        seed = self._gate.seed(result.lineage)
         candidate = self._gate.play(self._engine, seed)
         with self._engine.with_adapter(current):
             before = self._gate.play(self._engine, seed)
         return decide(candidate, before, settings=self._gate.settings, suite=self._gate.suite)
-
-
-def _round_state(result: RoundResult, decision: Decision) -> RoundState:
-    if not result.trajectory_ids:
-        return RoundState.FAILED
-    return RoundState.REFUSED if decision.verdict is Verdict.REFUSED else RoundState.PASSED
-
-
-def _began(running: RunningRound) -> RoundBegan:
-    return RoundBegan(
-        round_id=running.round_id,
-        base_version=running.under_way.base_version,
-        trajectories=running.under_way.trajectories,
-        steps=running.under_way.steps,
-        updates=len(running.plan.batches),
-        done=running.progress.at_update,
-        learned=len(running.progress.learned),
-    )
-
-
-def _no_result(state: TrainState, plan: Plan) -> RoundResult:
-    return RoundResult(
-        state=state,
-        updates=[],
-        trajectory_ids=[],
-        steps=0,
-        reward=0.0,
-        set_aside=plan.set_aside,
-        rejected_steps=plan.rejected_steps,
-    )
-
-
-def _metrics(result: RoundResult, decision: Decision) -> dict[str, Any]:
-    """What the database keeps of a round."""
-    return {
-        "verdict": decision.verdict,
-        "evaluation": msgspec.structs.asdict(decision.evaluation),
-        "reward": result.reward,
-        "updates": result.updates,
-        "set_aside": result.set_aside,
-        "rejected_steps": result.rejected_steps,
-    }
 
 
 def _probe_ids(tokenizer: Any) -> list[int]:

@@ -244,11 +244,11 @@ def test_a_renewal_does_not_move_what_training_goes_on_from(
     third = worker.run(renew)
     assert (seen, third.state, third.version) == ([3], RoundState.PASSED, 4)
     assert registry.round(third.round_id).base_version == 2
-    restarted = opened()._newest()
+    restarted = opened()._saves.newest()
     assert restarted is not None
     assert restarted.version == 4
     roll_back(registry, keys, to_version=1)
-    went_back = opened()._newest()
+    went_back = opened()._saves.newest()
     assert went_back is not None
     assert (went_back.version, went_back.facts.round_id) == (5, registry.adapter(1).facts.round_id)
 
