@@ -6,6 +6,7 @@ docs/formats/secure.md. Protocol: Bonawitz et al. 2017, figure 4, in the form fo
 
 import hashlib
 import math
+import re
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated
@@ -30,6 +31,8 @@ MAX_VALUES = (63 << 20) // 4 - 1
 MAX_SIGMA = 100.0
 SIGMAS = 8
 """a normal number is further from 0 once in 8e14"""
+
+_ACCUSED = re.compile(r"member ([1-9][0-9]{0,2})'s shares: ")
 
 _Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -312,6 +315,17 @@ def sealing_key(private: bytes, members: Members, *, mine: int, sender: int, rec
 def own_key(seed: bytes, members: Members) -> bytes:
     """The key of a member's own mask."""
     return _derive(seed, members, "own mask")
+
+
+def accusation(place: int, why: str) -> str:
+    """The words of a refusal that names the member whose shares are wrong; `accused` reads them."""
+    return f"member {place}'s shares: {why}"
+
+
+def accused(refusal: str) -> int | None:
+    """Whom a refusal names."""
+    found = _ACCUSED.match(refusal)
+    return int(found[1]) if found else None
 
 
 def sealed_to(members: Members, hashes: bytes, *, sender: int, receiver: int) -> bytes:
