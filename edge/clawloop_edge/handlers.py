@@ -42,6 +42,10 @@ class TaskDesk(Protocol):
         """Keep the task for when there is time for it, or say why not."""
         ...
 
+    def learning(self) -> str:
+        """Where learning at home stands, in a word or two; empty at levels without it."""
+        ...
+
 
 class SumMember(Protocol):
     """Takes part in secure sums."""
@@ -89,6 +93,7 @@ class Handlers:
             adapter_version=self._engine.policy.version,
             outbox_items=self._outbox.waiting(),
             app_version=version("clawloop"),
+            learning=self._tasks.learning() if self._tasks else "",
         )
 
     def upload(self, request: UploadRequest) -> UploadReply:

@@ -94,9 +94,11 @@ def prepare_rooms(pool: Pool) -> None:
 
 def _prepare_gateway(pool: Pool) -> None:
     from clawloop_edge.gateway.schema import prepare_draws, prepare_trajectories
+    from clawloop_edge.learn import runs
     from clawloop_edge.privacy import curating
     from clawloop_edge.signals import docket
 
+    runs.prepare(pool)
     prepare_trajectories(pool)
     prepare_draws(pool)
     curating.adopt(pool)

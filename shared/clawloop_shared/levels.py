@@ -28,6 +28,16 @@ class Level(StrEnum):
         return list(Level).index(self)
 
     @property
+    def sends_items(self) -> bool:
+        """Whether anything of the outbox may leave at this level: deltas, or steps as well."""
+        return self.rank >= Level.PRIVATE_DELTAS.rank
+
+    @property
+    def learns_at_home(self) -> bool:
+        """Whether what is kept at this level is learned from on the device: it may not leave itself, its deltas may."""
+        return self in (Level.PRIVATE_DELTAS, Level.DELTAS)
+
+    @property
     def sends_steps(self) -> bool:
         """Whether steps may leave at this level."""
         return self.rank >= Level.REDACTED.rank

@@ -1,6 +1,7 @@
 """Ending well: take no new call, and let those in flight finish."""
 
 import asyncio
+import time
 
 from clawloop_edge.errors import EngineBusy
 
@@ -12,8 +13,14 @@ class Drain:
         self._timeout_s = timeout_s
         self.draining = False
         self.in_flight = 0
+        self._last_s = float("-inf")
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def idle_s(self) -> float:
+        """How long ago the last call ended; 0 while one is in flight, inf if there was none. From any thread."""
+        return 0.0 if self.in_flight else time.monotonic() - self._last_s
 
     def __enter__(self) -> "Drain":
         if self.draining:
@@ -23,6 +30,7 @@ class Drain:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._last_s = time.monotonic()
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()

@@ -28,3 +28,5 @@ class LearnSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """judged and not learned from before; a delta of fewer would tell too much of each"""
     check_every_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 60.0
     """how often it is looked whether there is something to learn, and time for it"""
+    rounds: Annotated[int, Meta(ge=1, le=10_000)] = 50
+    """noised deltas of one model line that the budget `[privacy] epsilon` is spread over: more of them, more noise"""

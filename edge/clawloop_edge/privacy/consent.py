@@ -18,7 +18,7 @@ from clawloop_edge.pool.heads import current
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.going import goes_with
-from clawloop_edge.privacy.items import Items
+from clawloop_edge.privacy.items import Items, OutboxItem
 from clawloop_edge.privacy.ladder import EVERYTHING, NOTHING, Ladder, Rung
 from clawloop_edge.privacy.limits import Limit, Limits, Subject
 from clawloop_edge.privacy.policy import DATA, POLICY_VERSION, PURPOSES, VALID_MS, policy_sha256
@@ -207,7 +207,7 @@ class ConsentLog:
         receipt = self._receipt(database, ladder, private=private)
         self._receipts.append(database, receipt, private=private)
         write_words(database, self._pool.keyring, seq=0)
-        if not before.latest.sends_steps:
+        if not before.latest.sends_items:
             purge_queue(database, self._pool.keyring)
         self._purge(database)
         if past_after is not None:
@@ -260,7 +260,7 @@ class ConsentLog:
         gone = [
             item.item_id
             for item in self._items.waiting(database)
-            if item.level.rank > lower(device, allowance.limit(item.session_id, app=item.app)).rank
+            if item.level.rank > lower(device, allowance.limit_of(item)).rank
         ]
         take_back(database, self._pool.keyring, item_ids=gone)
 
@@ -340,6 +340,18 @@ class Allowance:
             found = [limit.level for limit in self._limits.all(self._database) if limit.subject is not Subject.PAUSE]
             return min(found, key=lambda level: level.rank, default=Level.FULL)
         return self._cap(session_id, app).latest
+
+    def limit_of(self, item: OutboxItem) -> Level:
+        """The lowest limit of what an item is of: its session, or all those that a delta was learned from."""
+        if item.delta is None:
+            return self.limit(item.session_id, app=item.app)
+        # The apps of a session are looked up where any app has a limit, so theirs need not be known here.
+        found = [self.limit(session_id, app="") for session_id in item.sessions]
+        return min(found, key=lambda level: level.rank, default=Level.OFF)
+
+    def lets_out(self, item: OutboxItem) -> bool:
+        """Whether an item may leave as far as levels go."""
+        return item.level.rank <= lower(self.state.level, self.limit_of(item)).rank
 
     def ladder(self, session_id: str, *, app: str) -> Ladder:
         """What may leave of a session, of what was kept when.

@@ -15,7 +15,7 @@ from clawloop_edge.pool.records import SessionSummary
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.items import Facts
 from clawloop_edge.privacy.limits import Limits, Subject
-from clawloop_edge.privacy.schema import ItemState, item_scope
+from clawloop_edge.privacy.schema import ItemState, forget_learnable, free_learnable, item_scope, spare_release
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -28,12 +28,15 @@ _RECORDS = (
 )
 _ITEMS = f"""SELECT item_id, state, facts FROM outbox WHERE session_id IN {_IDS} UNION
     SELECT item_id, state, facts FROM outbox JOIN outbox_records USING (item_id)
-    WHERE outbox.session_id = '' AND record_id IN ({_RECORDS})"""  # noqa: S608
-"""also those from before items knew their session"""
+    WHERE outbox.session_id = '' AND record_id IN ({_RECORDS}) UNION
+    SELECT item_id, state, facts FROM outbox JOIN outbox_sessions AS o USING (item_id)
+    WHERE o.session_id IN {_IDS}"""  # noqa: S608
+"""also those from before items knew their session, and deltas that were learned from one of them"""
 
 
-_NOT_KEPT = """SELECT session_id, item_id, facts FROM outbox WHERE state IN ('sent', 'received') AND session_id != ''
-    AND session_id NOT IN (SELECT session_id FROM sessions) ORDER BY seq"""
+_NOT_KEPT = """SELECT coalesce(l.session_id, o.session_id) AS whose, o.item_id, o.facts
+    FROM outbox AS o LEFT JOIN outbox_sessions AS l USING (item_id) WHERE o.state IN ('sent', 'received')
+    AND whose != '' AND whose NOT IN (SELECT session_id FROM sessions) ORDER BY o.seq"""
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -49,25 +52,60 @@ def goes_with(database: "Database", going: Going, *, pool: Pool) -> None:
     wanted = (_ids(going.session_ids),)
     items: list[tuple[str, str, bytes]] = database.conn.execute(_ITEMS, wanted).fetchall()
     for item_id, state, facts in items:
+        spare_release(database, item_id)
         pool.keyring.destroy(database, item_scope(item_id))
         if not going.for_good:
             kept = state if state in _LEFT else ItemState.DROPPED
             database.conn.execute("UPDATE outbox SET body = NULL, state = ? WHERE item_id = ?", (kept, item_id))
-            continue
-        database.conn.execute("DELETE FROM outbox_records WHERE item_id = ?", (item_id,))
-        if state in _LEFT:
+            _forget_steps(database, item_id, wanted=wanted)
+        elif state in _LEFT:
+            _forget_names(database, item_id, wanted=wanted)
             _unname(database, pool.keyring, item_id=item_id, sealed=facts)
         else:
+            _forget_names(database, item_id)
             database.conn.execute("DELETE FROM outbox WHERE item_id = ?", (item_id,))
+        if state not in _LEFT:
+            _release_others(database, item_id)
+    forget_learnable(database, going.session_ids)
     if going.for_good:
         limits = Limits(pool)
         for session_id in going.session_ids:
             limits.remove(database, Subject.SESSION, name=session_id)
 
 
+def _forget_names(database: "Database", item_id: str, *, wanted: tuple[str, ...] | None = None) -> None:
+    """Delete whose an item was; of a delta that left, and was learned from others too, only what names those `wanted`:
+    for the others its server may have to be asked to delete it as well."""
+    run = database.conn.execute
+    if wanted is not None:
+        _forget_steps(database, item_id, wanted=wanted)
+        run(f"DELETE FROM outbox_sessions WHERE session_id IN {_IDS} AND item_id = ?2", (*wanted, item_id))  # noqa: S608
+        if run("SELECT 1 FROM outbox_sessions WHERE item_id = ?", (item_id,)).fetchone():
+            return
+    for table in ("outbox_records", "outbox_sessions"):
+        run(f"DELETE FROM {table} WHERE item_id = ?", (item_id,))  # noqa: S608
+
+
+def _forget_steps(database: "Database", item_id: str, *, wanted: tuple[str, ...]) -> None:
+    """Delete which steps of these sessions a delta was learned from. (Of an item with steps, these stay: by their names
+    its server is asked to delete them.)"""
+    of_deltas = f"item_id = ?2 AND record_id IN ({_RECORDS}) AND sent_as = item_id"
+    database.conn.execute(f"DELETE FROM outbox_records WHERE {of_deltas}", (*wanted, item_id))  # noqa: S608
+
+
+def _release_others(database: "Database", item_id: str) -> None:
+    """Let what else a delta was learned from be learned from again, since nothing of it left."""
+    if database.conn.execute("SELECT 1 FROM learnable WHERE item_id = ? LIMIT 1", (item_id,)).fetchone():
+        database.conn.execute("DELETE FROM outbox_records WHERE item_id = ?", (item_id,))
+        free_learnable(database, item_id)
+
+
 def what_left(database: "Database", keyring: Keyring, *, session_ids: Sequence[str] | None) -> list[Left]:
     """What of these sessions (None: of all that ever were) the device gave to the network, by consent."""
-    which = f"(o.session_id IN {_IDS} OR o.session_id = '' AND r.record_id IN ({_RECORDS}))"
+    of_deltas = f"SELECT item_id FROM outbox_sessions WHERE session_id IN {_IDS}"  # noqa: S608
+    which = (
+        f"(o.session_id IN {_IDS} OR o.session_id = '' AND r.record_id IN ({_RECORDS}) OR o.item_id IN ({of_deltas}))"
+    )
     query = (
         "SELECT o.receipt_id, o.item_id, o.session_id, o.facts, iif(r.sent_as = '', r.record_id, r.sent_as)"  # noqa: S608
         " FROM outbox AS o JOIN outbox_records AS r USING (item_id)"

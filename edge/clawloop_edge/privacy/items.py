@@ -35,6 +35,24 @@ _LEFT = "SELECT count(*), coalesce(sum(size), 0) FROM outbox WHERE state IN ('se
 _SHOWN_MATCHES = 5
 
 
+class DeltaFacts(msgspec.Struct, frozen=True, array_like=True):
+    """What is told of an item that is a delta. It was learned from `trajectories` with `steps`; a noised one was cut to
+    the norm `clip` and got noise of `sigma` times that on each of its `parameters`. A `secure` one leaves in a sum
+    alone, masked."""
+
+    task_id: str
+    line_id: str
+    base_version: int
+    method: str
+    rank: int
+    trajectories: int
+    steps: int
+    parameters: int
+    clip: float = 0.0
+    sigma: float = 0.0
+    secure: bool = False
+
+
 class Facts(msgspec.Struct, frozen=True, array_like=True):
     """What is sealed of an item beside its bytes. `redacted` is the number of tokens that were replaced."""
 
@@ -45,10 +63,12 @@ class Facts(msgspec.Struct, frozen=True, array_like=True):
     app: str = ""
     redacted: int = 0
     marks: int = 0
+    delta: DeltaFacts | None = None
 
 
 class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item as it is listed: steps, signals and marks of one session at one level. It is held until `release_ms`.
+    """One item as it is listed: steps, signals and marks of one session at one level, or a delta that was learned from
+    all of `sessions`. It is held until `release_ms`.
 
     `has_bytes`: whether its bytes are still here.
     """
@@ -70,11 +90,18 @@ class OutboxItem(msgspec.Struct, frozen=True, kw_only=True):
     redacted_tokens: int
     has_bytes: bool
     marks: int = 0
+    delta: DeltaFacts | None = None
+    sessions: list[str] = []
 
     @property
     def has_left(self) -> bool:
         """Whether its bytes went out, maybe in part."""
         return self.state in (ItemState.SENT, ItemState.RECEIVED)
+
+    @property
+    def goes_masked(self) -> bool:
+        """Whether it leaves in a secure sum alone, never by an upload."""
+        return self.delta is not None and self.delta.secure
 
     def may_leave(self, now_ms: int) -> bool:
         """Whether nothing but the level stands in its way."""
@@ -180,4 +207,11 @@ class Items:
             redacted_tokens=facts.redacted,
             has_bytes=bool(has_bytes),
             marks=facts.marks,
+            delta=facts.delta,
+            sessions=[session_id] if facts.delta is None else _sessions_of(database, item_id),
         )
+
+
+def _sessions_of(database: "Database", item_id: str) -> list[str]:
+    query = "SELECT session_id FROM outbox_sessions WHERE item_id = ? ORDER BY session_id"
+    return [row[0] for row in database.conn.execute(query, (item_id,))]

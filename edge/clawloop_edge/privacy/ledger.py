@@ -168,7 +168,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """The releases that count, oldest first."""
         with self._pool.read() as database:
-            return self._entries(database)
+            return self.entries_in(database)
 
     def check(self, line: str, *, sigma: float, clip: float) -> Spent:
         """What one more release would bring the line to; to be asked before learning.
@@ -187,6 +187,20 @@ class Ledger:
         Raises:
             ConsentError: it would pass the budget, has no noise, or a mechanism that cannot be accounted for.
         """
+        operation = partial(self.reserve_in, line=line, sigma=sigma, clip=clip, round_id=round_id, mechanism=mechanism)
+        return self._pool.submit(operation).result()
+
+    def reserve_in(
+        self,
+        database: Database,
+        *,
+        line: str,
+        sigma: float,
+        clip: float,
+        round_id: str,
+        mechanism: str = GAUSSIAN,
+    ) -> str:
+        """The same inside a write transaction. Raises ConsentError."""
         if mechanism != GAUSSIAN:
             raise ConsentError(f"mechanism {mechanism!r} cannot be accounted for; use {GAUSSIAN!r}")
         entry = Entry(
@@ -198,7 +212,7 @@ class Ledger:
             round_id=round_id,
             at_ms=self._clock(),
         )
-        self._pool.submit(lambda database: self._reserve(database, entry)).result()
+        self._reserve(database, entry)
         return entry.entry_id
 
     def commit(self, entry_id: str) -> None:
@@ -213,12 +227,16 @@ class Ledger:
         """
         self._move(entry_id, EntryState.RETURNED, unless=EntryState.RELEASED)
 
+    def count_all(self) -> None:
+        """Count for good what is reserved: this pool comes from a backup, and nobody knows what left since. Waits."""
+        update = "UPDATE ledger SET state = ? WHERE state = ?"
+        states = (EntryState.RELEASED, EntryState.RESERVED)
+        self._pool.submit(lambda database: database.conn.execute(update, states)).result()
+
     def take_over(self, other: Ledger) -> None:
         """Count what another pool's ledger counts, whose place this one takes. Waits for the disk."""
-        known = {entry.entry_id for entry in self.entries()}
         for entry in other.entries():
-            if entry.entry_id not in known:
-                self._pool.submit(partial(self._insert, entry=entry)).result()
+            self._pool.submit(partial(self._count, entry=entry)).result()
 
     def advice(self, parameters: int, *, rounds: int = 50) -> str:
         """In plain words, whether the server's devices are enough; empty if it never said how many there are."""
@@ -228,6 +246,12 @@ class Ledger:
     def _reserve(self, database: Database, entry: Entry) -> None:
         self._check(database, entry.model_line, sigma=entry.sigma, clip=entry.clip)
         self._insert(database, entry)
+
+    def _count(self, database: Database, entry: Entry) -> None:
+        """Count an entry of another ledger, also one that was given back here before it was known to have left."""
+        update = "UPDATE ledger SET state = ? WHERE entry_id = ?"
+        if not database.conn.execute(update, (EntryState.RELEASED, entry.entry_id)).rowcount:
+            self._insert(database, entry)
 
     def _insert(self, database: Database, entry: Entry) -> None:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
@@ -241,7 +265,7 @@ class Ledger:
             raise ConsentError(
                 f"a release with sigma {sigma} and clip {clip} is not private; sigma must be at least {LEAST_SIGMA}"
             )
-        before = [entry for entry in self._entries(database) if entry.model_line == line]
+        before = [entry for entry in self.entries_in(database) if entry.model_line == line]
         after = Spent(len(before) + 1, epsilon_of([*(entry.sigma for entry in before), sigma]))
         if after.epsilon > self.epsilon * (1 + _ROUNDING):
             spent = f"epsilon from {_spent(before).epsilon:.2f} to {after.epsilon:.2f}"
@@ -261,7 +285,8 @@ class Ledger:
 
         self._pool.submit(operation).result()
 
-    def _entries(self, database: Database) -> list[Entry]:
+    def entries_in(self, database: Database) -> list[Entry]:
+        """The releases that count, oldest first, inside any transaction or snapshot."""
         scope = self._pool.keyring.find(database, POOL_SCOPE)
         query = "SELECT entry_id, body FROM ledger WHERE state != ? ORDER BY seq"
         rows = database.conn.execute(query, (EntryState.RETURNED,))

@@ -12,6 +12,7 @@ from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.reading import Reading
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.ladder import Ladder
+from clawloop_edge.privacy.policy import POLICY_VERSION, as_meant
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit.v1"):
     ladder: Ladder
     set_ms: int
     until_ms: int = 0
+    policy_version: int = 2
 
     @property
     def level(self) -> Level:
@@ -73,6 +75,7 @@ class Limits:
     def put(self, database: "Database", limit: Limit) -> None:
         """Keep a limit in the place of the one before. Needs a write transaction."""
         limit_id = self._id(limit.subject, limit.name)
+        limit = msgspec.structs.replace(limit, policy_version=POLICY_VERSION)
         scope = self._pool.keyring.find(database, POOL_SCOPE)
         body = scope.seal("limits", limit_id, column="body", plain=msgspec.msgpack.encode(limit))
         database.conn.execute("INSERT OR REPLACE INTO limits (limit_id, body) VALUES (?, ?)", (limit_id, body))
@@ -86,4 +89,5 @@ class Limits:
 
     def _open(self, database: "Database", limit_id: str, body: bytes) -> Limit:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
-        return msgspec.msgpack.decode(scope.unseal("limits", limit_id, column="body", sealed=body), type=Limit)
+        found = msgspec.msgpack.decode(scope.unseal("limits", limit_id, column="body", sealed=body), type=Limit)
+        return msgspec.structs.replace(found, ladder=as_meant(found.ladder, found.policy_version))

@@ -17,7 +17,7 @@ from clawloop_edge.privacy.batch import LineRedactor
 from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
 from clawloop_edge.privacy.filling import Filler
 from clawloop_edge.privacy.items import Items, OutboxItem, OutboxTotals
-from clawloop_edge.privacy.schema import ItemState, destroy_item, item_scope
+from clawloop_edge.privacy.schema import ItemState, count_release, destroy_item, item_scope
 from clawloop_shared.levels import Level
 from clawloop_shared.messages import ItemReceipt, UploadItem
 from clawloop_shared.receipts import open_item
@@ -62,8 +62,8 @@ class Outbox:
         self._pool, self._clock = pool, clock
         self._consent = consent or ConsentLog(pool, clock=clock)
         redacted_s = hold_s if hold_redacted_s is None else hold_redacted_s
-        hold_ms = {Level.FULL: int(hold_s * 1000), Level.REDACTED: int(redacted_s * 1000)}
-        self._filler = Filler(pool, self._consent, hold_ms=hold_ms, redactor=redactor, clock=clock)
+        self.hold_ms = dict.fromkeys(Level, int(hold_s * 1000)) | {Level.REDACTED: int(redacted_s * 1000)}
+        self._filler = Filler(pool, self._consent, hold_ms=self.hold_ms, redactor=redactor, clock=clock)
         self._keep_received_ms = int(keep_received_days * _DAY_MS)
         self._audit = AuditLog(pool, clock=clock)
         self._items = Items(pool.keyring)
@@ -111,11 +111,11 @@ class Outbox:
         """
         with self._pool.read() as database:
             allowance = self._consent.within(database)
-            if not allowance.state.level.sends_steps:
+            if not allowance.state.level.sends_items:
                 return [], False
             limit = max_bytes - _ITEM_OVERHEAD_BYTES
             found = self._items.ready(database, now_ms=self._clock(), max_bytes=limit, limit=MAX_ITEMS + 1)
-            ready = [i for i in found if i.level.rank <= allowance.level(i.session_id, app=i.app).rank]
+            ready = [item for item in found if allowance.lets_out(item) and not item.goes_masked]
             chosen, room = [], max_bytes
             for item in ready[:MAX_ITEMS]:
                 room -= item.size_bytes + _ITEM_OVERHEAD_BYTES
@@ -139,7 +139,7 @@ class Outbox:
         query = "SELECT count(*) FROM outbox WHERE item_id IN (SELECT value FROM json_each(?)) AND body IS NOT NULL"
         with self._pool.read() as database:
             level = self._consent.state_in(database).level
-            if not item_ids or not level.sends_steps:
+            if not item_ids or not level.sends_items:
                 return not item_ids and level is not Level.OFF
             there = database.conn.execute(query, (msgspec.json.encode(item_ids).decode(),)).fetchone()
             return bool(there[0] == len(set(item_ids)))
@@ -259,14 +259,14 @@ class Outbox:
 
     def _mark_sent(self, database: "Database", item_ids: Sequence[str]) -> None:
         allowance = self._consent.within(database)
-        if not allowance.state.level.sends_steps:
+        if not allowance.state.level.sends_items:
             raise ConsentError(f"the level is {allowance.state.level} now; nothing is sent")
         for item_id in item_ids:
             item = self._items.find(database, item_id)
-            allowed = allowance.level(item.session_id, app=item.app)
-            if item.level.rank > allowed.rank or not item.may_leave(self._clock()):
+            if not allowance.lets_out(item) or item.goes_masked or not item.may_leave(self._clock()):
                 raise ConsentError(f"item {item_id} is {item.state} at level {item.level} and may not leave now")
             _set_state(database, item_id, state=ItemState.SENT)
+            count_release(database, item_id)
             self._write_down(database, SENT, item=item)
 
     def _accept(self, database: "Database", known: dict[str, tuple[str, ItemReceipt]], *, release_key: bytes) -> None:

@@ -12,6 +12,7 @@ from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.ladder import Ladder, Rung
+from clawloop_edge.privacy.policy import as_meant
 from clawloop_edge.privacy.schema import chain
 from clawloop_shared import signing
 from clawloop_shared.errors import SignatureInvalid
@@ -67,7 +68,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     def ladder(self) -> Ladder:
         """What it allows of what was kept when."""
         earlier = self.earlier if self.earlier or not self.after_seq else [Rung(0, Level.OFF)]
-        return Ladder.of([*earlier, Rung(self.after_seq, self.level)])
+        return as_meant(Ladder.of([*earlier, Rung(self.after_seq, self.level)]), self.policy_version)
 
 
 class SignedReceipt(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ class SignedReceipt(msgspec.Struct, frozen=True):
 
 
 def device_key(pool: Pool) -> bytes:
-    """The Ed25519 private key (32 bytes) that is this device's name to the server; made on first use. Waits."""
+    """The Ed25519 private key (32 bytes) that signs this owner's decisions; made on first use. Waits."""
 
     def operation(database: "Database") -> bytes:
         found = read_state(database, pool.keyring, name=_DEVICE_KEY)

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from clawloop_edge.learn.runs import drop_run
 from clawloop_edge.pool import curation
 from clawloop_edge.pool.backup import Manifest
 from clawloop_edge.pool.heads import current
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy import device_keys
 from clawloop_edge.privacy.audit import RESTORED, ROLLED_BACK, AuditLog
 from clawloop_edge.privacy.consent import ConsentLog
 from clawloop_edge.privacy.deletions import Deletions
@@ -40,6 +42,8 @@ def come_back(pool: Pool, present: Pool | None, manifest: Manifest) -> None:
     they are those of the backup, and the log says that a backup was restored.
     """
     consent, audit, gone_on = ConsentLog(pool), AuditLog(pool), False
+    Ledger(pool).count_all()
+    pool.submit(partial(drop_run, pool=pool, spare=False)).result()
     if present is not None:
         adopt(present)
         gone_on = ReceiptChain(pool).take_over(ReceiptChain(present))
@@ -47,6 +51,7 @@ def come_back(pool: Pool, present: Pool | None, manifest: Manifest) -> None:
     _set_off(consent)
     if present is not None:
         Deletions(pool).take_over(Deletions(present))
+        device_keys.take_over(pool, present)
         Ledger(pool).take_over(Ledger(present))
         with present.read() as database:
             limits = [limit for limit in Limits(present).all(database) if limit.subject is not Subject.PAUSE]

@@ -3,10 +3,13 @@
 Each migration runs once; never change one that was released: add another. Format: docs/formats/outbox.md.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from clawloop_edge.errors import PoolError
 from clawloop_edge.pool import curation, heads
 from clawloop_edge.pool.crypt import Keyring
 from clawloop_edge.pool.heads import Chained
@@ -91,6 +94,28 @@ def one_session_an_item(database: "Database") -> None:
         database.execute(statement)
 
 
+_DELTAS = (
+    """CREATE TABLE outbox_sessions (
+        session_id TEXT NOT NULL, item_id TEXT NOT NULL, PRIMARY KEY (session_id, item_id)
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX outbox_sessions_item ON outbox_sessions (item_id)",
+    "CREATE TABLE outbox_releases (item_id TEXT PRIMARY KEY, entry_id TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    """CREATE TABLE learnable (
+        trajectory_id TEXT NOT NULL, run_id TEXT NOT NULL, session_id TEXT NOT NULL, state TEXT NOT NULL,
+        seq INTEGER NOT NULL, item_id TEXT NOT NULL DEFAULT '', PRIMARY KEY (trajectory_id, run_id, session_id)
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX learnable_state ON learnable (state, seq)",
+    "CREATE INDEX learnable_session ON learnable (session_id)",
+    "CREATE INDEX learnable_item ON learnable (item_id) WHERE item_id != ''",
+)
+
+
+def deltas(database: "Database") -> None:
+    """The sessions that a delta was learned from, the ledger's entry of a noised one, and what may be learned from."""
+    for statement in _DELTAS:
+        database.execute(statement)
+
+
 SEALED = (
     SealedColumn("receipts", "body", "receipt_id"),
     SealedColumn("outbox", "facts", "item_id"),
@@ -118,7 +143,8 @@ def prepare(pool: Pool) -> None:
             for record_id, body in database.conn.execute(query).fetchall():
                 chain(database, pool, kind=kind, record_id=str(record_id), body=body)
 
-    pool.adopt("privacy", (first_tables, one_session_an_item, into_the_chain), sealed=SEALED, chained=CHAINED)
+    migrations = (first_tables, one_session_an_item, into_the_chain, deltas)
+    pool.adopt("privacy", migrations, sealed=SEALED, chained=CHAINED)
 
 
 def chain(database: "Database", pool: Pool, *, kind: str, record_id: str, body: bytes) -> None:
@@ -156,11 +182,52 @@ def write_words(database: "Database", keyring: Keyring, *, seq: int) -> None:
 
 def destroy_item(database: "Database", keyring: Keyring, *, item_id: str) -> None:
     """Destroy the bytes of an item that has not been received. One that was sent stays listed as sent."""
+    spare_release(database, item_id)
     keyring.destroy(database, item_scope(item_id))
     database.conn.execute(
         "UPDATE outbox SET body = NULL, state = iif(state = ?, state, ?) WHERE item_id = ?",
         (ItemState.SENT, ItemState.DROPPED, item_id),
     )
+
+
+def count_release(database: "Database", item_id: str) -> None:
+    """Have the ledger count an item's release for good, in the transaction that lets it leave."""
+    found = database.conn.execute("SELECT entry_id FROM outbox_releases WHERE item_id = ?", (item_id,)).fetchone()
+    if found is None:
+        return
+    update = "UPDATE ledger SET state = 'released' WHERE entry_id = ? AND state != 'returned'"
+    if database.conn.execute(update, found).rowcount != 1:
+        raise PoolError(f"release {found[0]} of item {item_id} is not counted by the ledger, so it may not leave")
+
+
+def spare_release(database: "Database", item_id: str) -> None:
+    """Take the release of an item that never left, nor will, off the ledger's count."""
+    query = (
+        "SELECT entry_id FROM outbox_releases JOIN outbox USING (item_id)"
+        " WHERE item_id = ? AND state IN ('queued', 'approved')"
+    )
+    for found in database.conn.execute(query, (item_id,)).fetchall():
+        database.conn.execute("UPDATE ledger SET state = 'returned' WHERE entry_id = ? AND state = 'reserved'", found)
+
+
+def free_learnable(database: "Database", item_id: str) -> None:
+    """Let be learned from again what went into a delta of which nothing left."""
+    database.conn.execute(
+        "UPDATE learnable SET state = 'new', item_id = '' WHERE item_id = ?"
+        " AND NOT EXISTS (SELECT 1 FROM outbox_records AS r WHERE r.item_id = learnable.item_id)",
+        (item_id,),
+    )
+
+
+def forget_learnable(database: "Database", session_ids: Sequence[str]) -> None:
+    """Forget what might have been learned from sessions that go; a trajectory that others are in is looked at again."""
+    ids = (msgspec.json.encode(session_ids).decode(),)
+    inside = "(SELECT value FROM json_each(?1))"
+    named = f"trajectory_id IN (SELECT trajectory_id FROM steps WHERE session_id IN {inside} AND trajectory_id != '')"  # noqa: S608
+    others = f"SELECT 1 FROM steps AS s WHERE s.trajectory_id = l.trajectory_id AND s.session_id NOT IN {inside}"  # noqa: S608
+    run = database.conn.execute
+    run(f"DELETE FROM learnable WHERE session_id IN {inside}", ids)  # noqa: S608
+    run(f"DELETE FROM learnable AS l WHERE {named} AND NOT EXISTS ({others})", ids)  # noqa: S608
 
 
 def take_back(database: "Database", keyring: Keyring, *, item_ids: Iterable[str]) -> int:
@@ -174,6 +241,7 @@ def take_back(database: "Database", keyring: Keyring, *, item_ids: Iterable[str]
             "DELETE FROM outbox_records WHERE item_id IN (SELECT item_id FROM outbox WHERE item_id = ? AND state = ?)",
             (item_id, ItemState.DROPPED),
         )
+        free_learnable(database, item_id)
         count += 1
     if count:
         write_words(database, keyring, seq=0)  # marks among it go again as soon as they may

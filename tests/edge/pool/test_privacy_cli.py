@@ -145,7 +145,7 @@ def test_private_deltas_say_whether_they_could_be_of_use(home: EdgeHome) -> None
     with open_pool(home, writer=False) as pool:
         keep_cohort(pool, 5)
     said = ok(home, "privacy", "set", "private-deltas", "--yes")
-    assert "does not learn on this device yet" in said
+    assert "mixed with noise" in said
     assert "with 5 devices" in said
     assert "no use with fewer than" in said
 

@@ -56,11 +56,15 @@ def test_every_level_can_be_chosen_and_is_explained(pool: Pool, make_kept: MakeK
     assert outbox.fill() == int(level.sends_steps)
 
 
-def test_every_level_has_a_text_of_its_own_and_those_without_learning_at_home_say_so() -> None:
+def test_every_level_has_a_text_of_its_own_and_those_that_learn_at_home_say_what_leaves() -> None:
     assert len({policy.policy_sha256(level) for level in Level}) == len(Level)
     for level in (Level.PRIVATE_DELTAS, Level.DELTAS):
-        assert "does not learn on this device yet" in policy.TEXTS[level]
-        assert policy.DATA[level] == policy.DATA[Level.METRICS]
+        assert "LoRA factors" in policy.TEXTS[level]
+        assert "hash of the adapter" in policy.TEXTS[level]
+    assert "can be recovered" in policy.TEXTS[Level.DELTAS]
+    assert "mean rewards" in policy.DATA[Level.DELTAS]
+    assert "mean rewards" not in policy.DATA[Level.PRIVATE_DELTAS]
+    assert "noise teaches nothing" in policy.TEXTS[Level.PRIVATE_DELTAS]
 
 
 def test_a_level_set_by_another_process_holds_at_once(tmp_path: Path, key: bytes) -> None:
