@@ -70,13 +70,17 @@ class StatusRequest(msgspec.Struct, frozen=True, tag="status-request.v1"):
 
 
 class StatusReply(msgspec.Struct, frozen=True, tag="status.v1"):
-    """What the server needs to know to serve this device. No content, no names."""
+    """What the server needs to know to serve this device. No content, no names.
+
+    `learning`: where learning at home stands, in a word or two; empty at levels without it.
+    """
 
     level: str
     line: ModelLine
     adapter_version: int
     outbox_items: int
     app_version: str
+    learning: Annotated[str, Meta(max_length=64)] = ""
 
 
 class ItemReceipt(msgspec.Struct, frozen=True):
