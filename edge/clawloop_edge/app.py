@@ -30,8 +30,10 @@ from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
+from clawloop_edge.node import leaving, rotating
 from clawloop_edge.node.deleting import ask_due
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.standing import MemberTransport, new_instance, waiting_words
 from clawloop_edge.node.transport import Transport
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
 from clawloop_edge.opening import model_folder, open_engine, open_pool, open_redactor
@@ -69,6 +71,8 @@ RETAIN_S = 10.0
 """how soon a disk that fills is noticed"""
 DELETIONS_S = 5.0
 DELETION_TIMEOUT_S = 10.0
+ROTATION_MS = 15_000
+"""how long the command that rotates keys has it for itself, before the edge finishes what it left"""
 FINISH_S = 60.0
 """how long before what could not be finished of a forgetting is tried again"""
 
@@ -104,6 +108,8 @@ class Edge:
         self.signals: SignalWorker | None = None
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
+        self._instance = new_instance()
+        self._transport: MemberTransport | None = None
         self.activator: Activator | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -169,6 +175,8 @@ class Edge:
                 "sent_bytes": sent.bytes,
                 "server": self.member.url if self.member else "",
                 "server_state": self._server_state(),
+                "server_detail": await asyncio.to_thread(self._server_detail),
+                "goodbyes_waiting": len(await asyncio.to_thread(leaving.goodbyes, self.pool)),
                 "rewards": self.health.report(),
             }
         )
@@ -179,6 +187,14 @@ class Edge:
         if self._exact is None:
             return "silent (the upstream server gives no token ids)"
         return str(self.node.status.state) if self.node else "silent (level off)"
+
+    def _server_detail(self) -> str:
+        """Why it is so, and what to do; empty if there is nothing to say."""
+        if self.member is None or self._exact is None:
+            return ""
+        if self.node is None:
+            return waiting_words(self.member) if state.waits(self.pool, self.member) else ""
+        return self.node.status.detail or (self._transport.warning if self._transport else "")
 
     async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -225,6 +241,9 @@ class Edge:
 
     async def _ask_deletions(self) -> None:
         await asyncio.to_thread(ask_due, self.deletions, timeout_s=DELETION_TIMEOUT_S)
+        await asyncio.to_thread(leaving.say_due, self.pool, timeout_s=DELETION_TIMEOUT_S)
+        if self.member is not None:
+            await asyncio.to_thread(rotating.finish, self.pool, self.member, after_ms=ROTATION_MS)
 
     async def _follow_forgetting(self) -> None:
         """Let memory go of what any process has forgotten, and finish what a crash has left of that."""
@@ -254,7 +273,9 @@ class Edge:
         silent = await asyncio.to_thread(self._is_silent)
         if silent or member != self.member:
             await self._stop_node(silent=silent)
-        if member != self.member:
+        if member is not None and member.same_as(self.member):
+            self.member = member  # perhaps with other keys: what the server gave us stays
+        elif member != self.member:
             if self.member is not None and self._exact is not None:
                 await _drop_adapters(self._exact)
             self.member, self.activator = member, None
@@ -296,7 +317,12 @@ class Edge:
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
         )
-        transport = self._make_transport(member, node_id=node_id)
+        self._transport = transport = MemberTransport(
+            self._make_transport(member, node_id=node_id),
+            member,
+            instance=self._instance,
+            note=lambda found: state.keep_stand(self.pool, found.device_id, found.state),
+        )
         return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
 
     def _make_transport(self, member: Membership, *, node_id: int) -> Transport:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from clawloop_edge.node import leaving
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.standing import wall_clock_ms
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.privacy.deletions import Server
+from clawloop_edge.privacy.device_keys import DeviceKeys, keep_in, keys_in, new_keys
 from clawloop_shared import wire
+from clawloop_shared.files import sha256
+from clawloop_shared.membership import Stand
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -20,9 +25,18 @@ if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
 
 MEMBERSHIP = "membership"
+JOINING = "membership.joining"
+STAND = "membership.stand"
 FORMER = "membership.former"
 WANTED = "adapter.wanted"
 NODE_ID = "node.id"
+
+
+class Joining(msgspec.Struct, frozen=True, tag="joining.v1"):
+    """The keys that an invitation (by its code's hash) is being used with."""
+
+    code_sha256: str
+    keys: DeviceKeys
 
 
 class WantedAdapter(msgspec.Struct, frozen=True, tag="wanted.v1"):
@@ -33,26 +47,69 @@ class WantedAdapter(msgspec.Struct, frozen=True, tag="wanted.v1"):
 
 
 def membership(pool: Pool) -> Membership | None:
-    """The server that this device joined, or None."""
-    raw = pool.get_state(MEMBERSHIP)
-    return wire.decode(raw, Membership) if raw else None
+    """The server that this device joined, with the keys that it has there now; or None."""
+    with pool.read() as database:
+        raw = read_state(database, pool.keyring, name=MEMBERSHIP)
+        member = wire.decode(raw, Membership) if raw else None
+        keys = keys_in(database, pool).get(member.device_id) if member else None
+    return member.with_keys(keys) if member and keys else member
 
 
 def keep_membership(pool: Pool, value: Membership) -> None:
-    """Remember the server; returns when it is on disk."""
-    pool.set_state(MEMBERSHIP, wire.encode(value)).result()
+    """Remember the server, and the keys that this device has there; returns when it is on disk."""
+
+    def operation(database: Database) -> None:
+        write_state(database, pool.keyring, name=MEMBERSHIP, value=wire.encode(value))
+        keep_in(database, pool, device_id=value.device_id, keys=value.keys)
+        for name in (JOINING, STAND):
+            write_state(database, pool.keyring, name=name, value=b"")
+
+    pool.submit(operation).result()
 
 
-def forget_membership(pool: Pool) -> None:
-    """Leave: the running edge stops talking to the server within a second. A wish for its adapters goes with it.
+def joining_keys(pool: Pool, code: str) -> DeviceKeys:
+    """The keys to join with by this invitation: the same ones until it is used or another one is, so that joining may
+    be cut short anywhere and done again. Waits for the disk."""
+    name = sha256(code.encode())
+
+    def operation(database: Database) -> DeviceKeys:
+        raw = read_state(database, pool.keyring, name=JOINING)
+        found = wire.decode(raw, Joining) if raw else None
+        if found is None or found.code_sha256 != name:
+            found = Joining(name, new_keys())
+            write_state(database, pool.keyring, name=JOINING, value=wire.encode(found))
+        return found.keys
+
+    return pool.submit(operation).result()
+
+
+def keep_stand(pool: Pool, device_id: str, stand: Stand) -> None:
+    """Remember how the server said that this device stands; returns when it is on disk, at once if it was known."""
+    value = msgspec.msgpack.encode((device_id, stand))
+    if pool.get_state(STAND) != value:
+        pool.set_state(STAND, value).result()
+
+
+def waits(pool: Pool, member: Membership) -> bool:
+    """Whether the operator has to approve this device first, as far as it was told."""
+    raw = pool.get_state(STAND)
+    device_id, stand = msgspec.msgpack.decode(raw, type=tuple[str, Stand]) if raw else ("", Stand.JOINED)
+    return stand is Stand.WAITING if device_id == member.device_id else member.waiting
+
+
+def forget_membership(pool: Pool, *, now_ms: int | None = None) -> None:
+    """Leave: the running edge stops talking to the server within a second, but for its goodbye, which waits until the
+    server has it. A wish for its adapters goes with it.
 
     Where the server is stays known, so that it can still be asked to delete what it got.
     """
+    at_ms = wall_clock_ms() if now_ms is None else now_ms
 
     def operation(database: Database) -> None:
         raw = read_state(database, pool.keyring, name=MEMBERSHIP)
         if raw:
             left = server_of(wire.decode(raw, Membership))
+            leaving.add_in(database, pool, left, now_ms=at_ms)
             others = [each for each in _former(database, pool) if each.root_key != left.root_key]
             former = msgspec.msgpack.encode([*others, left])
             write_state(database, pool.keyring, name=FORMER, value=former)

@@ -17,6 +17,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any
@@ -36,6 +37,8 @@ from clawloop_server.hub.forget import ForgetDesk
 from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
 from clawloop_server.hub.members import HubMembers, HubReleases
+from clawloop_server.hub.membership import MemberDesk
+from clawloop_server.hub.registrar import Registrar
 from clawloop_server.hub.status import RUNNING_FILE, Part, Running, ServerStatus, read_status, write_running
 from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import ServerKeys, load_keys
@@ -44,6 +47,7 @@ from clawloop_server.release.release import release_waiting, renew_expiring
 from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import publish_secret
+from clawloop_shared.messages import SignedAnswer
 from clawloop_shared.receipts import sign_item
 
 _log = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ class ServerApp:
         self._tls: TlsFiles = ensure_tls(home.keys, config.certificate_names)
         self._open = AsyncExitStack()
         self._fleet: Fleet | None = None
+        self._registrar: Registrar | None = None
         self._dispatcher: Dispatcher | None = None
         self._children = Supervisor()
         self._trainer = TrainerEar()
@@ -104,7 +109,7 @@ class ServerApp:
         self._open.callback(self._vault.close)
         self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
-        self._members = HubMembers(self._vault.database, line_id=self._base.line_id)
+        self._members = HubMembers(self._vault.database, line_id=self._base.line_id, approve=config.hub.approve)
         self._releases = HubReleases(self._registry, line_id=self._base.line_id)
         self._dispatcher = Dispatcher(
             vault=self._vault,
@@ -131,21 +136,29 @@ class ServerApp:
         )
         self._open.push_async_callback(fleet.stop)
         await fleet.start()
-        self._fleet = fleet
-        front = self._front(fleet)
+        self._fleet, self._registrar = fleet, Registrar(fleet, self._members)
+        front = self._front(fleet, self._registrar)
         self._open.push_async_callback(front.stop)
         hub = self.config.hub
         with _port_errors(f"{hub.host}:{hub.port}", "[hub] port"):
             port = await front.start(hub.host, hub.port, tls=server_context(self._tls))
         self.running = msgspec.structs.replace(self.running, port=port, url=self.config.url(port=port))
 
-    def _front(self, fleet: Fleet) -> Front:
+    def _front(self, fleet: Fleet, registrar: Registrar) -> Front:
         joining = JoinDesk(
             self._members,
-            register=lambda key_pem, device_id: fleet.admit(device_id, key_pem),
+            register=lambda _, device_id: registrar.register(device_id),
             line=self._base.line,
             release_key=self._keys.release_public,
+            statement=self._statement,
             wrong_per_minute=self.config.fleet.wrong_joins_per_minute,
+            wrong_per_minute_total=self.config.fleet.wrong_joins_per_minute_total,
+        )
+        members = MemberDesk(
+            self._members.devices,
+            register=registrar.register,
+            release_key=self._keys.release,
+            statement=self._statement,
         )
         forgetting = ForgetDesk(self._vault, device=self._members.devices.get, release_key=self._keys.release)
         return Front(
@@ -155,7 +168,12 @@ class ServerApp:
             upstream_tls=client_context(self._tls),
             is_open=lambda: fleet.open,
             stock_nodes=self.config.fleet.stock_nodes,
+            members=members,
+            trusted_proxies=self.config.hub.trusted_proxies,
         )
+
+    def _statement(self) -> SignedAnswer:
+        return self._keys.release_statement(now_ms=time.time_ns() // 1_000_000)
 
     async def _start_trainer(self) -> None:
         await asyncio.to_thread(self._trainer.remember, self.home.trainer)
@@ -200,7 +218,7 @@ class ServerApp:
     # what happens while it runs
 
     async def _look(self) -> None:
-        """Release what passed, renew what expires, tell of it, and put out of Flower who may sync no more."""
+        """Release what passed, renew what expires, tell of it, and keep Flower's list of who may sync."""
         known, wait_s = await asyncio.to_thread(self._releases.current_version), _LOOK_S
         scrubbed = False  # a server that was killed may have deleted without emptying the log
         while True:
@@ -211,7 +229,8 @@ class ServerApp:
                     _log.info("adapter %d is released", current)
                     self._dispatcher.notify()
                     known = current
-                await self._put_out()
+                if self._registrar is not None:
+                    await self._registrar.settle()
                 if not scrubbed:
                     await asyncio.to_thread(self._vault.database.scrub)
                     scrubbed = True
@@ -226,13 +245,6 @@ class ServerApp:
         if self.config.release.auto:
             release_waiting(self._registry, self._keys, expires_days=days)
         renew_expiring(self._registry, self._keys, line_id=self._base.line_id, expires_days=days)
-
-    async def _put_out(self) -> None:
-        for device in await asyncio.to_thread(self._members.registered_in_vain):
-            if self._fleet is not None:
-                await self._fleet.expel(device.device_id)
-                await asyncio.to_thread(self._members.devices.set_node, device.device_id, None)
-                _log.info("device %s (%s) may sync no more", device.device_id, device.state)
 
 
 async def serve(app: ServerApp, *, started: Callable[[Running], None]) -> None:

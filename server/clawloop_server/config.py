@@ -37,6 +37,10 @@ class HubSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """admin API, always on loopback; 0: any that is free"""
     line: str = ""
     """the model line that is trained; needed if base/ holds several"""
+    approve: bool = False
+    """a device that joins waits until `devices approve`; else its invitation is the approval"""
+    trusted_proxies: tuple[str, ...] = ()
+    """addresses of proxies before the TLS port whose X-Forwarded-For is believed"""
 
 
 class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +55,9 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     superlink_port: int = 0
     """loopback port of Flower's SuperLink; 0: any that is free"""
     wrong_joins_per_minute: int = 30
-    """wrong invitations a minute, from all addresses together, before joining pauses"""
+    """wrong invitations a minute from one address before joining pauses for it"""
+    wrong_joins_per_minute_total: int = 3000
+    """and from all addresses together, before it pauses for all"""
 
 
 class ReleaseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,6 +140,12 @@ def check_config(config: ServerConfig) -> ServerConfig:
         f"[fleet] upload_every_s {fleet.upload_every_s} is not in (0, 86400]": 0 < fleet.upload_every_s <= 86400,
         f"[fleet] status_every_s {fleet.status_every_s} is not in (0, 86400]": 0 < fleet.status_every_s <= 86400,
         f"[fleet] wrong_joins_per_minute {fleet.wrong_joins_per_minute} is below 1": fleet.wrong_joins_per_minute >= 1,
+        f"[fleet] wrong_joins_per_minute_total {fleet.wrong_joins_per_minute_total} is below wrong_joins_per_minute": (
+            fleet.wrong_joins_per_minute_total >= fleet.wrong_joins_per_minute
+        ),
+        f"[hub] trusted_proxies {list(hub.trusted_proxies)} must be IP addresses": all(
+            _is_address(proxy) for proxy in hub.trusted_proxies
+        ),
         f"[gate] samples {gate.samples} is below 1": gate.samples >= 1,
         f"[gate] max_tokens {gate.max_tokens} is below 1": gate.max_tokens >= 1,
         f"[gate] temperature {gate.temperature} is below 0": gate.temperature >= 0,

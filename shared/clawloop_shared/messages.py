@@ -46,21 +46,38 @@ class Invitation(msgspec.Struct, frozen=True, tag="invitation.v1"):
 
 
 class JoinRequest(msgspec.Struct, frozen=True, tag="join.v1"):
-    """A device asks to be let in: the code, its signing key, and its Flower node key (PEM, EC P-384)."""
+    """A device asks to be let in: the code, its signing key, and its Flower node key (PEM, EC P-384).
+
+    `signature` is the device key's over all the rest (`membership.prove_join`).
+    """
 
     code: str
     device_key: bytes
     node_key_pem: str
     line: ModelLine
+    signature: bytes = b""
+
+
+class SignedAnswer(msgspec.Struct, frozen=True, tag="signed-answer.v1"):
+    """What the server says, as it was signed (JSON, sorted keys), and the signature."""
+
+    payload: bytes
+    signature: bytes
 
 
 class JoinReply(msgspec.Struct, frozen=True, tag="joined.v1"):
-    """The server's answer: the device's name there, its Flower node id, and the key that signs adapters."""
+    """The server's answer: the device's name there, its Flower node id, and the key that signs adapters.
+
+    `statement` is the root key's word for that key (`membership.KeyStatement`). `waiting`: the operator must approve
+    the device first; its node id is 0 until then.
+    """
 
     device_id: str
     release_key: bytes
     line: ModelLine
     node_id: int
+    statement: SignedAnswer
+    waiting: bool = False
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status-request.v1"):
@@ -188,14 +205,7 @@ class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1
 
 
 class SignedRequest(msgspec.Struct, frozen=True, tag="signed-request.v1"):
-    """A `ForgetRequest` as the device signed it (JSON, sorted keys), and the signature."""
-
-    payload: bytes
-    signature: bytes
-
-
-class SignedAnswer(msgspec.Struct, frozen=True, tag="signed-answer.v1"):
-    """A `ForgetReceipt` as the server signed it (JSON, sorted keys), and the signature."""
+    """What a device asks, as it signed it (JSON, sorted keys), and the signature."""
 
     payload: bytes
     signature: bytes

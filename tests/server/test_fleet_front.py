@@ -16,10 +16,10 @@ from clawloop_shared.messages import MAX_JOIN_BYTES
 
 
 class Desk:
-    """Tells how much it was given."""
+    """Tells how much it was given, and by whom."""
 
-    async def answer(self, body: bytes) -> DeskAnswer:
-        return DeskAnswer(400, message=f"{len(body)} bytes")
+    async def answer(self, body: bytes, *, peer: str = "") -> DeskAnswer:
+        return DeskAnswer(400, message=f"{len(body)} bytes from {peer or 'a member'}")
 
 
 class World:

@@ -21,9 +21,10 @@ import pytest
 
 from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
 from clawloop_server.home import Home
+from clawloop_server.hub.allowance import Allowance
 from clawloop_server.hub.desk import DeskAnswer
 from clawloop_server.hub.devices import Devices
-from clawloop_server.hub.forget import Allowance, ForgetDesk
+from clawloop_server.hub.forget import ForgetDesk
 from clawloop_server.hub.front import Front
 from clawloop_server.release.keys import ServerKeys
 from clawloop_server.vault.store import Vault
@@ -49,7 +50,7 @@ NOW_MS = 1_000_000
 class NoDesk:
     """Nobody joins here."""
 
-    async def answer(self, body: bytes) -> DeskAnswer:
+    async def answer(self, body: bytes, *, peer: str) -> DeskAnswer:
         return DeskAnswer(404)
 
 

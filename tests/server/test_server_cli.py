@@ -33,6 +33,7 @@ from clawloop_shared import signing, wire
 from clawloop_shared.ids import new_id
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe
+from clawloop_shared.membership import prove_join
 from clawloop_shared.messages import (
     FORGET_PATH,
     JOIN_PATH,
@@ -385,6 +386,7 @@ def ask_to_join(text: str, base: Base, *, key: bytes) -> JoinReply:
     pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
     device_key = signing.public_key(key)
     request = JoinRequest(code=invitation.code, device_key=device_key, node_key_pem=pem, line=base.line)
+    request = prove_join(request, key)
     return wire.decode(posted(invitation, JOIN_PATH, body=wire.encode(request)), JoinReply)
 
 

@@ -338,6 +338,8 @@ _STATUS = _object(
     sent_bytes=_COUNT,
     server=_TEXT,
     server_state=_TEXT,
+    server_detail=_TEXT,
+    goodbyes_waiting=_COUNT,
     rewards=_object(
         sources={"type": "object", "additionalProperties": _ANY}, agreement=_list(_ANY), warnings=_list(_TEXT)
     ),

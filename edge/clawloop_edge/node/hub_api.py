@@ -1,4 +1,5 @@
-"""Calls of the server's own HTTPS API: joining, and asking it to forget. Trusted is the CA that the invitation named.
+"""Calls of the server's own HTTPS API: joining, standing, new keys, leaving, and asking it to forget. Trusted is the CA
+that the invitation named.
 
 Nothing is taken from the environment: no proxy, no other certificates, and no redirect is followed.
 """
@@ -19,6 +20,10 @@ from clawloop_shared.errors import WireError
 
 _TRY_LATER = frozenset({HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS})
 _REASON_CHARS = 300
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME"""
+_OUT_OF_TIME = frozenset({9, 10})
+"""OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED"""
 _RETRY_DIGITS = 9
 
 
@@ -38,9 +43,19 @@ class HubBusy(ServerAway):
         self.retry_after_s = retry_after_s
 
 
-def post(url: str, path: str, *, ca_pem: str, body: bytes, max_bytes: int, timeout_s: float = 30.0) -> bytes:
+def post(
+    url: str,
+    path: str,
+    *,
+    ca_pem: str,
+    body: bytes,
+    max_bytes: int,
+    timeout_s: float = 30.0,
+    any_time: bool = False,
+) -> bytes:
     """What the server at `url` answers; one that is longer than `max_bytes` is cut one byte behind. All of it takes at
-    most twice `timeout_s`, however slowly the server speaks.
+    most twice `timeout_s`, however slowly the server speaks. `any_time`: its certificate counts whatever the clock here
+    says; for what is signed besides, and is to tell that the clock is wrong.
 
     Raises:
         WireError: address or certificate make no sense.
@@ -55,6 +70,8 @@ def post(url: str, path: str, *, ca_pem: str, body: bytes, max_bytes: int, timeo
         context, port = ssl.create_default_context(cadata=ca_pem), where.port or 443
     except (ssl.SSLError, ValueError) as error:
         raise WireError(f"the certificate or port of {url} is damaged ({error}); ask for a new invitation") from error
+    if any_time:
+        context.verify_flags |= _NO_CHECK_TIME
     connection = http.client.HTTPSConnection(where.hostname, port, timeout=timeout_s, context=context)
     try:
         connection.connect()
@@ -63,7 +80,12 @@ def post(url: str, path: str, *, ca_pem: str, body: bytes, max_bytes: int, timeo
             response = connection.getresponse()
             status, retry, data = response.status, response.getheader("Retry-After", ""), response.read(max_bytes + 1)
     except ssl.SSLCertVerificationError as error:
-        raise NodeError(f"{url} is not the server of the invitation: {error.verify_message}") from error
+        if error.verify_code in _OUT_OF_TIME:
+            raise NodeError(f"{url}: {error.verify_message} by the clock here; is that right?") from error
+        raise NodeError(
+            f"{url} is not the server of the invitation: {error.verify_message}; if its operator says that it is, "
+            "leave, and join again with a new invitation"
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         raise ServerAway(f"cannot reach {url}: {error}; is the server running?") from error
     finally:

@@ -23,6 +23,18 @@ class NodeRefused(NodeError):
     """The server does not know this device's key (any more). Only joining again helps."""
 
 
+class Waiting(NodeError):
+    """The server's operator has not approved this device yet. It comes in by itself once that is done."""
+
+
+class Taken(NodeError):
+    """Another edge with this device's keys has come in after this one, so this one stays out."""
+
+
+class ClockOff(NodeError):
+    """The clock here is so far from the server's that nothing signed here is believed there."""
+
+
 class Withdrawn(NodeError):
     """What was being sent may no longer leave, so it was broken off."""
 

@@ -18,11 +18,14 @@ from clawloop_edge.node.guard import Guard
 from clawloop_edge.node.messages import NodeHandlers
 from clawloop_edge.node.transport import (
     Answer,
+    ClockOff,
     Incoming,
     NodeError,
     NodeRefused,
     ServerAway,
+    Taken,
     Transport,
+    Waiting,
     Withdrawn,
 )
 
@@ -44,8 +47,23 @@ class NodeState(StrEnum):
     """the server cannot be reached; tried again by itself"""
     REFUSED = "refused"
     """the server does not know our key; tried again rarely"""
+    WAITING = "waiting"
+    """the server's operator has to approve us first; asked again by itself"""
+    TAKEN = "taken"
+    """another edge with our keys came in after us, so we stay out; asked again rarely"""
+    CLOCK = "clock off"
+    """our clock is too far from the server's; tried again by itself"""
     STOPPED = "stopped"
     """not running"""
+
+
+_STATES = {
+    NodeRefused: NodeState.REFUSED,
+    Waiting: NodeState.WAITING,
+    Taken: NodeState.TAKEN,
+    ClockOff: NodeState.CLOCK,
+}
+"""of errors; with any other the server is away"""
 
 
 class NodeSettings(msgspec.Struct, frozen=True):
@@ -168,12 +186,12 @@ class NodeWorker:
             raise
 
     def _failed(self, error: NodeError, failures: int) -> None:
-        refused = isinstance(error, NodeRefused)
-        state = NodeState.REFUSED if refused else NodeState.AWAY
+        state = next((found for kind, found in _STATES.items() if isinstance(error, kind)), NodeState.AWAY)
         if self._status.state is not state:
             _log.warning("sync %s: %s", state, error)
         self._set(state, str(error))
-        longest_s = self._settings.refused_s if refused else self._settings.max_retry_s
+        rarely = state in (NodeState.REFUSED, NodeState.TAKEN)
+        longest_s = self._settings.refused_s if rarely else self._settings.max_retry_s
         self._sleep(min(self._settings.retry_s * 2 ** min(failures - 1, 20), longest_s))
 
     def _sleep(self, wait_s: float) -> None:

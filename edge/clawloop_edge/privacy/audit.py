@@ -16,6 +16,7 @@ from clawloop_edge.privacy.consent import wall_clock_ms
 from clawloop_edge.privacy.schema import chain, prepare
 from clawloop_shared.errors import InvalidError
 from clawloop_shared.files import sha256
+from clawloop_shared.membership import LEFT_DOMAIN, ROTATED_DOMAIN, LeaveReceipt, RotateReceipt, open_answer
 from clawloop_shared.messages import ItemReceipt, SignedAnswer
 from clawloop_shared.receipts import open_forgotten, open_item
 
@@ -26,17 +27,23 @@ SENT, STOPPED, RECEIVED = "sent", "stopped", "received"
 """kinds of entries: bytes go out; their sending was broken off; the server has them on its disk"""
 FORGET, FORGOTTEN = "forget", "forgotten"
 """so many bytes were forgotten here; the server has deleted what the request `item_id` named"""
+ROTATED, LEFT = "rotated", "left"
+"""the server has taken other keys for this device; it has noted that the device is a member no more"""
 RESTORED, ROLLED_BACK = "restored", "rolled-back"
 """a backup of `since_ms` (its size and hash) became the pool; so too, and what came since is not known any more"""
 ASKED = "asked"
 """a question went to a model on the machine `item_id` (`[signals]`)"""
+_MEMBER_PROOFS: dict[str, tuple[str, type[RotateReceipt | LeaveReceipt]]] = {
+    ROTATED: (ROTATED_DOMAIN, RotateReceipt),
+    LEFT: (LEFT_DOMAIN, LeaveReceipt),
+}
 _HEAD = "audit.head"
 _PAGE = 500
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """The server's signed word that it has an item (`messages.ItemReceipt`) or forgot (`messages.SignedAnswer`), and
-    the key that it signed with."""
+    """The server's signed word that it has an item (`messages.ItemReceipt`), or that it forgot, took other keys or let
+    the device go (`messages.SignedAnswer`), and the key that it signed with."""
 
     payload: bytes
     signature: bytes
@@ -219,5 +226,9 @@ def _signed_for(kind: str, proof: Proof) -> tuple[str, str]:
     if kind == FORGOTTEN:
         forgotten = open_forgotten(SignedAnswer(proof.payload, proof.signature), proof.key)
         return forgotten.request_id, sha256(proof.payload)
+    if kind in _MEMBER_PROOFS:
+        domain, of = _MEMBER_PROOFS[kind]
+        said = open_answer(SignedAnswer(proof.payload, proof.signature), domain, kind=of, public_key=proof.key)
+        return said.request_id, sha256(proof.payload)
     received = open_item(ItemReceipt(proof.payload, proof.signature), proof.key)
     return received.item_id, received.sha256

@@ -16,7 +16,8 @@ from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.pool.verify import SealedColumn
 from clawloop_edge.privacy.audit import FORGOTTEN, AuditLog, Proof
-from clawloop_edge.privacy.consent import device_key, wall_clock_ms
+from clawloop_edge.privacy.consent import wall_clock_ms
+from clawloop_edge.privacy.device_keys import request_key
 from clawloop_shared import wire
 from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_id
@@ -149,12 +150,12 @@ class Deletions:
 
     def message(self, request_id: str) -> tuple[Server, bytes] | None:
         """Where a request goes and its bytes, signed now; None if it was answered meanwhile."""
-        private = device_key(self._pool)
         with self._pool.read() as database:
             found = self._find(database, request_id)
             names = self._names(database, request_id)
         if names is None:
             return None
+        private = request_key(self._pool, found.server.device_id)
         request = ForgetRequest(
             request_id=request_id,
             device_id=found.server.device_id,

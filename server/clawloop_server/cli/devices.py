@@ -1,14 +1,17 @@
-"""`devices`: who was let in."""
+"""`devices`: who was let in, and who waits to be."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from clawloop_server.cli.common import (
     HomeOption,
     JsonOption,
+    OpenServer,
     YesOption,
     confirm,
     group,
@@ -21,61 +24,99 @@ from clawloop_server.cli.common import (
 
 if TYPE_CHECKING:
     from clawloop_server.hub.devices import Device
+    from clawloop_server.hub.telling import DeviceTold
     from clawloop_server.vault.forgetting import Asked
 
-app = group("The devices that were let in.")
+app = group("The devices that were let in, or wait to be.")
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Device id, as `devices list` shows it.")]
 
 
-def _facts(device: Device) -> dict[str, object]:
-    from clawloop_shared.signing import key_words
+def _told(server: OpenServer, device: Device) -> DeviceTold:
+    from clawloop_server.hub.telling import tell
 
-    return {
-        "device_id": device.device_id,
-        "state": device.state.value,
-        "adapter_version": device.adapter_version,
-        "line_id": device.line_id,
-        "node_id": device.node_id,
-        "joined_ms": device.joined_ms,
-        "seen_ms": device.seen_ms,
-        "key": key_words(device.device_key) if device.device_key else "",
-    }
+    return tell(server.vault.database, server.registry, device)
 
 
 @app.command("list")
 def list_devices(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Every device, oldest first."""
+    """Every device, oldest first. Of one that waits to be approved, the words to compare with its owner."""
     with open_server(home) as server:
-        found = server.devices.all()
+        found = [_told(server, device) for device in server.devices.all()]
     if as_json:
-        print_json([_facts(device) for device in found])
+        print_json(found)
         return
-    columns = ("device", "state", "adapter", "joined", "last seen")
-    rows = [(d.device_id, d.state.value, d.adapter_version, when(d.joined_ms), when(d.seen_ms)) for d in found]
+    columns = ("device", "state", "level", "adapter", "joined", "last seen", "items", "waits for")
+    rows = [
+        (d.device_id, d.state, d.level, d.adapter_version, when(d.joined_ms), when(d.seen_ms), d.items, _waiting(d))
+        for d in found
+    ]
     print_table("devices", columns, rows=rows)
+
+
+def _waiting(device: DeviceTold) -> str:
+    return f"your word; its words: {device.key}" if device.state == "waiting" else device.waits_for
 
 
 @app.command()
 def show(device: DeviceArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """One device, and what it asked to have forgotten."""
+    """One device: how it stands, what it sent and waits for, what happened to it, what it asked to have forgotten."""
     from clawloop_server.vault.forgetting import asked_of
 
     with open_server(home) as server:
-        found, asked = server.devices.get(device), asked_of(server.vault.database, device)
+        found, asked = _told(server, server.devices.get(device)), asked_of(server.vault.database, device)
     if as_json:
-        print_json(_facts(found) | {"forgotten": asked})
+        print_json(msgspec.structs.asdict(found) | {"forgotten": asked})
         return
-    facts = _facts(found) | {"joined_ms": when(found.joined_ms), "seen_ms": when(found.seen_ms)}
-    print_facts("device", {name.removesuffix("_ms").replace("_", " "): value for name, value in facts.items()})
+    facts = {name.removesuffix("_ms").replace("_", " "): _plain(name, v) for name, v in _shown(found).items()}
+    print_facts("device", facts)
+    events = [(when(event.at_ms), event.what, event.detail) for event in found.events]
+    print_table("what happened", ("when", "what", ""), rows=events)
     if asked:
         columns = ("when", "request", "what", "deleted", "unknown", "adapters that had learned")
         print_table("asked to forget", columns, rows=[_asked(one) for one in asked])
+
+
+def _shown(device: DeviceTold) -> dict[str, object]:
+    return {name: value for name, value in msgspec.structs.asdict(device).items() if name != "events"}
+
+
+def _plain(name: str, value: object) -> object:
+    if name.endswith("_ms"):
+        return when(value) if isinstance(value, int) and value else ""
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {state}" for state, count in value.items())
+    return value
 
 
 def _asked(one: Asked) -> tuple[object, ...]:
     what = "everything" if one.everything else "named records"
     adapters = ", ".join(map(str, one.adapters)) or "none"
     return when(one.at_ms), one.request_id, what, one.deleted, one.unknown, adapters
+
+
+@app.command()
+def approve(device: DeviceArgument, home: HomeOption = None, yes: YesOption = False) -> None:
+    """Let a device that waits sync. Compare its words with those that its owner sees before you do."""
+    _decide(home, device, question="Are these the words that its owner sees? Then it may sync.", yes=yes, let_in=True)
+    typer.echo(f"device {device} may sync")
+
+
+@app.command()
+def reject(device: DeviceArgument, home: HomeOption = None, yes: YesOption = False) -> None:
+    """Do not let a device in that waits. It must be invited again to come back."""
+    _decide(home, device, question="Reject it?", yes=yes, let_in=False)
+    typer.echo(f"device {device} is rejected")
+
+
+def _decide(home: Path | None, device: str, *, question: str, yes: bool, let_in: bool) -> None:
+    from clawloop_shared.signing import key_words
+
+    with open_server(home) as server:
+        found = server.devices.get(device)
+        if found.waiting:
+            typer.echo(f"words of device {device}: {key_words(found.device_key)}", err=True)
+            confirm(question, yes=yes)
+        (server.devices.approve if let_in else server.devices.reject)(device)
 
 
 @app.command()

@@ -68,12 +68,16 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "state": "running" if found.running else "not running",
         "url": found.url,
         "model line": found.line_id,
-        "devices": f"{devices.joined} joined, {devices.online} online, {devices.revoked} revoked",
+        "devices": f"{devices.joined} joined, {devices.online} online, {devices.revoked} revoked, {devices.left} left",
         "ready trajectories": f"{found.ready_trajectories} of {found.round_trajectories} for a round",
         "rounds": f"{rounds.passed} passed, {rounds.refused} refused, {rounds.failed} failed",
         "round under way": under_way(found),
         "adapter": f"{adapter.version}, in use on {counted(adapter.in_use, 'device')}" if adapter else "none released",
     }
+    if devices.waiting:
+        facts["approval"] = f"{counted(devices.waiting, 'device')} waiting for your word; see `devices list`"
+    if devices.doubled:
+        facts["copied"] = f"two edges have the keys of {counted(devices.doubled, 'device')}; see `devices list`"
     if found.waiting_adapters:
         facts["waiting"] = f"{found.waiting_adapters} adapters are not released; see `clawloop-server adapters list`"
     for part in found.parts:

@@ -86,13 +86,14 @@ def _changed(config: Any, fields: dict[str, object]) -> Any:
 
 def invite(
     expires: Annotated[str, typer.Option(metavar="TIME", help="How long it is valid: 30m, 24h, 7d.")] = "24h",
+    label: Annotated[str, typer.Option(help="Whom it is for, shown by `invitations list`; devices never see it.")] = "",
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a one-time invitation: a line of text for the owner of one device. It is shown once and stored nowhere."""
     from clawloop_server.errors import InvitationError
     from clawloop_server.fleet.tls import ensure_tls
-    from clawloop_server.hub.invitations import Invitations
+    from clawloop_server.hub.invitations import Invitations, invitation_id
     from clawloop_server.hub.status import read_running
     from clawloop_server.release.keys import load_keys
     from clawloop_shared.messages import Invitation, write_invitation
@@ -106,12 +107,16 @@ def invite(
         url = server.config.url(port=running.port if running else 0)
         if url.endswith(":0"):
             raise InvitationError("[hub] port is 0, so the address is known only while the server runs; start it first")
-        code = Invitations(server.vault.database).create(expires_s=expires_s)
+        code = Invitations(server.vault.database).create(expires_s=expires_s, label=label)
+        approve = server.config.hub.approve
     text = write_invitation(Invitation(url=url, ca_pem=tls.ca.read_text(), root_key=keys.root_public, code=code))
     words = key_words(keys.root_public)
     if as_json:
-        print_json({"invitation": text, "url": url, "expires_s": expires_s, "key": words})
+        facts = {"invitation": text, "invitation_id": invitation_id(code), "label": label, "approve": approve}
+        print_json(facts | {"url": url, "expires_s": expires_s, "key": words})
         return
     typer.echo(text)
     typer.echo(f"valid once, for {expires}, at {url}; on the device: clawloop-edge join INVITATION", err=True)
     typer.echo(f"the device should show this key: {words}", err=True)
+    if approve:
+        typer.echo("the device then waits: compare its words, and let it in with: devices approve", err=True)

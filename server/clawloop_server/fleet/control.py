@@ -75,9 +75,12 @@ class Control:
         return [Node(n.node_id, n.name, n.public_key.decode()) for n in response.nodes_info if not n.unregistered_at]
 
     async def register(self, key_pem: str, name: str) -> int:
-        """Let a node key in; its node id. Registering a key again gives the same id."""
-        key = canonical_key(key_pem)
-        for node in await self.nodes():
+        """Let a node key in as the only one of that name; its node id. Registering a key again gives the same id."""
+        key, known = canonical_key(key_pem), await self.nodes()
+        for node in known:
+            if node.name == name and node.key_pem != key:
+                await self.unregister(node.node_id)
+        for node in known:
             if node.key_pem == key:
                 return node.node_id
         return await self.add_key(key, name)

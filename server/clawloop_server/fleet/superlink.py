@@ -166,7 +166,7 @@ class Fleet:
             raise FleetError(f"the bridge did not come up in {timeout_s:.0f} s; see {self._home.logs}")
 
     async def admit(self, device_id: str, key_pem: str) -> int:
-        """Let a device's node key in; its node id, until the SuperLink starts anew."""
+        """Let a device's node key in, and no other of its keys; its node id, until the SuperLink starts anew."""
         return await self.control.register(key_pem, device_id)
 
     async def expel(self, device_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The devices that were let in: their keys, their model line, their state.
+"""The devices that were let in, or wait to be: their keys, their model line, their state, and what happened to these.
 
 Knows no HTTP and no Flower; what they sent is the vault's.
 """
@@ -13,18 +13,26 @@ import msgspec
 
 from clawloop_server.errors import DeviceError
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_shared.signing import key_id
 
 _COLUMNS = (
     "device_id, device_key, node_key_pem, node_id, line_id, state, adapter_version, joined_ms, seen_ms, level, cohort"
+    ", approved_ms, held_ms, rival_ms"
 )
+_RIVAL_NEWS_MS = 3_600_000
+"""so often at most it is written down that two edges have a device's keys"""
 _SELECT = f"SELECT {_COLUMNS} FROM devices"  # noqa: S608 constant names
 
 
 class DeviceState(StrEnum):
     """What a device may do."""
 
+    WAITING = "waiting"
+    """it joined, and may sync once the operator has approved it"""
     JOINED = "joined"
     """it may sync"""
+    LEFT = "left"
+    """it said goodbye; what it sent is kept"""
     REVOKED = "revoked"
     """it may not; what it sent is kept"""
     DELETED = "deleted"
@@ -47,23 +55,50 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     """what it last said that it lets out; empty: it never did"""
     cohort: str = ""
     """which devices it learns with; empty: all that are in no other"""
+    approved_ms: int = 0
+    """since when it may sync; 0: it never might"""
+    held_ms: int = 0
+    """when the edge that has its keys asked how it stands; 0: never"""
+    rival_ms: int = 0
+    """when an edge was heard that another one with the same keys has taken the place of; 0: never"""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the operator must approve it before it may sync."""
+        return self.state is DeviceState.WAITING
+
+    def doubled(self, *, now_ms: int) -> bool:
+        """Whether two edges have its keys, as was seen within the last hour."""
+        return self.state is DeviceState.JOINED and bool(self.rival_ms) and now_ms - self.rival_ms < _RIVAL_NEWS_MS
+
+
+class DeviceEvent(msgspec.Struct, frozen=True):
+    """Something that happened to a device."""
+
+    at_ms: int
+    what: str
+    detail: str
+
+
+class Held(msgspec.Struct, frozen=True):
+    """Which of the edges with a device's keys serves: whether the one that asked, when that one was heard last, and
+    when another."""
+
+    holds: bool
+    held_ms: int
+    rival_ms: int
 
 
 def _device(row: tuple[Any, ...]) -> Device:
-    device_id, key, pem, node_id, line_id, state, version, joined_ms, seen_ms, level, cohort = row
-    return Device(
-        device_id=device_id,
-        device_key=key or b"",
-        node_key_pem=pem or "",
-        node_id=None if node_id is None else int(node_id),
-        line_id=line_id,
-        state=DeviceState(state),
-        adapter_version=version,
-        joined_ms=joined_ms,
-        seen_ms=seen_ms,
-        level=level,
-        cohort=cohort,
-    )
+    facts = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    node_id = facts["node_id"]
+    facts |= {
+        "device_key": facts["device_key"] or b"",
+        "node_key_pem": facts["node_key_pem"] or "",
+        "node_id": None if node_id is None else int(node_id),
+        "state": DeviceState(facts["state"]),
+    }
+    return Device(**facts)
 
 
 class Devices:
@@ -87,8 +122,10 @@ class Devices:
                 raise DeviceError(f"a key of this device is already that of device {taken[0]}; make new keys")
             node_id = None if device.node_id is None else str(device.node_id)  # uint64 does not fit SQLite's integer
             fields = {**msgspec.structs.asdict(device), "node_id": node_id}
-            sql = f"INSERT INTO devices ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 constant names
-            database.run(sql, [fields[name] for name in _COLUMNS.split(", ")])
+            names = _COLUMNS.split(", ")
+            sql = f"INSERT INTO devices ({_COLUMNS}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608 constant names
+            database.run(sql, [fields[name] for name in names])
+            self._note(device.device_id, "joined", _key_name(device.device_key), at_ms=device.joined_ms)
 
     def all(self) -> list[Device]:
         """Every device, oldest first."""
@@ -122,12 +159,38 @@ class Devices:
 
     def mark_seen(self, device_id: str, adapter_version: int, *, level: str = "", now_ms: int | None = None) -> None:
         """Note that the device answered, which adapter it uses, and what it lets out if it said so."""
-        now_ms = now_ms or time.time_ns() // 1_000_000
+        now_ms = now_ms or _now_ms()
         sql = (
             "UPDATE devices SET adapter_version = ?, seen_ms = ?, level = coalesce(nullif(?, ''), level)"
             " WHERE device_id = ?"
         )
         self._change(sql, [adapter_version, now_ms, level, device_id])
+
+    def approve(self, device_id: str) -> None:
+        """Let a device that waits sync.
+
+        Raises:
+            DeviceError: no such device, or it does not wait.
+        """
+        self._decide(device_id, DeviceState.JOINED, what="approved")
+
+    def reject(self, device_id: str) -> None:
+        """Do not let a device in that waits.
+
+        Raises:
+            DeviceError: no such device, or it does not wait.
+        """
+        self._decide(device_id, DeviceState.REVOKED, what="rejected")
+
+    def _decide(self, device_id: str, state: DeviceState, *, what: str) -> None:
+        with self._database.write() as database:
+            found, now_ms = self.get(device_id), _now_ms()
+            if found.state is not DeviceState.WAITING:
+                raise DeviceError(f"device {device_id} is {found.state} and waits for nothing; see `devices list`")
+            approved_ms = now_ms if state is DeviceState.JOINED else 0
+            sql = "UPDATE devices SET state = ?, approved_ms = ? WHERE device_id = ?"
+            database.run(sql, [state, approved_ms, device_id])
+            self._note(device_id, what, _key_name(found.device_key), at_ms=now_ms)
 
     def revoke(self, device_id: str) -> None:
         """Let the device in no more; what it sent is kept.
@@ -135,9 +198,66 @@ class Devices:
         Raises:
             DeviceError: no such device, or it was deleted.
         """
-        if self.get(device_id).state is DeviceState.DELETED:
-            raise DeviceError(f"device {device_id} was deleted; there is nothing to revoke")
-        self._change("UPDATE devices SET state = ? WHERE device_id = ?", [DeviceState.REVOKED, device_id])
+        with self._database.write():
+            if self.get(device_id).state is DeviceState.DELETED:
+                raise DeviceError(f"device {device_id} was deleted; there is nothing to revoke")
+            self._change("UPDATE devices SET state = ? WHERE device_id = ?", [DeviceState.REVOKED, device_id])
+            self._note(device_id, "revoked")
+
+    def leave(self, device_id: str) -> None:
+        """Note that the device said goodbye; said again it changes nothing. One that was revoked stays that.
+
+        Raises:
+            DeviceError: no such device.
+        """
+        with self._database.write():
+            if self.get(device_id).state not in (DeviceState.JOINED, DeviceState.WAITING):
+                return
+            self._change("UPDATE devices SET state = ? WHERE device_id = ?", [DeviceState.LEFT, device_id])
+            self._note(device_id, "left")
+
+    def replace_keys(self, device_id: str, *, device_key: bytes, node_key_pem: str) -> bool:
+        """Give the device other keys, all or none; whether they were others. Its old ones are worth nothing from then
+        on, and Flower's number of it is taken away until the new one is registered.
+
+        Raises:
+            DeviceError: one of them is another device's, or one is new and the other is not.
+        """
+        with self._database.write() as database:
+            found = self.get(device_id)
+            if (found.device_key, found.node_key_pem) == (device_key, node_key_pem):
+                return False
+            if found.device_key == device_key or found.node_key_pem == node_key_pem:
+                raise DeviceError("both keys of a device change together; make two new ones")
+            sql = "SELECT 1 FROM devices WHERE device_key = ? OR node_key_pem = ?"
+            if database.row(sql, [device_key, node_key_pem]):
+                raise DeviceError("one of these keys is another device's; make new ones")
+            sql = "UPDATE devices SET device_key = ?, node_key_pem = ?, node_id = NULL WHERE device_id = ?"
+            database.run(sql, [device_key, node_key_pem, device_id])
+            self._note(device_id, "keys rotated", f"{_key_name(found.device_key)} to {_key_name(device_key)}")
+        return True
+
+    def hold(self, device_id: str, instance: str, *, takes_at_ms: int, now_ms: int) -> Held:
+        """Note that a running edge with this device's keys was heard, and tell which one serves: the one that took it
+        last. `takes_at_ms`: when the asker signed that it takes it (0: it does not); an older word takes nothing.
+        """
+        with self._database.write() as database:
+            sql = "SELECT instance, taken_at_ms, held_ms, rival_ms FROM devices WHERE device_id = ?"
+            holder, taken_at_ms, held_ms, rival_ms = database.row(sql, [device_id]) or ("", 0, 0, 0)
+            if instance == holder or takes_at_ms > taken_at_ms:
+                taken_at_ms = taken_at_ms if instance == holder else takes_at_ms
+                sql = "UPDATE devices SET instance = ?, taken_at_ms = ?, held_ms = ? WHERE device_id = ?"
+                database.run(sql, [instance, taken_at_ms, now_ms, device_id])
+                return Held(True, now_ms, rival_ms)
+            database.run("UPDATE devices SET rival_ms = ? WHERE device_id = ?", [now_ms, device_id])
+            if now_ms - rival_ms > _RIVAL_NEWS_MS:
+                self._note(device_id, "two edges", "a second edge has this device's keys", at_ms=now_ms)
+        return Held(False, held_ms, now_ms)
+
+    def events(self, device_id: str) -> list[DeviceEvent]:
+        """What happened to a device, oldest first."""
+        sql = "SELECT at_ms, what, detail FROM device_events WHERE device_id = ? ORDER BY event_id"
+        return [DeviceEvent(*row) for row in self._database.rows(sql, [device_id])]
 
     def bury(self, device_id: str) -> None:
         """Leave only the id of the device, so that it is known to have been; the vault shreds what it sent.
@@ -145,11 +265,26 @@ class Devices:
         Raises:
             DeviceError: no such device.
         """
-        self.get(device_id)
-        sql = "UPDATE devices SET state = ?, device_key = NULL, node_key_pem = NULL WHERE device_id = ?"
-        self._change(sql, [DeviceState.DELETED, device_id])
+        with self._database.write() as database:
+            self.get(device_id)
+            sql = "UPDATE devices SET state = ?, device_key = NULL, node_key_pem = NULL, instance = ''"
+            database.run(f"{sql} WHERE device_id = ?", [DeviceState.DELETED, device_id])
+            database.run("DELETE FROM device_events WHERE device_id = ?", [device_id])
+            self._note(device_id, "deleted")
+
+    def _note(self, device_id: str, what: str, detail: str = "", *, at_ms: int | None = None) -> None:
+        sql = "INSERT INTO device_events (device_id, at_ms, what, detail) VALUES (?, ?, ?, ?)"
+        self._database.run(sql, [device_id, _now_ms() if at_ms is None else at_ms, what, detail])
 
     def _change(self, sql: str, values: list[Any]) -> None:
         with self._database.write() as database:
             if database.run(sql, values) != 1:
                 raise DeviceError(f"no device {values[-1]}; `clawloop-server devices list` shows them")
+
+
+def _key_name(public: bytes) -> str:
+    return f"key {key_id(public)}"
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
 from clawloop_server.errors import DeviceError, VaultError
+from clawloop_server.hub.allowance import Allowance
 from clawloop_server.hub.desk import DeskAnswer
 from clawloop_server.hub.devices import Device, DeviceState
 from clawloop_shared import wire
@@ -28,7 +28,6 @@ SKEW_MS = 300_000
 PER_MINUTE = 30.0
 """requests of one device, and as many at once; one of 10,000 ids counts as eleven"""
 _IDS_PER_REQUEST = 1000
-_MAX_COUNTED = 10_000
 _UNPROVEN = "this request is not signed by a device that this server knows"
 
 
@@ -51,25 +50,6 @@ class Records(Protocol):
             StorageError: it is not all gone from the disk.
         """
         ...
-
-
-class Allowance:
-    """So many requests a minute for each device; what was not used is saved up to one minute's worth."""
-
-    def __init__(self, per_minute: float, *, clock: Callable[[], float]) -> None:
-        self._per_minute, self._clock = per_minute, clock
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, device_id: str, cost: float) -> int:
-        """Take `cost`; 0, or how many seconds to wait until there is enough."""
-        now_s = self._clock()
-        left, then_s = self._left.pop(device_id, (self._per_minute, now_s))
-        left = min(self._per_minute, left + (now_s - then_s) * self._per_minute / 60)
-        missing = cost - left
-        self._left[device_id] = (left if missing > 0 else left - cost, now_s)
-        if len(self._left) > _MAX_COUNTED:
-            self._left.popitem(last=False)
-        return int(missing * 60 / self._per_minute) + 1 if missing > 0 else 0
 
 
 class ForgetDesk:

@@ -2,6 +2,7 @@
 
     POST /v1/join          a device asks to be let in
     POST /v1/forget        a device asks to have deleted what it sent
+    POST /v1/standing      a device asks how it stands; /v1/rotate: wants other keys; /v1/leave: says goodbye
     POST /v1/fleet/NAME    Flower's Fleet API, passed on to the SuperLink on loopback, in both directions as a stream
 
 Of the Fleet API only the calls of a node that is already known are passed: not registering (that is ours), and not
@@ -11,13 +12,14 @@ fetching code. The rest of Flower's port (runs, node keys) has no authentication
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Protocol
 
 import aiohttp
 from aiohttp import web
 
 from clawloop_server.hub.desk import DeskAnswer
+from clawloop_shared.membership import LEAVE_PATH, MAX_MEMBER_BYTES, ROTATE_PATH, STANDING_PATH
 from clawloop_shared.messages import FORGET_PATH, JOIN_PATH, MAX_FORGET_BYTES, MAX_JOIN_BYTES
 
 _log = logging.getLogger(__name__)
@@ -58,6 +60,30 @@ class Desk(Protocol):
         ...
 
 
+class Door(Protocol):
+    """What answers strangers: it is told who asks."""
+
+    async def answer(self, body: bytes, *, peer: str) -> DeskAnswer:
+        """The answer to one request from an address."""
+        ...
+
+
+class Members(Protocol):
+    """What answers members, each about itself."""
+
+    async def standing(self, body: bytes) -> DeskAnswer:
+        """How it stands."""
+        ...
+
+    async def rotate(self, body: bytes) -> DeskAnswer:
+        """Other keys."""
+        ...
+
+    async def leave(self, body: bytes) -> DeskAnswer:
+        """Goodbye."""
+        ...
+
+
 class Front:
     """The public server."""
 
@@ -66,15 +92,18 @@ class Front:
         superlink: str,
         *,
         stock_nodes: bool = False,
-        joining: Desk,
+        joining: Door,
         forgetting: Desk,
         upstream_tls: ssl.SSLContext,
         is_open: Callable[[], bool] = lambda: True,
+        members: Members | None = None,
+        trusted_proxies: Collection[str] = (),
     ) -> None:
         # a stock SuperNode insists on the bridge's app
         self._calls = FLEET_CALLS | {CODE_CALL} if stock_nodes else FLEET_CALLS
         self._superlink, self._upstream_tls = f"https://{superlink}", upstream_tls
-        self._joining, self._forgetting = joining, forgetting
+        self._joining, self._forgetting, self._members = joining, forgetting, members
+        self._trusted = frozenset(trusted_proxies)
         self._is_open = is_open
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -87,6 +116,10 @@ class Front:
         app = web.Application(client_max_size=MAX_FLEET_BODY_BYTES, middlewares=[_errors])
         app.router.add_post(JOIN_PATH, self._join)
         app.router.add_post(FORGET_PATH, self._forget)
+        if self._members is not None:
+            desk = self._members
+            for path, work in ((STANDING_PATH, desk.standing), (ROTATE_PATH, desk.rotate), (LEAVE_PATH, desk.leave)):
+                app.router.add_post(path, _member_call(work))
         app.router.add_post("/v1/fleet/{call}", self._fleet)
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, shutdown_timeout=1.0, keepalive_timeout=_IDLE_S
@@ -105,10 +138,20 @@ class Front:
             await self._session.close()
 
     async def _join(self, request: web.Request) -> web.Response:
-        return await _asked(request, self._joining, limit=MAX_JOIN_BYTES)
+        peer = self._peer(request)
+        return await _asked(request, lambda body: self._joining.answer(body, peer=peer), limit=MAX_JOIN_BYTES)
 
     async def _forget(self, request: web.Request) -> web.Response:
-        return await _asked(request, self._forgetting, limit=MAX_FORGET_BYTES)
+        return await _asked(request, self._forgetting.answer, limit=MAX_FORGET_BYTES)
+
+    def _peer(self, request: web.Request) -> str:
+        """The address of the caller: of the connection, or what a proxy that the operator named says it is. Of a
+        header with several only the last word is that proxy's own; those before it anybody can write."""
+        address = request.remote or ""
+        if address not in self._trusted:
+            return address
+        told = request.headers.getall("X-Forwarded-For", [])
+        return told[-1].rpartition(",")[2].strip() if told else address
 
     async def _fleet(self, request: web.Request) -> web.StreamResponse:
         call = request.match_info["call"]
@@ -132,11 +175,18 @@ class Front:
             return _error(503, "the server is not ready; try again", retry_after_s=1)
 
 
-async def _asked(request: web.Request, desk: Desk, *, limit: int) -> web.Response:
+def _member_call(work: Callable[[bytes], Awaitable[DeskAnswer]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def call(request: web.Request) -> web.Response:
+        return await _asked(request, work, limit=MAX_MEMBER_BYTES)
+
+    return call
+
+
+async def _asked(request: web.Request, work: Callable[[bytes], Awaitable[DeskAnswer]], *, limit: int) -> web.Response:
     body = await _whole(request, limit)
     if body is None:
         return _error(413, f"a {request.path.rsplit('/', 1)[-1]} request may have {limit} bytes")
-    answer = await desk.answer(body)
+    answer = await work(body)
     if answer.status == 200:
         return web.Response(body=answer.body, content_type="application/octet-stream")
     return _error(answer.status, answer.message, retry_after_s=answer.retry_after_s)

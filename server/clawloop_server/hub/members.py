@@ -16,19 +16,21 @@ from clawloop_shared.messages import AdapterOffer, JoinRequest, StatusReply
 class HubMembers:
     """Who may join, and who may sync."""
 
-    def __init__(self, database: ServerDatabase, *, line_id: str) -> None:
+    def __init__(self, database: ServerDatabase, *, line_id: str, approve: bool = False) -> None:
+        """`approve`: a device that joins waits until the operator has approved it."""
+        self._approve = approve
         self.devices = Devices(database)
         self._invitations = Invitations(database)
         self._line_id = line_id
 
     def redeem(self, request: JoinRequest) -> Device:
-        """Let a device in; see `Invitations.redeem`.
+        """Let a device in, or have it wait; see `Invitations.redeem`.
 
         Raises:
             InvitationError: the code is unknown, used or expired, or the device is not one for this server.
             DeviceError: its keys are another device's.
         """
-        return self._invitations.redeem(request, lines={self._line_id})
+        return self._invitations.redeem(request, lines={self._line_id}, approve=self._approve)
 
     def set_node(self, device_id: str, node_id: int) -> None:
         """Note the device's number in Flower."""
@@ -53,6 +55,10 @@ class HubMembers:
         """The node key of every device that may sync, by device id."""
         joined = (device for device in self.devices.all() if device.state is DeviceState.JOINED)
         return {device.device_id: device.node_key_pem for device in joined}
+
+    def unregistered(self) -> list[Device]:
+        """Devices that may sync and that Flower does not know: just approved, or with new keys."""
+        return [d for d in self.devices.all() if d.state is DeviceState.JOINED and d.node_id is None]
 
     def registered_in_vain(self) -> list[Device]:
         """Devices that Flower still knows although they may sync no more."""

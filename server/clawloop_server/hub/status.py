@@ -5,6 +5,8 @@ Numbers and states only: no key, no name of a person, nothing that a device sent
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from clawloop_server.bases import find_base
@@ -37,6 +39,11 @@ class DeviceCounts(msgspec.Struct, frozen=True, kw_only=True):
     joined: int
     revoked: int
     online: int = 0
+    waiting: int = 0
+    """for the operator to approve them"""
+    left: int = 0
+    doubled: int = 0
+    """of which two edges have the keys, as was seen within the last hour"""
 
 
 class CurrentAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +121,9 @@ def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStat
         devices=DeviceCounts(
             joined=sum(device.state == "joined" for device in devices),
             revoked=sum(device.state == "revoked" for device in devices),
+            waiting=sum(device.state == "waiting" for device in devices),
+            left=sum(device.state == "left" for device in devices),
+            doubled=sum(device.doubled(now_ms=time.time_ns() // 1_000_000) for device in devices),
         ),
         ready_trajectories=vault.count_ready(base.line_id, Channel.TRAIN),
         round_trajectories=config.train.round_trajectories,

@@ -13,8 +13,13 @@ from clawloop_shared import signing
 from clawloop_shared.envelope import KEY_BYTES, new_data_key
 from clawloop_shared.errors import KeyMissing
 from clawloop_shared.files import publish_secret
+from clawloop_shared.membership import RELEASE as RELEASE_PURPOSE
+from clawloop_shared.membership import KeyStatement, sign_statement
+from clawloop_shared.messages import SignedAnswer
 
 MASTER, ROOT, RELEASE = "master.key", "root.key", "release.key"
+_DAY_MS = 86_400_000
+_STATEMENT_BEFORE_MS, _STATEMENT_FOR_MS = 2 * _DAY_MS, 365 * _DAY_MS
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class ServerKeys:
     def root_public(self) -> bytes:
         """The key by which devices know this server."""
         return signing.public_key(self.root)
+
+    def release_statement(self, *, now_ms: int) -> SignedAnswer:
+        """The root key's word for the release key: from two days ago, for clocks that differ, for a year."""
+        statement = KeyStatement(
+            key=self.release_public,
+            purpose=RELEASE_PURPOSE,
+            not_before_ms=now_ms - _STATEMENT_BEFORE_MS,
+            expires_ms=now_ms + _STATEMENT_FOR_MS,
+        )
+        return sign_statement(statement, self.root)
 
     @property
     def release_public(self) -> bytes:
