@@ -29,6 +29,7 @@ from clawloop_server.config import ServerConfig
 from clawloop_server.errors import FleetError, HomeError
 from clawloop_server.fleet.children import ChildSpec, ChildStatus, Supervisor
 from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
+from clawloop_server.fleet.quota import QuotaSettings
 from clawloop_server.fleet.superlink import Fleet
 from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, server_context
 from clawloop_server.home import Home, read_secret
@@ -213,6 +214,8 @@ class ServerApp:
             fleet_ready=fleet is not None and fleet.ready,
             training=self._trainer.training,
             parts=[_part(child) for child in children],
+            held_back=self._dispatcher.held_back if self._dispatcher else {},
+            trouble=self._dispatcher.trouble if self._dispatcher else "",
         )
 
     # what happens while it runs
@@ -284,7 +287,12 @@ def admin_token(home: Home) -> str:
 
 def _dispatch_settings(config: ServerConfig) -> DispatchSettings:
     fleet = config.fleet
-    return DispatchSettings(upload_every_s=fleet.upload_every_s, status_every_s=fleet.status_every_s)
+    return DispatchSettings(
+        upload_every_s=fleet.upload_every_s,
+        status_every_s=fleet.status_every_s,
+        exchanges_per_s=fleet.exchanges_per_s,
+        quota=QuotaSettings(items_per_hour=fleet.items_per_hour, mib_per_hour=fleet.mib_per_hour),
+    )
 
 
 def _part(child: ChildStatus) -> Part:

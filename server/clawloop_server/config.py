@@ -50,6 +50,12 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """how often a device is asked for what may leave"""
     status_every_s: float = 300.0
     """how often it is asked how it is"""
+    exchanges_per_s: float = 10.0
+    """of these two questions, how many a second are asked in all; with many devices each has its turn more seldom"""
+    items_per_hour: int = 20_000
+    """what is taken of one device; the rest stays there and is taken later; 0: all that comes"""
+    mib_per_hour: float = 512.0
+    """the same in MiB"""
     stock_nodes: bool = False
     """let devices connect by a stock SuperNode: those fetch the bridge's app (and never run it)"""
     superlink_port: int = 0
@@ -139,6 +145,9 @@ def check_config(config: ServerConfig) -> ServerConfig:
         f"[hub] public_url {hub.public_url!r} must be https://HOST[:PORT] without a path": _is_origin(hub.public_url),
         f"[fleet] upload_every_s {fleet.upload_every_s} is not in (0, 86400]": 0 < fleet.upload_every_s <= 86400,
         f"[fleet] status_every_s {fleet.status_every_s} is not in (0, 86400]": 0 < fleet.status_every_s <= 86400,
+        f"[fleet] exchanges_per_s {fleet.exchanges_per_s} is not in [0.1, 10000]": 0.1 <= fleet.exchanges_per_s <= 1e4,
+        f"[fleet] items_per_hour {fleet.items_per_hour} is below 0": fleet.items_per_hour >= 0,
+        f"[fleet] mib_per_hour {fleet.mib_per_hour} is below 0": 0 <= fleet.mib_per_hour < float("inf"),
         f"[fleet] wrong_joins_per_minute {fleet.wrong_joins_per_minute} is below 1": fleet.wrong_joins_per_minute >= 1,
         f"[fleet] wrong_joins_per_minute_total {fleet.wrong_joins_per_minute_total} is below wrong_joins_per_minute": (
             fleet.wrong_joins_per_minute_total >= fleet.wrong_joins_per_minute

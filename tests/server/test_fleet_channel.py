@@ -24,7 +24,7 @@ class Port:
     async def connected(self) -> None:
         self.bridges += 1
 
-    async def work(self, online: list[NodeInfo]) -> list[Outgoing]:
+    async def work(self, online: list[NodeInfo] | None) -> list[Outgoing]:
         out, self.out = self.out, []
         return out
 

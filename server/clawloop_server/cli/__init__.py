@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs.
 
 import sys
 
-_EXTRA = {"aiohttp", "flwr", "peft", "safetensors", "tokenizers", "torch", "transformers"}
+_EXTRA = {"aiohttp", "flwr", "peft", "psutil", "safetensors", "tokenizers", "torch", "transformers"}
 
 
 def main(arguments: list[str] | None = None) -> None:

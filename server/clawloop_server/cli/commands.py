@@ -2,7 +2,7 @@
 
 import typer
 
-from clawloop_server.cli import adapters, bases, data, devices, invitations, keys, rounds, run, setup
+from clawloop_server.cli import adapters, bases, data, devices, invitations, keys, rounds, run, setup, simulate
 from clawloop_server.cli.common import HomeOption, group
 
 app = group("The clawloop server: lets devices in, learns from what they let out, and gives back better adapters.")
@@ -17,6 +17,7 @@ app.command("init")(setup.init)
 app.command("serve")(run.serve)
 app.command("status")(run.status)
 app.command("invite")(setup.invite)
+app.command("simulate")(simulate.simulate)
 app.command("keys")(keys.keys)
 app.add_typer(invitations.app, name="invitations")
 app.add_typer(devices.app, name="devices")

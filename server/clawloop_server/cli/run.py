@@ -80,6 +80,10 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         facts["copied"] = f"two edges have the keys of {counted(devices.doubled, 'device')}; see `devices list`"
     if found.waiting_adapters:
         facts["waiting"] = f"{found.waiting_adapters} adapters are not released; see `clawloop-server adapters list`"
+    if found.trouble:
+        facts["nothing is kept"] = f"{found.trouble}; devices keep what they have, and send it when it can be"
+    for device_id, reason in found.held_back.items():
+        facts[f"device {device_id}"] = reason
     for part in found.parts:
         facts[part.name] = part.summary
     print_facts("clawloop server", facts)

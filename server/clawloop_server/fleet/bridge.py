@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,10 @@ _log = logging.getLogger(__name__)
 _STYPE = "clawloop.wire"
 _NODES_EVERY_S = 0.5
 _IDLE_S = 0.5
+_LOOK_SHARE, _PULL_SHARE = 0.05, 0.2
+"""of its time that it may spend asking who is there, and whether there are answers: both cost more with more devices"""
+_MAX_PULL = 256
+"""of the messages under way, how many it asks for at once; the oldest first"""
 _WAIT_S = (0.03, 0.5)
 _WAIT_SHARE = 0.4
 _PART_S = (0.01, 0.5)
@@ -31,8 +36,8 @@ _PART_MAX_S = 120.0
 class Hub(Protocol):
     """The hub as the bridge sees it (`channel.Line`)."""
 
-    def exchange(self, online: list[NodeInfo], replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
-        """Hand over replies, get what to send."""
+    def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
+        """Hand over replies, get what to send; `online` None: as before."""
         ...
 
 
@@ -40,7 +45,6 @@ class Hub(Protocol):
 class _Sent:
     node_id: int
     type: str
-    at_s: float
 
 
 class Bridge:
@@ -49,7 +53,8 @@ class Bridge:
     def __init__(self, grid: Any, hub: Hub) -> None:
         self._grid, self._hub = grid, hub
         self._online: list[NodeInfo] = []
-        self._online_s = float("-inf")
+        self._told: list[NodeInfo] | None = None
+        self._look_due_s = self._pull_due_s = self._sent_s = float("-inf")
         self._sent: dict[str, _Sent] = {}
         self._replies: list[Reply] = []
 
@@ -57,42 +62,57 @@ class Bridge:
         """Once around: who is there, what is to be sent, what came back."""
         self._look()
         replies, self._replies = self._replies, []
-        orders = self._hub.exchange(self._online, replies, wait_s=self._wait_s())
+        changed = None if self._online == self._told else self._online
+        orders = self._hub.exchange(changed, replies, wait_s=self._wait_s(replies))
+        self._told = self._online
         if orders:
             self._push(orders)
-        if self._sent:
+        if self._sent and time.monotonic() >= self._pull_due_s:
             self._pull()
 
     def _look(self) -> None:
-        if time.monotonic() - self._online_s < _NODES_EVERY_S:
+        began_s = time.monotonic()
+        if began_s < self._look_due_s:
             return
-        self._online = [NodeInfo(node.node_id, node.name) for node in self._grid.get_nodes()]
-        self._online_s = time.monotonic()
+        self._online = sorted((NodeInfo(n.node_id, n.name) for n in self._grid.get_nodes()), key=lambda n: n.node_id)
+        spent_s = time.monotonic() - began_s
+        self._look_due_s = began_s + max(_NODES_EVERY_S, spent_s / _LOOK_SHARE)
 
-    def _wait_s(self) -> float:
+    def _wait_s(self, replies: list[Reply]) -> float:
         """A fresh message is looked for soon, an old one (a device that polls seldom) less and less often."""
-        if self._replies:
+        if replies:
             return 0.0
         if not self._sent:
             return _IDLE_S
-        age_s = time.monotonic() - max(sent.at_s for sent in self._sent.values())
-        return min(max(age_s * _WAIT_SHARE, _WAIT_S[0]), _WAIT_S[1])
+        now_s = time.monotonic()
+        age_s = now_s - self._sent_s
+        return max(min(max(age_s * _WAIT_SHARE, _WAIT_S[0]), _WAIT_S[1]), min(self._pull_due_s - now_s, _WAIT_S[1]))
 
     def _push(self, orders: list[Outgoing]) -> None:
         messages = [_message(order) for order in orders]
         ids = list(self._grid.push_messages(messages))
         ids += [None] * (len(orders) - len(ids))
+        self._sent_s = time.monotonic()
         for message_id, order in zip(ids, orders, strict=True):
             if message_id:
-                self._sent[message_id] = _Sent(order.node_id, order.type, time.monotonic())
+                self._sent[message_id] = _Sent(order.node_id, order.type)
             else:
                 self._replies.append(Reply(order.node_id, order.type, error="the SuperLink did not take the message"))
 
     def _pull(self) -> None:
-        for message in self._grid.pull_messages(list(self._sent)):
+        """Ask for answers. Those asked for that have none go to the end of the line."""
+        began_s = time.monotonic()
+        asked = list(islice(self._sent, _MAX_PULL))
+        for message in self._grid.pull_messages(asked):
             sent = self._sent.pop(message.metadata.reply_to_message_id, None)
             if sent is not None:
                 self._replies.append(_reply(sent, message))
+        if len(self._sent) > _MAX_PULL:
+            for message_id in asked:
+                if message_id in self._sent:
+                    self._sent[message_id] = self._sent.pop(message_id)
+        if not self._replies:
+            self._pull_due_s = began_s + (time.monotonic() - began_s) / _PULL_SHARE
 
 
 def _message(order: Outgoing) -> Any:

@@ -75,9 +75,10 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Exchange(msgspec.Struct, frozen=True):
-    """The bridge hands over replies and asks for work, willing to wait `wait_s` for some."""
+    """The bridge hands over replies and asks for work, willing to wait `wait_s` for some. `online` is there when it
+    has changed."""
 
-    online: list[NodeInfo]
+    online: list[NodeInfo] | None
     replies: list[Reply]
     wait_s: float
 
@@ -95,8 +96,8 @@ class FleetPort(Protocol):
         """A bridge is there; whatever an earlier one had under way is lost."""
         ...
 
-    async def work(self, online: list[NodeInfo]) -> list[Outgoing]:
-        """What to send now to devices that are online."""
+    async def work(self, online: list[NodeInfo] | None) -> list[Outgoing]:
+        """What to send now to devices that are online; None: they are the same as before."""
         ...
 
     async def reply(self, reply: Reply) -> None:
@@ -197,7 +198,7 @@ class Channel:
         out = await self._port.work(exchange.online)
         if not out and exchange.wait_s > 0:
             await self._port.wait(exchange.wait_s)
-            out = await self._port.work(exchange.online)
+            out = await self._port.work(None)
         frame = msgspec.msgpack.encode(Orders(out))
         writer.write(_LENGTH.pack(len(frame)) + frame)
         await writer.drain()
@@ -216,7 +217,7 @@ class Line:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._send(Hello(address.secret, run_id))
 
-    def exchange(self, online: list[NodeInfo], replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
+    def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
         """Hand over replies and get what to send next.
 
         Raises:

@@ -2,6 +2,10 @@
 
 Holds only what can be asked again (versions told, receipts to hand over, messages under way). What counts is on disk
 before it is acknowledged: the vault's items, the registry's releases. Knows no Flower and no socket.
+
+Its work grows with what happens and not with how many devices there are: only those are looked at whose turn it is
+(`pacing`), the database is asked about a node once in a while (`roster`), and the questions that recur, how it is and
+what may leave, are as many a second as a server can bear; with many devices each has its turn more seldom.
 """
 
 import asyncio
@@ -13,9 +17,13 @@ from typing import Protocol
 import msgspec
 
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
+from clawloop_server.fleet.pacing import Budget, Due
+from clawloop_server.fleet.quota import Quota, QuotaSettings
+from clawloop_server.fleet.roster import Roster
+from clawloop_server.fleet.standing import Standing
 from clawloop_shared import wire
 from clawloop_shared.deltas import LearnReply, LearnTask
-from clawloop_shared.errors import ClawloopError, WireError
+from clawloop_shared.errors import ClawloopError, StorageError, WireError
 from clawloop_shared.messages import (
     ADAPTER,
     LEARN,
@@ -39,6 +47,12 @@ from clawloop_shared.messages import (
 _log = logging.getLogger(__name__)
 
 _MAX_BACK_OFF_S = 60.0
+_MAX_ORDERS = 64
+"""of one exchange: the bridge hands them to Flower one by one, and hears of no answer meanwhile"""
+_LOOKUPS_PER_S = 200.0
+"""how often a second at most somebody's tasks are looked up"""
+_MAX_LOOKUPS = 256
+_COHORT_S = 5.0
 _OVERDUE_S = 30.0
 _MAX_ITEMS = 1024
 """of one answer that are taken: their receipts fit one small message. The others come again, as long as they wait"""
@@ -56,6 +70,11 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     adapter_ttl_s: float = 600.0
     refused_again_s: float = 3600.0
     """after a device refused a version, how long until it is offered that one again"""
+    exchanges_per_s: float = 10.0
+    """how many devices a second are asked how they are or for their items, at most"""
+    ask_every_s: float = 2.0
+    """how often it is looked up whether a device is to learn something or to take part in a sum"""
+    quota: QuotaSettings = QuotaSettings()
 
 
 class Vault(Protocol):
@@ -132,23 +151,6 @@ class NoTasks:
         """Nobody was asked."""
 
 
-class _Device:
-    """What is known of one device since the hub started."""
-
-    def __init__(self, device_id: str) -> None:
-        self.device_id = device_id
-        self.under_way: dict[str, float] = {}
-        self.version: int | None = None
-        self.refused: dict[int, float] = {}
-        self.offered = 0
-        self.status_due_s = self.upload_due_s = float("-inf")
-        self.receipts: list[ItemReceipt] = []
-        self.told = 0
-        self.failures = 0
-        self.asked_due_s: dict[str, float] = {}
-        """when a kind of question that failed may be asked again"""
-
-
 class Dispatcher:
     """The `FleetPort` of a real hub."""
 
@@ -168,15 +170,32 @@ class Dispatcher:
         self._tasks, self._sums = tasks or NoTasks(), sums or NoTasks()
         self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
         self._settings, self._clock = settings or DispatchSettings(), clock
-        self._devices: dict[int, _Device] = {}
-        self._known_nodes: dict[int, str] = {}
+        self._devices: dict[int, Standing] = {}
+        self._roster = Roster(members, clock=clock)
+        self._turns, self._offers, self._lookups = Due(), Due(), Due()
+        per_s = self._settings.exchanges_per_s
+        self._budget = Budget(per_s, burst=max(per_s, _MAX_ORDERS / 2), clock=clock)
+        self._quota = Quota(self._settings.quota, clock=clock)
+        self._released = 0
         self._offer: tuple[int, bytes] = (0, b"")
+        self._cohort, self._cohort_due_s = 0, float("-inf")
+        self._trouble = ""
         self._news = asyncio.Event()
 
     @property
     def online(self) -> list[str]:
         """Device ids that the bridge reported last."""
-        return list(self._known_nodes.values())
+        return list(self._roster.known.values())
+
+    @property
+    def held_back(self) -> dict[str, str]:
+        """Devices of which nothing is taken for now, and why."""
+        return self._quota.over
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing that devices send can be kept; empty: the last could."""
+        return self._trouble
 
     def notify(self) -> None:
         """Something was released: look at once. (Call from the hub's loop.)"""
@@ -184,30 +203,36 @@ class Dispatcher:
 
     async def connected(self) -> None:
         """Forget what an earlier bridge had under way."""
-        for device in self._devices.values():
+        for node_id, device in self._devices.items():
             device.under_way.clear()
+            self._plan(node_id)
 
     async def wait(self, timeout_s: float) -> None:
-        """Until news, the next upload of a device that is there, or `timeout_s`."""
-        there = (self._devices[node_id] for node_id in self._known_nodes if node_id in self._devices)
-        asked = (d for d in there if d.version is not None and UPLOAD not in d.under_way)
-        due_s = min((d.upload_due_s for d in asked), default=float("inf"))
-        timeout_s = min(timeout_s, max(due_s - self._clock(), 0.01))
+        """Until news, the next question that is due, or `timeout_s`."""
+        turn_s = max(self._turns.next_s(), self._budget.ready_s())
+        due_s = min(turn_s, self._offers.next_s(), self._lookups.next_s()) - self._clock()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(timeout_s, max(due_s, 0.01))):
                 await self._news.wait()
         except TimeoutError:
             return
         self._news.clear()
 
-    async def work(self, online: list[NodeInfo]) -> list[Outgoing]:
-        """What each device should be asked now."""
-        out: list[Outgoing] = []
-        released = await asyncio.to_thread(self._releases.current_version)
-        self._known_nodes = known = await asyncio.to_thread(self._known, online)
-        for node_id, device_id in known.items():
-            device = self._devices.setdefault(node_id, _Device(device_id))
-            out += await self._for_device(node_id, device, released)
+    async def work(self, online: list[NodeInfo] | None) -> list[Outgoing]:
+        """What devices should be asked now, so many at once as can be handed on soon; None: those that are online are
+        the same as before."""
+        try:
+            await self._see(online)
+            out = await self._offering()
+            out += await self._looking_up()
+        except ClawloopError as error:  # the bridge must not end for it: it comes again in a moment
+            _log.error("it cannot be seen what devices should be asked: %s", error)
+            return []
+        while len(out) < _MAX_ORDERS and self._turns.next_s() <= self._clock() and self._budget.take():
+            node_id = self._turns.pop(self._clock())
+            if node_id is not None:
+                out += self._turn(node_id, self._devices[node_id])
+                self._plan(node_id)
         return out
 
     async def reply(self, reply: Reply) -> None:
@@ -217,6 +242,12 @@ class Dispatcher:
         if device is None:
             return
         device.under_way.pop(reply.type, None)
+        try:
+            await self._heard(device, reply)
+        finally:
+            self._plan(reply.node_id)
+
+    async def _heard(self, device: Standing, reply: Reply) -> None:
         if reply.error:
             self._failed(device, reply.type, reply.error)
             return
@@ -229,62 +260,117 @@ class Dispatcher:
             _log.error("what device %s sent could not be kept", device.device_id)
             self._failed(device, reply.type, str(error))
 
-    def _known(self, online: list[NodeInfo]) -> dict[int, str]:
-        found = {node.node_id: self._members.device_of(node.node_id) for node in online}
-        return {node_id: device_id for node_id, device_id in found.items() if device_id is not None}
+    # whose turn it is
 
-    async def _for_device(self, node_id: int, device: _Device, released: int) -> list[Outgoing]:
+    async def _see(self, online: list[NodeInfo] | None) -> None:
+        """Take note of who came, who went, and what was released."""
+        for node_id in self._roster.set(online) if online is not None else ():
+            self._rest(node_id)
+        if self._roster.is_due():
+            came, gone = await asyncio.to_thread(self._roster.look)
+            for node_id in gone:
+                self._rest(node_id)
+            for node_id in came:
+                self._devices.setdefault(node_id, Standing(self._roster.known[node_id], self._clock()))
+                self._plan(node_id)
+        if self._cohort_due_s <= self._clock():
+            self._cohort = await asyncio.to_thread(self._members.cohort)
+            self._cohort_due_s = self._clock() + _COHORT_S
+        released = await asyncio.to_thread(self._releases.current_version)
+        if released != self._released:
+            self._released = released
+            for node_id in self._roster.known:
+                self._plan(node_id)
+
+    def _plan(self, node_id: int) -> None:
+        """Note when a device is to be looked at next."""
+        if node_id in self._roster.known:
+            device = self._devices[node_id]
+            self._turns.put(node_id, device.turn_s())
+            self._offers.put(node_id, device.offer_s(self._released))
+            self._lookups.put(node_id, device.task_s())
+
+    def _rest(self, node_id: int) -> None:
+        for due in (self._turns, self._offers, self._lookups):
+            due.remove(node_id)
+
+    def _due(self, due: Due, most: int) -> list[int]:
+        """The nodes that are due, so many at most, removed: each is planned anew when it was looked at."""
+        found = list[int]()
+        while len(found) < most and (node_id := due.pop(self._clock())) is not None:
+            found.append(node_id)
+        return found
+
+    # questions
+
+    def _turn(self, node_id: int, device: Standing) -> list[Outgoing]:
+        """How it is, or what may leave."""
         now_s, settings = self._clock(), self._settings
-        device.under_way = {kind: until for kind, until in device.under_way.items() if until > now_s}
-        out = []
-        if STATUS not in device.under_way and now_s >= device.status_due_s:
+        if device.may_ask(STATUS, now_s):
             device.status_due_s = now_s + settings.status_every_s
-            cohort = await asyncio.to_thread(self._members.cohort)
-            out.append(self._send(node_id, STATUS, StatusRequest(cohort=cohort)))
-        if self._wants(device, released):
-            out += await self._offering(node_id, device, released)
-        if UPLOAD not in device.under_way and device.version is not None and now_s >= device.upload_due_s:
-            device.told = len(device.receipts)
-            request = UploadRequest(receipts=device.receipts, max_bytes=settings.max_upload_bytes)
-            out.append(self._send(node_id, UPLOAD, request))
-        if device.version is not None:
-            out += await self._asking(node_id, device)
-        for message in out:
-            device.under_way[message.type] = now_s + message.ttl_s + _OVERDUE_S
+            return [self._send(node_id, STATUS, StatusRequest(cohort=self._cohort))]
+        if not device.may_ask(UPLOAD, now_s):
+            return []
+        device.told = len(device.receipts)
+        request = UploadRequest(receipts=device.receipts, max_bytes=settings.max_upload_bytes)
+        return [self._send(node_id, UPLOAD, request)]
+
+    async def _offering(self) -> list[Outgoing]:
+        """The released adapter, for those that do not have it."""
+        due, version = self._due(self._offers, _MAX_ORDERS), self._released
+        if not due:
+            return []
+        try:
+            payload = await asyncio.to_thread(self._packed_offer, version)
+        except ClawloopError as error:
+            _log.error("adapter %d cannot be sent: %s", version, error)
+            for node_id in due:
+                self._devices[node_id].refused = {version: self._clock() + _MAX_BACK_OFF_S}
+            return []
+        else:
+            for node_id in due:
+                self._devices[node_id].offered = version
+            return [self._sent(Outgoing(node_id, ADAPTER, payload, self._settings.adapter_ttl_s)) for node_id in due]
+        finally:
+            for node_id in due:
+                self._plan(node_id)
+
+    async def _looking_up(self) -> list[Outgoing]:
+        """Tasks, and parts in secure sums, for those that are due for any."""
+        due = self._due(self._lookups, _MAX_LOOKUPS)
+        try:
+            return await asyncio.to_thread(self._look_up, due) if due else []
+        finally:
+            for node_id in due:
+                self._plan(node_id)
+
+    def _look_up(self, due: list[int]) -> list[Outgoing]:
+        """What these devices are to learn, and their parts in secure sums. Blocks."""
+        out = list[Outgoing]()
+        again_s = max(self._settings.ask_every_s, len(self._roster.known) / _LOOKUPS_PER_S)
+        for node_id in due:
+            device = self._devices[node_id]
+            for kind in (LEARN, SECURE):
+                if not device.may_ask(kind, self._clock()):
+                    continue
+                device.asked_due_s[kind] = self._clock() + again_s
+                request = self._asked(kind, device)
+                if request is not None:
+                    out.append(self._send(node_id, kind, request))
         return out
 
-    async def _asking(self, node_id: int, device: _Device) -> list[Outgoing]:
-        """What it is to learn, and its part in a secure sum."""
-        out = []
-        if self._may_ask(device, LEARN):
-            version = device.version or 0
-            task = await asyncio.to_thread(self._tasks.due, device.device_id, adapter_version=version)
-            out += [self._send(node_id, LEARN, task)] if task is not None else []
-        if self._may_ask(device, SECURE):
-            request = await asyncio.to_thread(self._sums.due, device.device_id)
-            out += [self._send(node_id, SECURE, request)] if request is not None else []
-        return out
-
-    def _may_ask(self, device: _Device, kind: str) -> bool:
-        return kind not in device.under_way and device.asked_due_s.get(kind, float("-inf")) <= self._clock()
-
-    def _wants(self, device: _Device, released: int) -> bool:
-        if device.version is None or ADAPTER in device.under_way or released <= device.version:
-            return False
-        return device.refused.get(released, float("-inf")) <= self._clock()
+    def _asked(self, kind: str, device: Standing) -> LearnTask | SecureRequest | None:
+        if kind == LEARN:
+            return self._tasks.due(device.device_id, adapter_version=device.version or 0)
+        return self._sums.due(device.device_id)
 
     def _send(self, node_id: int, kind: str, request: msgspec.Struct) -> Outgoing:
-        return Outgoing(node_id, kind, wire.encode(request), self._settings.ttl_s)
+        return self._sent(Outgoing(node_id, kind, wire.encode(request), self._settings.ttl_s))
 
-    async def _offering(self, node_id: int, device: _Device, released: int) -> list[Outgoing]:
-        device.offered = released
-        try:
-            payload = await asyncio.to_thread(self._packed_offer, released)
-        except ClawloopError as error:
-            _log.error("adapter %d cannot be sent: %s", released, error)
-            device.refused[released] = self._clock() + _MAX_BACK_OFF_S
-            return []
-        return [Outgoing(node_id, ADAPTER, payload, self._settings.adapter_ttl_s)]
+    def _sent(self, message: Outgoing) -> Outgoing:
+        until_s = self._clock() + message.ttl_s + _OVERDUE_S
+        self._devices[message.node_id].under_way[message.type] = until_s
+        return message
 
     def _packed_offer(self, version: int) -> bytes:
         if self._offer[0] != version:
@@ -296,9 +382,11 @@ class Dispatcher:
             self._offer = (version, payload)
         return self._offer[1]
 
-    async def _take(self, device: _Device, reply: Reply) -> None:
+    async def _take(self, device: Standing, reply: Reply) -> None:
         if reply.type == STATUS:
             status = wire.decode(reply.payload, StatusReply)
+            if device.version is None:  # not before others that wait to be greeted
+                device.upload_due_s = self._clock()
             await self._seen(device, status.adapter_version, status)
         elif reply.type == UPLOAD:
             await self._take_upload(device, wire.decode(reply.payload, UploadReply))
@@ -311,25 +399,34 @@ class Dispatcher:
             part = wire.decode(reply.payload, SecureReply)
             await asyncio.to_thread(self._sums.answered, device.device_id, part)
 
-    async def _take_upload(self, device: _Device, upload: UploadReply) -> None:
-        items = upload.items[:_MAX_ITEMS]
-        kept = await asyncio.to_thread(self._keep, device.device_id, items) if items else []
+    async def _take_upload(self, device: Standing, upload: UploadReply) -> None:
+        """Keep what is within the device's quota; the rest is not acknowledged, and asked for when there is room."""
+        items, device_id = upload.items[:_MAX_ITEMS], device.device_id
+        items = items[: self._quota.admit(device_id, items)]
+        kept = await asyncio.to_thread(self._keep, device_id, items) if items else []
         device.receipts = device.receipts[device.told :] + kept
         device.told = 0
-        device.upload_due_s = self._clock() + (0.0 if upload.more and items else self._settings.upload_every_s)
+        wait_s = 0.0 if upload.more and items else self._settings.upload_every_s
+        device.upload_due_s = self._clock() + max(wait_s, self._quota.wait_s(device_id))
         await self._seen(device, upload.adapter_version)
 
     def _keep(self, device_id: str, items: list[UploadItem]) -> list[ItemReceipt]:
-        return [self._sign(received) for received in self._vault.receive(device_id, items)]
+        try:
+            received = self._vault.receive(device_id, items)
+        except StorageError as error:
+            self._trouble = str(error)
+            raise
+        self._trouble = ""
+        return [self._sign(each) for each in received]
 
-    async def _take_adapter(self, device: _Device, answer: AdapterReply) -> None:
+    async def _take_adapter(self, device: Standing, answer: AdapterReply) -> None:
         if answer.installed:
             await self._seen(device, answer.version)
             return
-        device.refused[device.offered] = self._clock() + self._settings.refused_again_s
+        device.refused = {device.offered: self._clock() + self._settings.refused_again_s}
         _log.warning("device %s refused adapter %d: %.200r", device.device_id, device.offered, answer.reason)
 
-    async def _seen(self, device: _Device, version: int, status: StatusReply | None = None) -> None:
+    async def _seen(self, device: Standing, version: int, status: StatusReply | None = None) -> None:
         if status is None and version == device.version:
             return
         if not 0 <= version < _MAX_VERSION:
@@ -337,7 +434,7 @@ class Dispatcher:
         device.version = version
         await asyncio.to_thread(self._members.seen, device.device_id, adapter_version=version, status=status)
 
-    def _failed(self, device: _Device, kind: str, error: str) -> None:
+    def _failed(self, device: Standing, kind: str, error: str) -> None:
         device.failures += 1
         wait_s = min(_MAX_BACK_OFF_S, max(self._settings.upload_every_s, 0.5) * 2 ** min(device.failures - 1, 10))
         _log.info("device %s, %s: %.500r; asking again in %.1f s", device.device_id, kind, error, wait_s)
@@ -346,6 +443,6 @@ class Dispatcher:
         elif kind == STATUS:
             device.status_due_s = self._clock() + wait_s
         elif kind == ADAPTER:
-            device.refused[device.offered] = self._clock() + wait_s
+            device.refused = {device.offered: self._clock() + wait_s}
         else:
             device.asked_due_s[kind] = self._clock() + wait_s

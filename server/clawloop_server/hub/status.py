@@ -102,6 +102,10 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     training: Training | None = None
     """the round under way, as the running server hears of it"""
     parts: list[Part] = []
+    held_back: dict[str, str] = {}
+    """devices of which nothing is taken for now, and why"""
+    trouble: str = ""
+    """why nothing that devices send can be kept"""
 
 
 def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStatus:
