@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import signal
 import time
@@ -27,7 +28,6 @@ from clawloop_edge.engine.protocol import Engine, TextEngine
 from clawloop_edge.errors import RedactionError
 from clawloop_edge.gateway.app import DRAIN, DROPPER, METRICS, STATS, make_app, make_runner
 from clawloop_edge.gateway.drain import Drain
-from clawloop_edge.gateway.settings import GatewaySettings
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
 from clawloop_edge.node import leaving, rotating
@@ -48,6 +48,7 @@ from clawloop_edge.privacy.deletions import Deletions
 from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.waiting import waiting_sessions
+from clawloop_edge.process import allow_connections, check_port, dump_no_core, listen
 from clawloop_edge.scoring import check_scorers, open_reward, open_worker
 from clawloop_edge.signals.registry import Deps
 from clawloop_edge.signals.watch import HealthWatch
@@ -57,6 +58,9 @@ from clawloop_shared.levels import Level
 from clawloop_shared.model_line import read_shape
 
 if TYPE_CHECKING:
+    from clawloop_edge.learn.desk import Desk
+    from clawloop_edge.learn.home import HomeLearning
+    from clawloop_edge.learn.job import Learner
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.privacy.redacting import Redactor
     from clawloop_edge.signals.worker import SignalWorker
@@ -111,6 +115,9 @@ class Edge:
         self._instance = new_instance()
         self._transport: MemberTransport | None = None
         self.activator: Activator | None = None
+        self.learner: Learner | None = None
+        self.learning: HomeLearning | None = None
+        self.idle_s: Callable[[], float] = lambda: math.inf
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -178,6 +185,7 @@ class Edge:
                 "server_detail": await asyncio.to_thread(self._server_detail),
                 "goodbyes_waiting": len(await asyncio.to_thread(leaving.goodbyes, self.pool)),
                 "rewards": self.health.report(),
+                "learning": self.learning.report() if self.learning else {},
             }
         )
 
@@ -316,6 +324,7 @@ class Edge:
             activator=activator,
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
+            tasks=self._learn_at_home(),
         )
         self._transport = transport = MemberTransport(
             self._make_transport(member, node_id=node_id),
@@ -337,8 +346,36 @@ class Edge:
 
         return FlowerTransport(member, node_id=node_id, remember=remember)
 
+    def _learn_at_home(self) -> Desk | None:
+        """Begin to learn when it is time; None if nothing can be learned here."""
+        from clawloop_edge.learn.home import HomeLearning
+
+        if self.learner is None or self._exact is None:
+            return None
+        self.learning = HomeLearning(
+            self.home,
+            self.config,
+            pool=self.pool,
+            consent=self.consent,
+            outbox=self.outbox,
+            engine=self._exact,
+            model=model_folder(self.config.model.path),
+            learner=self.learner,
+            idle_s=lambda: self.idle_s(),
+            done=self._poke_node,
+        )
+        self.learning.schedule.start()
+        return self.learning.desk
+
+    def _poke_node(self) -> None:
+        if self.node is not None:
+            self.node.poke()
+
     async def _stop_node(self, *, silent: bool) -> None:
         """`silent`: nothing may leave any more, not even a goodbye or the rest of what is being sent."""
+        if self.learning is not None:
+            await asyncio.to_thread(self.learning.schedule.stop)
+            self.learning = None
         if self.node is not None:
             await asyncio.to_thread(self.node.stop, silent=silent)
             self.node = None
@@ -373,7 +410,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
 
     Until the model is loaded, a signal ends the process as any other.
     """
-    await _check_port(config.gateway)
+    await check_port(config.gateway)
     for problem in filter(None, check_scorers(config.signals, folder=home.folder, port=config.gateway.port).values()):
         raise ConfigError(problem)
     engine = await _loaded(config)
@@ -387,12 +424,13 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     edge.signals = open_worker(pool, deps, busy=lambda: app[DRAIN].in_flight)
     app[METRICS].watch(edge.signals.counts)
     edge.drop_forgotten = app[DROPPER]
+    edge.idle_s = lambda: app[DRAIN].idle_s
     app[METRICS].watch(edge.health)
     runner = make_runner(app)
     try:
         await runner.setup()
         await edge.start()
-        await _listen(runner, config.gateway)
+        await listen(runner, config.gateway)
         _log.info("serving on http://%s:%d/v1, token in %s", config.gateway.host, config.gateway.port, home.token_file)
         await stop.asked.wait()
         return await _finish(app[DRAIN], stop, within_s=config.gateway.drain_s)
@@ -427,60 +465,12 @@ def _calls(count: int) -> str:
     return "1 call" if count == 1 else f"{count} calls"
 
 
-async def _check_port(settings: GatewaySettings) -> None:
-    """Tell before the model is loaded what `_listen` would tell after it. Raises ConfigError."""
-    loop = asyncio.get_running_loop()
-    try:
-        server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
-    except OSError as error:
-        raise _no_port(settings, error) from error
-    server.close()
-    await server.wait_closed()
-
-
-async def _listen(runner: web.AppRunner, settings: GatewaySettings) -> None:
-    """Raises ConfigError: the address is taken, or is not one of this machine."""
-    try:
-        await web.TCPSite(runner, settings.host, settings.port).start()
-    except OSError as error:
-        raise _no_port(settings, error) from error
-
-
-def _no_port(settings: GatewaySettings, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; stop the program that has this port, "
-        "or set another [gateway] port"
-    )
-
-
-def _dump_no_core() -> None:
-    """A crash must not write what this process has in memory to the disk."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _allow_connections(calls: int) -> None:
-    """Let the process have as many connections at once as calls may wait; macOS gives it 256 files by itself."""
-    import resource
-
-    wanted = 2 * calls + 256
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= most:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (OSError, ValueError) as error:
-        _log.warning("only %d connections at once: the system does not allow %d: %s", soft, most, error)
-
-
 def run(home: EdgeHome) -> None:
     """Open what the home holds, serve, and close it again."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = home.load_config()
-    _dump_no_core()
-    _allow_connections(config.engine.max_queue)
+    dump_no_core()
+    allow_connections(config.engine.max_queue)
     pool = open_pool(home, writer=True)
     if not encrypts():
         _log.warning("the pool's encryption: %s; pip install sqlcipher3", encryption())
