@@ -31,6 +31,7 @@ from clawloop_server.fleet.children import ChildSpec, ChildStatus, Supervisor
 from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
 from clawloop_server.fleet.quota import QuotaSettings
 from clawloop_server.fleet.superlink import Fleet
+from clawloop_server.fleet.tasks import HubTasks
 from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, server_context
 from clawloop_server.home import Home, read_secret
 from clawloop_server.hub.admin import AdminPort
@@ -106,7 +107,7 @@ class ServerApp:
     async def _start(self) -> None:
         home, config = self.home, self.config
         self._open.enter_context(sole_server(home))
-        self._vault = Vault.open(home, self._keys.master, settings=config.reward)
+        self._vault = Vault.open(home, self._keys.master, settings=config.reward, federate=config.federate)
         self._open.callback(self._vault.close)
         self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
@@ -117,6 +118,7 @@ class ServerApp:
             releases=self._releases,
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
+            tasks=self._tasks(),
             settings=_dispatch_settings(config),
         )
         await self._start_fleet(self._dispatcher)
@@ -126,6 +128,16 @@ class ServerApp:
         self._open.push_async_callback(_cancel, self.looking)
         write_running(home, self.running)
         self._open.callback((home.folder / RUNNING_FILE).unlink, missing_ok=True)
+
+    def _tasks(self) -> HubTasks:
+        return HubTasks(
+            registry=self._registry,
+            devices=self._members.devices,
+            deltas=self._vault.deltas,
+            base=self._base,
+            federate=self.config.federate,
+            train=self.config.train,
+        )
 
     async def _start_fleet(self, dispatcher: Dispatcher) -> None:
         fleet = Fleet(
@@ -168,6 +180,7 @@ class ServerApp:
             forgetting=forgetting,
             upstream_tls=client_context(self._tls),
             is_open=lambda: fleet.open,
+            nothing_for=lambda node_id: self._dispatcher is not None and self._dispatcher.nothing_for(node_id),
             stock_nodes=self.config.fleet.stock_nodes,
             members=members,
             trusted_proxies=self.config.hub.trusted_proxies,

@@ -86,6 +86,11 @@ class Deltas:
         sql = f"{_SELECT} WHERE line_id = ? AND state = ? ORDER BY received_ms, delta_id"
         return [_facts(row) for row in self._database.rows(sql, [line_id, DeltaState.WAITING])]
 
+    def waiting_of(self, device_id: str) -> DeltaFacts | None:
+        """The delta of a device that waits."""
+        row = self._database.row(f"{_SELECT} WHERE device_id = ? AND state = ?", [device_id, DeltaState.WAITING])
+        return _facts(row) if row else None
+
     def read(self, delta_id: str) -> LoraDelta | None:
         """The delta whole; None if it does not wait any more.
 

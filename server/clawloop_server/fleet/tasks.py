@@ -1,0 +1,194 @@
+"""What each device is asked to learn at home, and which device answered what.
+
+A task belongs to the released adapter and to the number of rounds that ended: a new one of either makes a new task, so
+that a device learns again after a round that was refused. Answers are kept in memory alone: after a restart a device is
+asked once more, and says the same. Knows no Flower and no socket; what a device does with a task is its own affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from clawloop_server.aggregate.seeds import task_seed
+from clawloop_server.aggregate.settings import FederateSettings
+from clawloop_server.bases import Base
+from clawloop_server.hub.devices import Device, Devices, DeviceState
+from clawloop_server.release.records import AdapterRecord, RoundState
+from clawloop_server.release.registry import Registry
+from clawloop_server.trainer.settings import TrainSettings
+from clawloop_server.vault.deltas import Deltas
+from clawloop_shared.deltas import LearnReply, LearnTask, Method
+from clawloop_shared.levels import Level
+from clawloop_shared.lora import WEIGHTS_FILE
+
+_log = logging.getLogger(__name__)
+
+REFUSED_AGAIN_S = 3600.0
+"""after a device refused a task, how long until it is asked the same again"""
+ACCEPTED_AGAIN_S = 6 * 3600.0
+"""after it took one and nothing came of it: it may have been switched off, or have lost what it had"""
+_REFRESH_S = 1.0
+"""how old what is known of adapters and rounds may be: every device is asked about again and again"""
+LOOK_AGAIN_S = 5.0
+"""and how old may be that a device is to be asked nothing"""
+
+
+class Beside(NamedTuple):
+    """What all tasks of one moment are about: the released adapter (None: the line as it is), and how many rounds of
+    the server ended."""
+
+    adapter: AdapterRecord | None
+    ended: int
+
+    @property
+    def version(self) -> int:
+        """Of the adapter; 0 without one."""
+        return self.adapter.version if self.adapter else 0
+
+
+class _Answer(NamedTuple):
+    task_id: str
+    accepted: bool
+    at_s: float
+
+
+class _Quiet(NamedTuple):
+    """Until when a device is to be asked nothing, unless there is other work."""
+
+    stem: str
+    until_s: float
+
+
+class HubTasks:
+    """The `Tasks` of a real hub."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        devices: Devices,
+        deltas: Deltas,
+        base: Base,
+        federate: FederateSettings,
+        train: TrainSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry, self._devices, self._deltas, self._base = registry, devices, deltas, base
+        self._federate, self._train, self._clock = federate, train, clock
+        self._answers: dict[str, _Answer] = {}
+        self._asked: dict[str, str] = {}
+        self._quiet: dict[str, _Quiet] = {}
+        self._beside: tuple[float, Beside] | None = None
+        self._lock = threading.Lock()
+
+    def due(self, device_id: str, *, adapter_version: int) -> LearnTask | None:
+        """What that device should be asked to learn now; None: nothing, it has answered, or what it learned waits."""
+        if not self._federate.learn_at_home:
+            return None
+        beside = self._now()
+        if adapter_version != beside.version or self._is_quiet(device_id, beside):
+            return None
+        task = self._task(device_id, beside)
+        if task is None:
+            self._quiet[device_id] = _Quiet(_stem(beside), self._clock() + LOOK_AGAIN_S)
+            return None
+        self._asked[device_id] = task.task_id
+        return task
+
+    def _is_quiet(self, device_id: str, beside: Beside) -> bool:
+        quiet = self._quiet.get(device_id)
+        return quiet is not None and quiet.stem == _stem(beside) and self._clock() < quiet.until_s
+
+    def _task(self, device_id: str, beside: Beside) -> LearnTask | None:
+        device = self._devices.get(device_id)
+        if not learns(device, line_id=self._base.line_id):
+            return None
+        task = task_for(Level(device.level), beside, base=self._base, federate=self._federate, train=self._train)
+        return None if self._has_answered(device_id, task) or self._has_sent(device, beside) else task
+
+    def answered(self, device_id: str, reply: LearnReply) -> None:
+        """Keep whether it will. An answer to what it was not asked is passed over."""
+        if self._asked.get(device_id) != reply.task_id:
+            return
+        self._answers[device_id] = _Answer(reply.task_id, reply.accepted, self._clock())
+        if reply.accepted:
+            _log.info("device %s learns %s at home", device_id, reply.task_id)
+        else:
+            _log.info("device %s does not learn %s: %.300r", device_id, reply.task_id, reply.reason)
+
+    def _now(self) -> Beside:
+        with self._lock:
+            if self._beside is None or self._clock() - self._beside[0] >= _REFRESH_S:
+                counts = self._registry.round_counts()
+                ended = sum(number for state, number in counts.items() if state != RoundState.RUNNING)
+                self._beside = self._clock(), Beside(self._registry.current(self._base.line_id), ended)
+            return self._beside[1]
+
+    def _has_answered(self, device_id: str, task: LearnTask) -> bool:
+        answer = self._answers.get(device_id)
+        if answer is None or answer.task_id != task.task_id:
+            return False
+        again_s = ACCEPTED_AGAIN_S if answer.accepted else REFUSED_AGAIN_S
+        return self._clock() - answer.at_s < again_s
+
+    def _has_sent(self, device: Device, beside: Beside) -> bool:
+        """Whether what it learned beside this adapter waits: until a round took it, more of the same is of no use."""
+        waiting = self._deltas.waiting_of(device.device_id)
+        return waiting is not None and waiting.base_version == beside.version
+
+
+def learns(device: Device, *, line_id: str) -> bool:
+    """Whether that device may be asked: it is in, of this line, and lets deltas out. One that lets out more may have
+    sessions that it lets out as deltas alone; it refuses if it has none."""
+    joined = device.state is DeviceState.JOINED and device.line_id == line_id
+    return joined and device.level in set(Level) and Level(device.level).rank >= Level.PRIVATE_DELTAS.rank
+
+
+def method_for(level: Level, beside: Beside, settings: FederateSettings) -> Method:
+    """Which factors a device of that level learns. Noise on both factors would not be noise on their product."""
+    if settings.method == "rolora":
+        return Method.ROLORA_A if beside.version % 2 else Method.ROLORA_B
+    if settings.method == "ffa" or level is Level.PRIVATE_DELTAS:
+        return Method.FFA
+    return Method.LORA
+
+
+def task_for(
+    level: Level, beside: Beside, *, base: Base, federate: FederateSettings, train: TrainSettings
+) -> LearnTask:
+    """The task of a device of that level."""
+    private, adapter = level is Level.PRIVATE_DELTAS, beside.adapter
+    method = method_for(level, beside, federate)
+    facts = adapter.facts if adapter else None
+    of_adapter = facts if method in (Method.ROLORA_A, Method.ROLORA_B) else None  # whose other factor is taken
+    targets = of_adapter.target_modules if of_adapter else base.shape.targets(train.target_modules)
+    hashes = {entry.name: entry.sha256 for entry in facts.files} if facts else {}
+    return LearnTask(
+        task_id=f"{_stem(beside)}{method}{'.private' if private else ''}",
+        line_id=base.line_id,
+        base_version=beside.version,
+        weights_sha256=hashes.get(WEIGHTS_FILE, ""),
+        method=method,
+        rank=of_adapter.rank if of_adapter else federate.rank,
+        alpha=of_adapter.alpha if of_adapter else federate.alpha,
+        target_modules=tuple(targets),
+        seed=task_seed(base.line_id, beside.version),
+        lr=federate.lr or train.lr,
+        updates=federate.updates,
+        batch_trajectories=federate.batch_trajectories,
+        loss=train.loss,
+        reward_low=train.reward_low,
+        reward_high=train.reward_high,
+        clip=federate.clip if private else 0.0,
+        sigma=federate.sigma if private else 0.0,
+        secure=private and federate.secure,
+    )
+
+
+def _stem(beside: Beside) -> str:
+    """What the names of all tasks of one moment begin with."""
+    return f"v{beside.version}.r{beside.ended}."
