@@ -5,8 +5,11 @@ import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.proto.node_pb2 import Node
 
 from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
 from clawloop_server.hub import front
@@ -30,14 +33,16 @@ class World:
         self.tls, self._server_tls = client_context(files), server_context(files)
         self.port = 0
 
-    async def start(self) -> None:
+    async def start(self, *, trusted: tuple[str, ...] = ()) -> None:
         app = web.Application()
         app.router.add_post("/v1/fleet/pull-object", self._breaks_off)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._server_tls).start()
         superlink = f"127.0.0.1:{self._runner.addresses[0][1]}"
-        self._front = Front(superlink, joining=Desk(), forgetting=Desk(), upstream_tls=self.tls)
+        self._front = Front(
+            superlink, joining=Desk(), forgetting=Desk(), upstream_tls=self.tls, trusted_proxies=trusted
+        )
         self.port = await self._front.start("127.0.0.1", 0, tls=self._server_tls)
 
     async def stop(self) -> None:
@@ -113,3 +118,47 @@ async def test_an_answer_that_breaks_off_is_not_ended_as_if_it_were_whole(world:
 @pytest.mark.parametrize("path", ["/v1/fleet/register-node", "/v1/fleet/pull-object?x=1", "/v1/fleet/..%2fcontrol"])
 async def test_other_paths_are_not_published(world: World, path: str) -> None:
     assert b" 404 " in await world.send(b"", path=path)
+
+
+FORWARDED = b"Content-Length: 1\r\nX-Forwarded-For: 9.9.9.9\r\nX-Forwarded-For: 8.8.8.8, 10.1.2.3\r\n"
+
+
+async def test_a_caller_is_its_connection_whatever_it_writes(world: World) -> None:
+    assert b"1 bytes from 127.0.0.1" in await world.send(b"a", head=FORWARDED)
+
+
+async def test_of_a_trusted_proxy_the_last_address_is_believed(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.start(trusted=("127.0.0.1",))
+    try:
+        assert b"1 bytes from 10.1.2.3" in await world.send(b"a", head=FORWARDED)
+        assert b"1 bytes from 127.0.0.1" in await world.send(b"a")
+    finally:
+        await world.stop()
+
+
+@pytest.mark.parametrize(("node_id", "status"), [(7, 200), (8, 503), (0, 503)])
+async def test_a_poll_of_a_device_for_which_there_is_nothing_does_not_reach_flower(
+    tmp_path: Path, node_id: int, status: int
+) -> None:
+    files = ensure_tls(tmp_path)
+    superlink = Front(
+        "127.0.0.1:1",  # where nobody listens
+        joining=Desk(),
+        forgetting=Desk(),
+        upstream_tls=client_context(files),
+        nothing_for=lambda asked: asked == 7,
+    )
+    port = await superlink.start("127.0.0.1", 0, tls=server_context(files))
+    body = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString() if node_id else b"\xff rubbish"
+    try:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=client_context(files))) as session,
+            session.post(f"https://127.0.0.1:{port}/v1/fleet/pull-messages", data=body) as response,
+        ):
+            assert response.status == status
+            if status == 200:
+                assert PullMessagesResponse.FromString(await response.read()) == PullMessagesResponse()
+                assert response.content_type == "application/protobuf"
+    finally:
+        await superlink.stop()

@@ -259,3 +259,17 @@ def test_a_stranger_is_looked_up_again_soon_and_a_known_device_seldom() -> None:
     assert roster.known == {0: "device-0"}
     assert many.asked["member"] == 1 + 20
     assert roster.set([]) == [0]
+
+
+async def test_there_is_nothing_for_a_device_that_answered_all_and_for_others_nobody_knows() -> None:
+    many = Many(2)
+    many.revoked = {1}
+    assert not many.dispatcher.nothing_for(0)
+    (question,) = await many.dispatcher.work(many.nodes)
+    assert not many.dispatcher.nothing_for(0)
+    await many.answer(question)
+    assert many.dispatcher.nothing_for(0)
+    assert not many.dispatcher.nothing_for(1)
+    assert not many.dispatcher.nothing_for(99)
+    await many.dispatcher.connected()
+    assert not many.dispatcher.nothing_for(0)

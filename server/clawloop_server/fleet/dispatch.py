@@ -202,10 +202,15 @@ class Dispatcher:
         self._news.set()
 
     async def connected(self) -> None:
-        """Forget what an earlier bridge had under way."""
-        for node_id, device in self._devices.items():
+        """Forget what an earlier bridge had under way, and whom it saw."""
+        for device in self._devices.values():
             device.under_way.clear()
-            self._plan(node_id)
+        for node_id in self._roster.set([]):
+            self._rest(node_id)
+
+    def nothing_for(self, node_id: int) -> bool:
+        """Whether it is certain that no message waits for a node: it is a device that may sync, and was sent none."""
+        return node_id in self._roster.known and not self._devices[node_id].awaits(self._clock())
 
     async def wait(self, timeout_s: float) -> None:
         """Until news, the next question that is due, or `timeout_s`."""

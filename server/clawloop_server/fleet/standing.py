@@ -25,9 +25,19 @@ class Standing:
         self.asked_due_s: dict[str, float] = {}
         """when it may be asked for these kinds again"""
 
+    def lost(self) -> None:
+        """What is under way will not be answered: the bridge that had asked it is gone, or the device has begun anew."""
+        if STATUS in self.under_way:
+            self.status_due_s = -_NEVER
+        self.under_way.clear()
+
     def may_ask(self, kind: str, now_s: float) -> bool:
         """Whether this kind of question is due now."""
         return self._when(kind) <= now_s
+
+    def awaits(self, now_s: float) -> bool:
+        """Whether an answer of it is waited for."""
+        return any(until_s > now_s for until_s in self.under_way.values())
 
     def turn_s(self) -> float:
         """When it is next to be asked how it is, or for its items."""
@@ -46,7 +56,8 @@ class Standing:
     def _when(self, kind: str) -> float:
         """When this kind of question is due; only a device that said how it is is asked anything else."""
         if kind == STATUS:
-            due_s = self.status_due_s
+            unheard = self.version is None and not self.failures  # nothing else is asked of it until it has answered
+            due_s = -_NEVER if unheard else self.status_due_s
         elif self.version is None:
             return _NEVER
         elif kind == UPLOAD:

@@ -6,7 +6,8 @@
     POST /v1/fleet/NAME    Flower's Fleet API, passed on to the SuperLink on loopback, in both directions as a stream
 
 Of the Fleet API only the calls of a node that is already known are passed: not registering (that is ours), and not
-fetching code. The rest of Flower's port (runs, node keys) has no authentication and must never be reachable here.
+fetching code. A poll for which there is nothing is answered here (`polls`). The rest of Flower's port (runs, node
+keys) has no authentication and must never be reachable here.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Protocol
 import aiohttp
 from aiohttp import web
 
+from clawloop_server.fleet import polls
 from clawloop_server.hub.desk import DeskAnswer
 from clawloop_shared.membership import LEAVE_PATH, MAX_MEMBER_BYTES, ROTATE_PATH, STANDING_PATH
 from clawloop_shared.messages import FORGET_PATH, JOIN_PATH, MAX_FORGET_BYTES, MAX_JOIN_BYTES
@@ -96,6 +98,7 @@ class Front:
         forgetting: Desk,
         upstream_tls: ssl.SSLContext,
         is_open: Callable[[], bool] = lambda: True,
+        nothing_for: Callable[[int], bool] = lambda _: False,
         members: Members | None = None,
         trusted_proxies: Collection[str] = (),
     ) -> None:
@@ -104,7 +107,7 @@ class Front:
         self._superlink, self._upstream_tls = f"https://{superlink}", upstream_tls
         self._joining, self._forgetting, self._members = joining, forgetting, members
         self._trusted = frozenset(trusted_proxies)
-        self._is_open = is_open
+        self._is_open, self._nothing_for = is_open, nothing_for
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
 
@@ -166,6 +169,8 @@ class Front:
         headers = {k: v for k, v in request.headers.items() if k.lower() in _KEPT or k.lower().startswith(_KEPT_PREFIX)}
         whole = request.content_length is not None and request.content_length <= _WHOLE_BYTES
         body = await request.read() if whole else _limited(request)
+        if call == polls.CALL and isinstance(body, bytes) and polls.finds_nothing(body, self._nothing_for):
+            return web.Response(body=polls.ANSWER, content_type=polls.MEDIA_TYPE)
         url = f"{self._superlink}/v1/fleet/{call}"
         try:
             async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as upstream:
