@@ -20,6 +20,7 @@ from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
+from clawloop_server.vault.sums import OF_SUMS_WITH, shred_sums_with
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest
 from clawloop_shared.records import Mark, Signal, Step
@@ -200,7 +201,7 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
 
 
 def erase_device(database: ServerDatabase, device_id: str) -> Erased:
-    """Delete all that a device sent, with its key and its tombstones."""
+    """Delete all that a device sent, with its key and its tombstones, and the secure sums that it is in."""
     _prepare(database)
     database.run("INSERT INTO temp.touched SELECT trajectory_id FROM trajectories WHERE device_id = ?", [device_id])
     steps, signals, items, set_aside, *_ = (
@@ -208,6 +209,9 @@ def erase_device(database: ServerDatabase, device_id: str) -> Erased:
         for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
     )
     deltas, joined = _erase_deltas(database, "device_id = ?", [device_id])
+    summed, joined_sums = _erase_deltas(database, OF_SUMS_WITH, [device_id])
+    shred_sums_with(database, device_id)
+    deltas, joined = deltas + summed, joined + joined_sums
     counts = {"steps": steps, "signals": signals, "items": items, "set_aside": set_aside, "deltas": deltas}
     return _erased(database, counts, joined=joined)
 

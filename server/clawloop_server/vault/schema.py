@@ -156,6 +156,19 @@ CREATE TABLE device_events (
 CREATE INDEX device_events_by_device ON device_events (device_id, event_id);
 """
 
+_SECURE_SUMS = """
+CREATE TABLE secure_sums (
+  sum_id TEXT PRIMARY KEY, task_id TEXT NOT NULL, line_id TEXT NOT NULL, status TEXT NOT NULL, phase TEXT NOT NULL,
+  reason TEXT NOT NULL, began_ms INTEGER NOT NULL, ended_ms INTEGER, wrapped BLOB, state BLOB, total BLOB);
+CREATE INDEX secure_sums_by_status ON secure_sums (status, task_id);
+CREATE TABLE secure_members (
+  sum_id TEXT NOT NULL, device_id TEXT NOT NULL, PRIMARY KEY (sum_id, device_id)) WITHOUT ROWID;
+CREATE INDEX secure_members_by_device ON secure_members (device_id);
+CREATE TABLE secure_expected (
+  task_id TEXT NOT NULL, device_id TEXT NOT NULL, task BLOB NOT NULL, since_ms INTEGER NOT NULL,
+  PRIMARY KEY (task_id, device_id)) WITHOUT ROWID;
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -190,13 +203,17 @@ def _joining(database: Database) -> None:
     _run(database, _JOINING)
 
 
+def _secure_sums(database: Database) -> None:
+    _run(database, _SECURE_SUMS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
             database.execute(statement)
 
 
-_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas, _joining]
+_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas, _joining, _secure_sums]
 """in the order in which they came; one that was released never changes"""
 
 

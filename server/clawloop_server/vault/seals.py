@@ -17,12 +17,16 @@ class DeviceSeals:
         self._database, self._master_key = database, master_key
 
     def get(self, device_id: str) -> DeviceSeal | None:
-        """The seal of a device; None if it has none.
+        """The seal of a device, or of a secure sum of devices; None if it has none.
 
         Raises:
             StorageError: the key does not open.
         """
-        row = self._database.row("SELECT wrapped FROM device_secrets WHERE device_id = ?", [device_id])
+        row = self._database.row(
+            "SELECT wrapped FROM device_secrets WHERE device_id = ?1"
+            " UNION ALL SELECT wrapped FROM secure_sums WHERE sum_id = ?1 AND wrapped IS NOT NULL",
+            [device_id],
+        )
         if row is None:
             return None
         vault_id = self._database.vault_id
@@ -53,6 +57,13 @@ class DeviceSeals:
         if seal is None:
             seal = DeviceSeal.new(vault_id=self._database.vault_id, device_id=device_id)
             self._database.run("INSERT INTO device_secrets VALUES (?, ?)", [device_id, seal.wrap(self._master_key)])
+        return seal
+
+    def make_for_sum(self, sum_id: str) -> DeviceSeal:
+        """The seal of a secure sum that is done; destroyed with the first of its members. Part of the transaction that
+        is open."""
+        seal = DeviceSeal.new(vault_id=self._database.vault_id, device_id=sum_id)
+        self._database.run("UPDATE secure_sums SET wrapped = ? WHERE sum_id = ?", [seal.wrap(self._master_key), sum_id])
         return seal
 
     def destroy(self, device_id: str) -> None:

@@ -1,0 +1,315 @@
+"""Secure sums under way, in the database: after a restart in their middle they go on, or end, as if there was none.
+
+Devices that took on a task of noised learning are expected with it; as soon as there are enough, a sum of them begins.
+What a sum comes to is handed on in the transaction that ends it. Knows no network; the rules are in `secure`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from clawloop_server.aggregate.secure import SecureSum, Status, SumState
+from clawloop_server.aggregate.secure_delivery import deliver, terms_of
+from clawloop_server.aggregate.settings import FederateSettings
+from clawloop_server.vault.database import ServerDatabase
+from clawloop_shared import secure
+from clawloop_shared.deltas import LearnTask, LoraDelta
+from clawloop_shared.errors import ClawloopError
+from clawloop_shared.ids import new_id
+from clawloop_shared.lora import ModelShape
+from clawloop_shared.messages import SecureReply, SecureRequest
+from clawloop_shared.secure import Phase
+
+_log = logging.getLogger(__name__)
+
+PATIENCE_MS = 24 * 3_600_000
+"""how long devices are waited for that have yet to learn; as long as they are few"""
+ATTEMPTS = 3
+"""sums of one task that fail, before its devices are expected no more"""
+_TICK_MS = 1000
+_STATE = msgspec.msgpack.Decoder(SumState)
+_TASK = msgspec.msgpack.Decoder(LearnTask)
+
+
+class Keeper(Protocol):
+    """Where a sum goes. Part of the transaction that is open."""
+
+    def __call__(self, sum_id: str, delta: LoraDelta, members: list[str], /) -> None:
+        """Keep the mean of these devices' deltas for a round.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        ...
+
+
+class SumFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A sum as it is told of. `members`: the devices whose values are in it."""
+
+    sum_id: str
+    task_id: str
+    line_id: str
+    status: Status
+    phase: Phase
+    reason: str
+    began_ms: int
+    ended_ms: int | None
+    members: list[str]
+
+
+class SecureSums:
+    """The `Sums` of the dispatcher; safe to use from any thread."""
+
+    def __init__(
+        self,
+        database: ServerDatabase,
+        *,
+        settings: FederateSettings,
+        shape_of: Callable[[str], ModelShape],
+        keep: Keeper,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        """`shape_of`: the model of a line; raises ClawloopError if there is none."""
+        self._database, self._settings, self._shape_of, self._keep_sum = database, settings, shape_of, keep
+        self._clock_ms, self._lock, self._ticked_ms = clock_ms, threading.RLock(), 0
+        self._sums: dict[str, SecureSum] = {}
+        self._kept_totals: dict[str, int] = {}
+        for (sum_id,) in database.rows("SELECT sum_id FROM secure_sums WHERE status = ?", [Status.RUNNING]):
+            self._load(sum_id)
+
+    # who is expected
+
+    def expect(self, device_id: str, task: LearnTask) -> None:
+        """A device will learn this, for a sum. Raises StorageError."""
+        if not task.secure:
+            return
+        with self._database.write() as database:
+            database.run(
+                "INSERT OR REPLACE INTO secure_expected VALUES (?, ?, ?, ?)",
+                [task.task_id, device_id, msgspec.msgpack.encode(task), self._clock_ms()],
+            )
+
+    # the dispatcher's side
+
+    def due(self, device_id: str) -> SecureRequest | None:
+        """What that device is to be asked now; None: nothing, or it has answered.
+
+        Raises:
+            StorageError: what came of a sum cannot be written.
+        """
+        with self._lock:
+            now_ms = self._clock_ms()
+            if not 0 <= now_ms - self._ticked_ms < _TICK_MS:
+                self._tick(now_ms)
+                self._ticked_ms = now_ms
+            asked = (each.due(device_id, now_ms=now_ms) for each in self._sums.values())
+            return next((request for request in asked if request is not None), None)
+
+    def answered(self, device_id: str, reply: SecureReply) -> None:
+        """Keep a device's part, on disk when this returns; of a sum that is over nothing is kept.
+
+        Raises:
+            SumError, SignatureInvalid, WireError: it is none, and the device is out of that sum.
+            StorageError: it could not be kept; the device is asked again.
+        """
+        with self._lock:
+            found = self._sums.get(reply.sum_id)
+            if found is None:
+                return
+            try:
+                found.answered(device_id, reply, now_ms=self._clock_ms())
+            finally:
+                self._keep(found)
+
+    def tick(self) -> None:
+        """Begin what can begin, go on with what has waited long enough. Raises StorageError."""
+        with self._lock:
+            self._tick(self._clock_ms())
+
+    def _tick(self, now_ms: int) -> None:
+        self._leave_gone(now_ms)
+        for each in list(self._sums.values()):
+            before = each.state.phase, each.state.status
+            each.tick(now_ms)
+            if (each.state.phase, each.state.status) != before:
+                self._keep(each)
+        self._begin(now_ms)
+
+    def _leave_gone(self, now_ms: int) -> None:
+        """Who was revoked takes no part any more; a sum that has the values of one that was deleted is none."""
+        for each in list(self._sums.values()):
+            marks = ", ".join("?" * len(each.state.devices))
+            sql = f"SELECT device_id FROM devices WHERE state = 'joined' AND device_id IN ({marks})"  # noqa: S608 marks alone
+            joined = {row[0] for row in self._database.rows(sql, list(each.state.devices))}
+            for device_id in each.state.devices.keys() - joined - each.state.out.keys():
+                state = self._database.row("SELECT state FROM devices WHERE device_id = ?", [device_id])
+                if device_id in each.members and (state is None or state[0] == "deleted"):
+                    each.fail(f"device {device_id} was deleted, and its values are in the sum")
+                else:
+                    each.leave(device_id, "it may not sync any more", now_ms=now_ms)
+                self._keep(each)
+
+    # beginning
+
+    def _begin(self, now_ms: int) -> None:
+        rows = self._database.rows("SELECT task_id, count(*) FROM secure_expected GROUP BY task_id")
+        for task_id, count in rows:
+            running = [each for each in self._sums.values() if each.state.terms.task_id == task_id]
+            if running:
+                self._add_late(running[0])
+            elif count >= self._settings.secure_min_devices:
+                self._begin_one(task_id, now_ms)
+
+    def _expected(self, task_id: str) -> tuple[LearnTask, dict[str, bytes]]:
+        """The task, and the enrolled keys of the devices that wait with it, the longest waiting first."""
+        rows = self._database.rows(
+            "SELECT task, device_id, device_key FROM secure_expected JOIN devices USING (device_id)"
+            " WHERE task_id = ? AND state = 'joined' ORDER BY since_ms, device_id",
+            [task_id],
+        )
+        task = _TASK.decode(rows[0][0]) if rows else LearnTask(task_id=task_id, line_id="-", base_version=0)
+        return task, {device_id: key for _, device_id, key in rows}
+
+    def _add_late(self, running: SecureSum) -> None:
+        if running.state.phase is not Phase.ADVERTISE:
+            return
+        known = len(running.state.devices)
+        for device_id, key in self._expected(running.state.terms.task_id)[1].items():
+            running.add(device_id, key)
+        if len(running.state.devices) != known:
+            self._keep(running)
+
+    def _begin_one(self, task_id: str, now_ms: int) -> None:
+        task, devices = self._expected(task_id)
+        chosen = dict(list(devices.items())[: secure.MAX_MEMBERS])
+        if len(chosen) < self._settings.secure_min_devices:
+            return
+        try:
+            terms = terms_of(
+                task,
+                self._shape_of(task.line_id),
+                sum_id=new_id(),
+                min_members=self._settings.secure_min_devices,
+            )
+        except ClawloopError as error:
+            _log.error("no secure sum: %s", error)
+            with self._database.write() as database:
+                database.run("DELETE FROM secure_expected WHERE task_id = ?", [task_id])
+            return
+        begun = SecureSum.begin(terms, chosen, now_ms=now_ms, phase_ms=self._phase_ms, patience_ms=PATIENCE_MS)
+        with self._database.write() as database:
+            database.run(
+                "INSERT INTO secure_sums (sum_id, task_id, line_id, status, phase, reason, began_ms, state)"
+                " VALUES (?, ?, ?, ?, ?, '', ?, ?)",
+                [
+                    terms.sum_id,
+                    task_id,
+                    task.line_id,
+                    Status.RUNNING,
+                    Phase.ADVERTISE,
+                    now_ms,
+                    msgspec.msgpack.encode(begun.state),
+                ],
+            )
+        self._sums[terms.sum_id] = begun
+        _log.info("secure sum %s of task %s begins with %d devices", terms.sum_id, task_id, len(chosen))
+
+    @property
+    def _phase_ms(self) -> int:
+        return int(self._settings.secure_phase_s * 1000)
+
+    # keeping
+
+    def _load(self, sum_id: str) -> None:
+        row = self._database.row(
+            "SELECT state, total FROM secure_sums WHERE sum_id = ? AND status = ?", [sum_id, Status.RUNNING]
+        )
+        self._sums.pop(sum_id, None)
+        if row is not None:
+            total = None if row[1] is None else np.frombuffer(row[1], "<u4").copy()
+            self._sums[sum_id] = SecureSum(_STATE.decode(row[0]), phase_ms=self._phase_ms, total=total)
+
+    def _keep(self, each: SecureSum) -> None:
+        """Have a sum on disk as it is; if that fails it is again what it was."""
+        sum_id = each.state.terms.sum_id
+        try:
+            with self._database.write():
+                if each.state.status is Status.RUNNING:
+                    self._write(each)
+                else:
+                    self._end(each)
+        except BaseException:
+            self._load(sum_id)
+            raise
+        if each.state.status is not Status.RUNNING:
+            self._sums.pop(sum_id, None)
+
+    def _write(self, each: SecureSum) -> None:
+        sum_id, counted = each.state.terms.sum_id, len(each.state.masked)
+        set_total, total = "", list[bytes]()
+        if self._kept_totals.get(sum_id) != counted:
+            set_total, total = ", total = ?", [each.total.astype("<u4", copy=False).tobytes()]
+        self._database.run(
+            f"UPDATE secure_sums SET state = ?, phase = ?{set_total} WHERE sum_id = ?",  # noqa: S608 constant text
+            [msgspec.msgpack.encode(each.state), each.state.phase, *total, sum_id],
+        )
+        self._kept_totals[sum_id] = counted
+
+    def _end(self, each: SecureSum) -> None:
+        state, sum_id = each.state, each.state.terms.sum_id
+        self._database.run(
+            "UPDATE secure_sums SET status = ?, phase = ?, reason = ?, ended_ms = ?, state = NULL, total = NULL"
+            " WHERE sum_id = ?",
+            [state.status, state.phase, state.reason, self._clock_ms(), sum_id],
+        )
+        members = each.members
+        self._database.run_each("INSERT INTO secure_members VALUES (?, ?)", [(sum_id, name) for name in members])
+        self._forget_expected(each, members)
+        if each.result is not None:
+            self._keep_sum(sum_id, deliver(state.terms, each.result, self._shape_of(state.terms.line_id)), members)
+            _log.info("secure sum %s is done: %d members", sum_id, len(members))
+            return
+        _log.warning("secure sum %s of task %s: %s", sum_id, state.terms.task_id, state.reason)
+
+    def _forget_expected(self, each: SecureSum, members: Iterable[str]) -> None:
+        """Who gave its values, or will not, is not asked into the next sum of that task; after too many nobody is."""
+        state = each.state
+        unwilling = state.out if state.phase is Phase.ADVERTISE else {}
+        done = {*members, *each.culprits, *unwilling}
+        self._database.run_each(
+            "DELETE FROM secure_expected WHERE task_id = ? AND device_id = ?",
+            [(state.terms.task_id, device_id) for device_id in done],
+        )
+        sql = "SELECT count(*) FROM secure_sums WHERE task_id = ? AND status = ?"
+        failed = self._database.count(sql, [state.terms.task_id, Status.FAILED])
+        if state.status is Status.FAILED and (failed >= ATTEMPTS or state.phase is Phase.ADVERTISE):
+            self._database.run("DELETE FROM secure_expected WHERE task_id = ?", [state.terms.task_id])
+
+    # telling
+
+    def overview(self, *, limit: int = 20) -> list[SumFacts]:
+        """The latest sums, the newest first."""
+        return overview(self._database, limit=limit)
+
+
+def overview(database: ServerDatabase, *, limit: int = 20) -> list[SumFacts]:
+    """The latest sums, the newest first."""
+    rows = database.rows(
+        "SELECT sum_id, task_id, line_id, status, phase, reason, began_ms, ended_ms FROM secure_sums"
+        " ORDER BY began_ms DESC, sum_id DESC LIMIT ?",
+        [limit],
+    )
+    names = ("sum_id", "task_id", "line_id", "status", "phase", "reason", "began_ms", "ended_ms")
+    sql = "SELECT device_id FROM secure_members WHERE sum_id = ? ORDER BY device_id"
+    members = ([row[0] for row in database.rows(sql, [found[0]])] for found in rows)
+    return [
+        msgspec.convert(dict(zip(names, row, strict=True)) | {"members": who}, SumFacts)
+        for row, who in zip(rows, members, strict=True)
+    ]
