@@ -56,6 +56,7 @@ class Bridge:
         self._told: list[NodeInfo] | None = None
         self._look_due_s = self._pull_due_s = self._sent_s = float("-inf")
         self._sent: dict[str, _Sent] = {}
+        self._latest: dict[_Sent, str] = {}
         self._replies: list[Reply] = []
 
     def turn(self) -> None:
@@ -74,7 +75,7 @@ class Bridge:
         began_s = time.monotonic()
         if began_s < self._look_due_s:
             return
-        self._online = sorted((NodeInfo(n.node_id, n.name) for n in self._grid.get_nodes()), key=lambda n: n.node_id)
+        self._online = sorted(map(_info, self._grid.get_nodes()), key=lambda node: node.node_id)
         spent_s = time.monotonic() - began_s
         self._look_due_s = began_s + max(_NODES_EVERY_S, spent_s / _LOOK_SHARE)
 
@@ -95,7 +96,9 @@ class Bridge:
         self._sent_s = time.monotonic()
         for message_id, order in zip(ids, orders, strict=True):
             if message_id:
-                self._sent[message_id] = _Sent(order.node_id, order.type)
+                sent = _Sent(order.node_id, order.type)
+                self._sent.pop(self._latest.get(sent, ""), None)  # given up: the device has begun anew
+                self._sent[message_id], self._latest[sent] = sent, message_id
             else:
                 self._replies.append(Reply(order.node_id, order.type, error="the SuperLink did not take the message"))
 
@@ -113,6 +116,10 @@ class Bridge:
                     self._sent[message_id] = self._sent.pop(message_id)
         if not self._replies:
             self._pull_due_s = began_s + (time.monotonic() - began_s) / _PULL_SHARE
+
+
+def _info(node: Any) -> NodeInfo:
+    return NodeInfo(node.node_id, node.name, node.last_activated_at)
 
 
 def _message(order: Outgoing) -> Any:

@@ -43,10 +43,12 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
-    """A device that is reachable now: its number and its name in Flower (its device id)."""
+    """A device that is reachable now: its number and its name in Flower (its device id), and since when it is connected
+    (in Flower's words; another one after each new start)."""
 
     node_id: int
     name: str
+    since: str = ""
 
 
 class Outgoing(msgspec.Struct, frozen=True):

@@ -204,7 +204,7 @@ class Dispatcher:
     async def connected(self) -> None:
         """Forget what an earlier bridge had under way, and whom it saw."""
         for device in self._devices.values():
-            device.under_way.clear()
+            device.lost()
         for node_id in self._roster.set([]):
             self._rest(node_id)
 
@@ -271,6 +271,8 @@ class Dispatcher:
         """Take note of who came, who went, and what was released."""
         for node_id in self._roster.set(online) if online is not None else ():
             self._rest(node_id)
+        for node in online or ():
+            self._began(node)
         if self._roster.is_due():
             came, gone = await asyncio.to_thread(self._roster.look)
             for node_id in gone:
@@ -286,6 +288,16 @@ class Dispatcher:
             self._released = released
             for node_id in self._roster.known:
                 self._plan(node_id)
+
+    def _began(self, node: NodeInfo) -> None:
+        """A device that connected anew (it died, slept, or broke off what it was sending) knows nothing of what was
+        under way to it. Without this it would be asked again only when those questions run out, after minutes."""
+        device = self._devices.get(node.node_id)
+        if device is not None and device.since != node.since:
+            if device.since:
+                device.lost()
+                self._plan(node.node_id)
+            device.since = node.since
 
     def _plan(self, node_id: int) -> None:
         """Note when a device is to be looked at next."""

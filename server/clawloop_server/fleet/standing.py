@@ -21,6 +21,8 @@ class Standing:
         self.receipts: list[ItemReceipt] = []
         self.told = 0
         """how many of the receipts are in the question that is under way"""
+        self.since = ""
+        """when it connected last, in Flower's words"""
         self.failures = 0
         self.asked_due_s: dict[str, float] = {}
         """when it may be asked for these kinds again"""

@@ -88,7 +88,8 @@ class Fleet:
         self._control: Control | None = None
         self._supervisor = Supervisor()
         self._keeper: asyncio.Task[None] | None = None
-        self._bridge_starts = 0
+        self._bridge_starts, self._superexec_deaths = 0, 0
+        self._superexec_died_now = asyncio.Event()
         self._open = False
 
     @property
@@ -136,7 +137,7 @@ class Fleet:
             self._control = Control(self.address, client_context(self._tls))
             await self._supervisor.add(self._superlink(secret), on_exit=self._superlink_died)
             await self._until_open()
-            await self._supervisor.add(self._superexec(secret, file))
+            await self._supervisor.add(self._superexec(secret, file), on_exit=self._superexec_died)
         except BaseException:
             await self.stop()
             raise
@@ -194,6 +195,11 @@ class Fleet:
         self._open = False
         self._channel.drop()
 
+    def _superexec_died(self) -> None:
+        """With it die the programs that it was starting. Flower waits half a minute for such a task; we do not."""
+        self._superexec_deaths += 1
+        self._superexec_died_now.set()
+
     # the bridge's run
 
     async def _keep_bridge(self) -> None:
@@ -213,11 +219,11 @@ class Fleet:
     async def _run_bridge(self) -> None:
         if not self._open:
             await self._until_open()
-            self._supervisor.restart("superexec")  # by now it may wait up to 20 s before it looks again
+            await self._restart_superexec()  # by now it may wait up to 20 s before it looks again
         await self.control.stop_runs()
+        self._bridge_starts, deaths = self._bridge_starts + 1, self._superexec_deaths
         run_id = await self.control.start_run(_APP)
-        self._bridge_starts += 1
-        if not await self._bridge_calls(run_id):
+        if not await self._bridge_calls(run_id, deaths=deaths):
             return
         _log.info("the bridge (run %d) is connected", run_id)
         while not await self._channel.wait_lost(5.0):
@@ -226,12 +232,21 @@ class Fleet:
                 self._channel.drop()
         _log.warning("the bridge (run %d) is gone; starting it again", run_id)
 
-    async def _bridge_calls(self, run_id: int) -> bool:
+    async def _restart_superexec(self) -> None:
+        self._superexec_died_now.clear()
+        self._supervisor.restart("superexec")
+        with contextlib.suppress(TimeoutError):  # it was down already
+            async with asyncio.timeout(_GRACE_S):
+                await self._superexec_died_now.wait()
+
+    async def _bridge_calls(self, run_id: int, *, deaths: int) -> bool:
         """Whether the bridge of a run comes up. On a busy machine that may take long: starting another would not help,
-        so it is given up only when its run has ended or after minutes."""
+        so it is given up only when its run has ended, when the superexec that was starting it has died, or after
+        minutes."""
         deadline = time.monotonic() + _BRIDGE_START_S
         while not await self._channel.wait_connected(_BRIDGE_LOOK_S):
-            if await self.control.has_ended(run_id) or time.monotonic() > deadline:
+            died = self._superexec_deaths > deaths
+            if died or await self.control.has_ended(run_id) or time.monotonic() > deadline:
                 _log.warning("the bridge (run %d) did not come up; starting it again", run_id)
                 return False
         return True
