@@ -44,6 +44,14 @@ MENDS = {
     "no logprob for every token": "the server behind the engine must return token ids and logprobs",
 }
 """what to do about steps that may not be learned from, by why not"""
+_SERVER_MENDS = {
+    "away": "is the server running, and this device online? It is tried again by itself",
+    "refused": "ask the server's operator; then leave, and join again with a new invitation",
+    "waiting": "tell the server's operator these words; sync begins by itself",
+    "taken": "leave with one of the two, and join again with a new invitation",
+    "clock off": "set the clock (System Settings, Date & Time); sync goes on by itself",
+}
+"""what to do about the states of the node that need somebody"""
 _MAIN = "main"
 _UNKNOWN = "unknown"
 
@@ -271,6 +279,20 @@ def _lost(steps: int) -> Iterator[Finding]:
         yield _warn("keeping", reason, mend="free disk space; look into the log")
 
 
+def check_server(home: EdgeHome) -> Iterator[Finding]:
+    """How the running edge stands with the server that was joined."""
+    name, status = "server", ask(home) if home.token_file.is_file() else {"running": False}
+    if not status["running"] or not status.get("server"):
+        return  # nobody to ask, which is the service's check; or no server was joined
+    state, detail = status.get("server_state", ""), status.get("server_detail", "")
+    reason = f"{status['server']}: {state}{f', {detail}' if detail else ''}"
+    mend = _SERVER_MENDS.get(state, "")
+    if mend or detail:
+        yield _warn(name, reason, mend=mend or _LOG)
+    else:
+        yield _ok(name, reason)
+
+
 def check_openclaw(home: EdgeHome) -> Iterator[Finding]:
     """OpenClaw, if this user has it, talks to this edge, at the right path and with the right token."""
     name, file = "openclaw", _openclaw_file()
@@ -338,6 +360,7 @@ CHECKS: tuple[Check, ...] = (
     check_privacy,
     check_scorers,
     check_service,
+    check_server,
     check_openclaw,
 )
 """All that `doctor` looks at, in this order."""

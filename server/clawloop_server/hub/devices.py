@@ -249,6 +249,8 @@ class Devices:
                 sql = "UPDATE devices SET instance = ?, taken_at_ms = ?, held_ms = ? WHERE device_id = ?"
                 database.run(sql, [instance, taken_at_ms, now_ms, device_id])
                 return Held(True, now_ms, rival_ms)
+            if not holder or takes_at_ms:
+                return Held(False, held_ms, rival_ms)
             database.run("UPDATE devices SET rival_ms = ? WHERE device_id = ?", [now_ms, device_id])
             if now_ms - rival_ms > _RIVAL_NEWS_MS:
                 self._note(device_id, "two edges", "a second edge has this device's keys", at_ms=now_ms)

@@ -19,7 +19,7 @@ from clawloop_server.errors import DeviceError, FleetError
 from clawloop_server.fleet.control import canonical_key
 from clawloop_server.hub.allowance import Allowance
 from clawloop_server.hub.desk import DeskAnswer
-from clawloop_server.hub.devices import Device, Devices, DeviceState
+from clawloop_server.hub.devices import Device, Devices, DeviceState, Held
 from clawloop_shared import wire
 from clawloop_shared.errors import ClawloopError, KeyMissing, SignatureInvalid, WireError
 from clawloop_shared.membership import (
@@ -111,20 +111,18 @@ class MemberDesk:
 
     def _stand(self, device: Device, request: StandingRequest) -> Standing:
         now_ms = self._now_ms()
-        holds, held_ms, rival_ms = True, 0, 0
-        if device.state is DeviceState.JOINED:
-            fresh = abs(now_ms - request.at_ms) <= SKEW_MS
-            takes_at_ms = request.at_ms if request.takes and fresh else 0
+        held = Held(False, now_ms, 0)  # an old word (one that was played again, or a wrong clock) says nothing of today
+        if device.state is DeviceState.JOINED and abs(now_ms - request.at_ms) <= SKEW_MS:
+            takes_at_ms = request.at_ms if request.takes else 0
             held = self._devices.hold(device.device_id, request.instance, takes_at_ms=takes_at_ms, now_ms=now_ms)
-            holds, held_ms, rival_ms = held.holds, held.held_ms, held.rival_ms
         return Standing(
             device_id=device.device_id,
             instance=request.instance,
             at_ms=now_ms,
             state=Stand(device.state.value),
-            holds=holds,
-            held_ms=held_ms,
-            rival_ms=rival_ms,
+            holds=held.holds,
+            held_ms=held.held_ms,
+            rival_ms=held.rival_ms,
             statement=self._statement(),
         )
 
