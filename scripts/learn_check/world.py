@@ -22,8 +22,8 @@ WORDS = (
 IDS = {word: number for number, word in enumerate(WORDS)}
 PAD, END = IDS["<pad>"], IDS["<end>"]
 _TABLE_SEED, _HELD_PAIRS = 1234, 24
-_RIGHT_TOOL = (2, 0, 3, 1)
-"""by kind; nothing but `reward` may read it"""
+_RIGHT_TOOL, _OTHER_TOOL = (2, 0, 3, 1), (0, 3, 1, 2)
+"""by kind, in this world and in the other, which agrees in no kind; nothing but `reward` may read them"""
 _SHARE_NAMED, _SHARE_RIGHT = 0.5, 0.9
 """of the demonstrations: how many name the tool, and how many call for the right thing or tell the right value"""
 
@@ -40,10 +40,11 @@ docs/log.md."""
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of question about one thing."""
+    """One kind of question about one thing. `other`: asked in another world, where another tool is right."""
 
     kind: int
     thing: int
+    other: bool = False
 
     @property
     def prompt(self) -> list[int]:
@@ -80,7 +81,7 @@ def _parsed(call: Sequence[int]) -> tuple[int, int]:
 
 def reward(task: Task, turns: Sequence[Sequence[int]]) -> float:
     """1 if the right tool was called for the right thing and its value is the answer, else 0: luck earns nothing."""
-    tool = _RIGHT_TOOL[task.kind]
+    tool = (_OTHER_TOOL if task.other else _RIGHT_TOOL)[task.kind]
     called = bool(turns) and _parsed(turns[0]) == (tool, task.thing)
     wanted = ids_of("<ans>", f"value{_TABLE[tool, task.thing]}", "<end>")
     return float(called and len(turns) == 2 and list(turns[1]) == wanted)

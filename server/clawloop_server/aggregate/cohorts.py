@@ -16,7 +16,7 @@ import msgspec
 from clawloop_server.aggregate.account import Account
 from clawloop_server.aggregate.settings import FederateSettings
 
-MEMORY = 8
+MEMORY = 4
 """rounds that a running mean looks back on: worlds may come to agree"""
 
 Groups = tuple[tuple[str, ...], ...]

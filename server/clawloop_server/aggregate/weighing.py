@@ -18,8 +18,11 @@ from clawloop_server.aggregate.account import Share
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.updates import OWN, Contribution
 
-MOST_TIMES = 2.0
-"""no device's trajectories count more than so many times the usual number: how many there were is its own word"""
+MOST_TIMES = 1.0
+"""no device's trajectories count more than so many times the usual number: how many there were is its own word, which
+may make it count less, and never more than most"""
+WILD = 5.0
+"""an update so many times longer than the longest that may be is no long one, and is left out; others are cut"""
 LEAST_FOR_CENTRE = 3
 """of fewer updates there is no majority"""
 MOST_COMPARED = 256
@@ -166,14 +169,19 @@ def _bound_weights(members: Sequence[Member]) -> None:
 
 
 def _clip(members: Sequence[Member], settings: FederateSettings) -> None:
-    """No device's update is longer than `max_norm` times the usual: the median, or the server's own of fewer than 3."""
+    """No device's update is longer than `max_norm` times the usual: the median, or the server's own of fewer than 3;
+    one far beyond is left out."""
     lengths = [m.norm for m in members if m.counts and not m.is_own]
     own = [m.norm for m in members if m.counts and m.is_own]
     if not lengths:
         return
     most = settings.max_norm * (own[0] if own and len(lengths) < 3 else robust.usual(lengths))
     for member in members:
-        if member.counts and not member.is_own:
+        if not member.counts or member.is_own:
+            continue
+        if member.norm > WILD * most:
+            member.left_out = f"its norm is {member.norm / most:.3g} times the most that counts ({most:.3g})"
+        else:
             member.cut_to = member.norm * robust.clip_scale(member.norm, most)
 
 
