@@ -27,7 +27,7 @@ from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
 from clawloop_shared.deltas import LearnTask
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.levels import Level
-from clawloop_shared.records import Policy
+from clawloop_shared.records import Policy, Trajectory
 
 _log = logging.getLogger(__name__)
 
@@ -224,10 +224,14 @@ class Schedule:
             return None
 
     def _learn(self, run: Run) -> None:
+        trajectories = self._runs.read_trajectories(run)
+        if trajectories is None:
+            self._end(run, "what it learns from cannot be read any more, and is chosen anew", done=False)
+            return
         self._tell(state=LEARNING, missing=[], updates=0)
         _log.info("learning at home: task %s, %d trajectories", run.task.task_id, len(run.sources))
         try:
-            learned = self._learned(run)
+            learned = self._learned(run, trajectories)
             if learned is None:
                 self._tell(state=WAITING, missing=["it was interrupted, and goes on when nobody calls"])
                 return
@@ -241,10 +245,7 @@ class Schedule:
             self._runs.clear_files()
             self._done()
 
-    def _learned(self, run: Run) -> Learned | None:
-        trajectories = self._runs.read_trajectories(run)
-        if trajectories is None:
-            raise LearnFailed("what it learns from cannot be read any more; it will be chosen anew for another task")
+    def _learned(self, run: Run, trajectories: list[Trajectory]) -> Learned | None:
         task = msgspec.structs.replace(run.task, rank=run.rank, alpha=alpha_of(run.task, run.rank))
         settings, going = self._settings, _Going(self, run)
         job = Job(

@@ -255,7 +255,11 @@ class Collector:
         return step.policy.line if step else ""
 
     def _goes(self, step: _Judged) -> bool:
-        """Whether the server has a step or may get it, as far as its owner's word goes."""
+        """Whether the server has a step or may get it, as far as its owner's word goes. One that a delta was learned
+        from has left with that, or will, and in no other way."""
+        query = "SELECT 1 FROM outbox_records WHERE record_id = ? AND sent_as = item_id LIMIT 1"
+        if self._reading.database.conn.execute(query, (step.step_id,)).fetchone() is not None:
+            return False
         return not self._curations.off(step) or self._was_queued(step.step_id)
 
     def ladder(self, session_id: str) -> Ladder:
