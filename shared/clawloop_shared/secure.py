@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from clawloop_shared import masking, signing
-from clawloop_shared.deltas import LearnTask, LoraDelta, Method
+from clawloop_shared.deltas import LoraDelta, Method
 from clawloop_shared.errors import SumError
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import LINEARS, MAX_RANK
@@ -28,7 +28,7 @@ MAX_MEMBERS = 128
 """of one sum: everybody agrees with everybody; more devices make several sums"""
 MAX_VALUES = (63 << 20) // 4 - 1
 """in one sum: a masked vector is one message"""
-MAX_SIGMA = 100.0
+MAX_SIGMA = 1000.0
 SIGMAS = 8
 """a normal number is further from 0 once in 8e14"""
 
@@ -128,9 +128,11 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, tag="secure-delivery.v
 
 class Masked(msgspec.Struct, frozen=True, kw_only=True, tag=MASKED_KIND):
     """A member's masked values (little-endian, 32 bits each), one more than the terms say: the last is how many
-    trajectories they were learned from. Body of the reply to `masked`, and of the outbox item that shows it."""
+    trajectories they were learned from. Body of the reply to `masked`, and of the outbox item that shows it: `item_id`
+    is the name by which its device can have the sum deleted."""
 
     sum_id: str
+    item_id: Annotated[str, Meta(min_length=1, max_length=128)]
     roster: _Hash
     values: bytes
 
@@ -206,24 +208,13 @@ def bound_of(clip: float, sigmas: list[float]) -> float:
     return clip * (1.0 + SIGMAS * max(sigmas))
 
 
-def terms_fit(terms: Terms, task: LearnTask, delta: LoraDelta) -> str:
-    """Why these are not the terms of a task and of what was learned for it; empty if they are."""
-    asked = (
-        "task_id",
-        "line_id",
-        "base_version",
-        "weights_sha256",
-        "method",
-        "rank",
-        "alpha",
-        "target_modules",
-        "clip",
-    )
-    for name in asked:
-        wanted, learned = getattr(task, name), getattr(delta, name)
-        if getattr(terms, name) != wanted or (learned != wanted and name != "clip"):
-            return f"{name} is {wanted!r:.60} in the task, {learned!r:.60} learned, {getattr(terms, name)!r:.60} summed"
-    if not task.secure or not terms.method.is_linear or delta.level is not Level.PRIVATE_DELTAS:
+def terms_fit(terms: Terms, delta: LoraDelta) -> str:
+    """Why these are not the terms of what was learned; empty if they are."""
+    for name in ("task_id", "line_id", "base_version", "weights_sha256", "method", "rank", "alpha", "target_modules"):
+        learned, summed = getattr(delta, name), getattr(terms, name)
+        if learned != summed:
+            return f"{name} is {learned!r:.60} in what was learned, and {summed!r:.60} in the sum"
+    if not terms.method.is_linear or delta.level is not Level.PRIVATE_DELTAS:
         return f"what was learned by {delta.method} at level {delta.level} is not for a secure sum"
     if delta.clip > terms.clip or not 0 < delta.sigma <= MAX_SIGMA:
         return f"clip {delta.clip} and sigma {delta.sigma} of what was learned do not fit the sum's clip {terms.clip}"

@@ -57,7 +57,7 @@ class Device:
         rng = np.random.default_rng(number)
         learned = rng.normal(size=VALUES)
         self.values = learned / np.linalg.norm(learned) * task.clip + rng.normal(size=VALUES) * sigma * task.clip
-        self.task, self.ready, self.left = task, True, list[bytes]()
+        self.ready, self.has_arrived, self.left = True, False, list[bytes]()
         self.key = hashlib.sha256(b"device %d" % number).digest()
         self.delta = LoraDelta(
             task_id=task.task_id,
@@ -80,12 +80,15 @@ class Device:
     def summand(self, task_id: str) -> Summand | None:
         if self.left:
             raise SumError("what was learned has left already")
-        return Summand(item_id="item", task=self.task, delta=self.delta) if self.ready else None
+        return Summand(item_id="item", delta=self.delta) if self.ready else None
 
     def leaving(self, summand: Summand, body: bytes) -> None:
         if self.left:
             raise SumError("what was learned has left already")
         self.left.append(body)
+
+    def arrived(self, summand: Summand) -> None:
+        self.has_arrived = True
 
     def known(self) -> set[bytes]:
         return self.seen

@@ -250,7 +250,7 @@ def test_phases_out_of_turn_and_unknown_sums_are_refused() -> None:
     [
         ({"task_id": "other"}, "task_id"),
         ({"base_version": 3}, "base_version"),
-        ({"clip": 2.0}, "clip"),
+        ({"clip": 0.5}, "clip"),
         ({"rank": 4}, "rank"),
         ({"method": Method.ROLORA_B}, "method"),
         ({"values": VALUES + 1}, "values"),

@@ -19,7 +19,7 @@ from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import SumDeltas, devices_in
 from clawloop_shared.errors import ClawloopError, StorageError
 from clawloop_shared.flat import flatten
-from clawloop_shared.messages import SecureReply
+from clawloop_shared.messages import ForgetReceipt, ForgetRequest, SecureReply
 from clawloop_shared.secure import Phase
 
 from .secure_fleet import SHAPE, TASK, Device
@@ -209,12 +209,49 @@ def test_a_revoked_device_drops_out_and_a_deleted_one_ends_the_sum(hub: Hub) -> 
     assert f"device {second} was deleted, and its values are in the sum" in failed.reason
 
 
+def test_a_member_that_is_revoked_after_its_values_came_is_in_the_sum(hub: Hub) -> None:
+    hub.expect()
+    hub.until(Phase.CONFIRM)
+    revoked = next(iter(hub.devices))
+    Devices(hub.vault.database).revoke(revoked)
+    hub.now_ms += 2000
+    hub.run()
+    (done,) = hub.sums.overview()
+    assert (done.status, done.reason) == (Status.DONE, "")
+    assert revoked in done.members
+
+
 def test_deleting_a_member_shreds_the_sum_that_waits(hub: Hub) -> None:
     hub.expect()
     hub.run()
     hub.vault.delete_device(next(iter(hub.devices)))
     assert not Deltas(hub.vault.database, hub.seals).waiting(TASK.line_id)
     assert not hub.vault.database.count("SELECT count(*) FROM secure_sums WHERE wrapped NOT NULL")
+
+
+def forget(hub: Hub, device_id: str) -> ForgetReceipt:
+    request = ForgetRequest(request_id="r", device_id=device_id, at_ms=1, record_ids=["item"])
+    return hub.vault.forget(request)
+
+
+def test_a_member_that_has_its_part_forgotten_takes_the_sum_along(hub: Hub) -> None:
+    hub.expect()
+    hub.run()
+    receipt = forget(hub, next(iter(hub.devices)))
+    assert (receipt.deleted, receipt.unknown) == (1, 0)
+    assert not Deltas(hub.vault.database, hub.seals).waiting(TASK.line_id)
+    assert not hub.vault.database.count("SELECT count(*) FROM secure_sums WHERE wrapped NOT NULL")
+
+
+def test_a_part_that_is_forgotten_before_the_sum_is_done_keeps_it_from_being_kept(hub: Hub) -> None:
+    hub.expect()
+    hub.until(Phase.UNMASK)
+    device_id = next(iter(hub.devices))
+    forget(hub, device_id)
+    hub.run()
+    (done,) = hub.sums.overview()
+    assert f"device {device_id} asked to forget its part" in done.reason
+    assert not Deltas(hub.vault.database, hub.seals).waiting(TASK.line_id)
 
 
 def test_answers_that_are_none_take_their_device_out_for_good(hub: Hub) -> None:

@@ -27,7 +27,7 @@ def test_the_secure_sum_is_the_plain_sum() -> None:
     done = play.run()
     play.is_right()
     assert done.members == sorted(play.devices, key=lambda name: signing.public_key(play.devices[name].key))
-    assert all(len(device.left) == 1 for device in play.devices.values())
+    assert all(len(device.left) == 1 and device.has_arrived for device in play.devices.values())
 
 
 def test_the_sum_is_a_delta_for_a_round() -> None:

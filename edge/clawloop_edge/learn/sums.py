@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from clawloop_shared import masking, secure, signing, wire
-from clawloop_shared.deltas import LearnTask, LoraDelta
+from clawloop_shared.deltas import LoraDelta
 from clawloop_shared.errors import ClawloopError, SumError, WireError
 from clawloop_shared.fixed_point import to_ring
 from clawloop_shared.flat import flatten
@@ -40,10 +40,9 @@ _MAX_SUMS = 4
 
 
 class Summand(msgspec.Struct, frozen=True, kw_only=True):
-    """A clipped and noised delta that its owner lets go into a secure sum, and the task that it was learned for."""
+    """A clipped and noised delta that its owner lets go into a secure sum, and the outbox item that it is."""
 
     item_id: str
-    task: LearnTask
     delta: LoraDelta
 
 
@@ -64,6 +63,10 @@ class Summands(Protocol):
         Raises:
             ClawloopError: it may not leave (any more), or has left already.
         """
+        ...
+
+    def arrived(self, summand: Summand) -> None:
+        """The server says that it has them."""
         ...
 
 
@@ -141,7 +144,7 @@ class SumMember:
         summand = self._summands.summand(terms.task_id)
         if summand is None:
             return None
-        unfit = secure.terms_fit(terms, summand.task, summand.delta)
+        unfit = secure.terms_fit(terms, summand.delta)
         if unfit:
             raise SumError(f"not a sum for what was learned here: {unfit}")
         return _Part(self, terms, summand)
@@ -171,9 +174,10 @@ class SumMember:
         if new:
             self._known.keep(new)
 
-    def leaving(self, summand: Summand, body: bytes) -> None:
-        """Note that the masked bytes leave."""
-        self._summands.leaving(summand, body)
+    @property
+    def summands(self) -> Summands:
+        """Where what is summed comes from."""
+        return self._summands
 
 
 class _Part:
@@ -267,9 +271,14 @@ class _Part:
             if sender != self._place:
                 self._held[sender] = self._opened(sealed, hashes, sender=sender)
         self._sharing = delivery.places
-        masked = secure.Masked(sum_id=members.sum_id, roster=members.digest, values=self._masked(members))
+        masked = secure.Masked(
+            sum_id=members.sum_id,
+            item_id=self._summand.item_id,
+            roster=members.digest,
+            values=self._masked(members),
+        )
         out = wire.encode(masked)
-        self._device.leaving(self._summand, out)
+        self._device.summands.leaving(self._summand, out)
         self._values = np.zeros(0, np.float32)
         return out
 
@@ -304,6 +313,7 @@ class _Part:
         self._survivors = survivors.places
         asked, _ = self._answered[Phase.MASKED]
         self._answered[Phase.MASKED] = asked, b""  # the server has it, or it could not say that it came
+        self._device.summands.arrived(self._summand)
         return wire.encode(
             secure.Confirmed(signature=secure.sign_survivors(self._roster(), self._survivors, self._device.device_key))
         )

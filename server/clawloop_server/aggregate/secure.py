@@ -55,6 +55,8 @@ class SumState(msgspec.Struct, kw_only=True):
     roster: secure.Roster | None = None
     shares: dict[int, secure.Shares] = {}
     masked: list[int] = []
+    items: dict[int, str] = {}
+    """by place: the name that a member gave to its masked values"""
     survivors: list[int] = []
     signatures: dict[int, bytes] = {}
     unmaskings: dict[int, secure.Unmasking] = {}
@@ -90,6 +92,12 @@ class SecureSum:
         """The devices whose values are in the sum, or would be now."""
         ids = self._ids()
         return [ids[place] for place in self.state.masked]
+
+    @property
+    def items(self) -> dict[str, str]:
+        """What those devices call their masked values."""
+        ids = self._ids()
+        return {ids[place]: item_id for place, item_id in self.state.items.items()}
 
     @property
     def culprits(self) -> list[str]:
@@ -265,6 +273,7 @@ class SecureSum:
             raise SumError(f"device {device_id} sent {len(masked.values)} bytes of values, not {4 * len(self.total)}")
         self.total = self.total + np.frombuffer(masked.values, "<u4")
         self.state.masked = sorted([*self.state.masked, self._place(device_id)])
+        self.state.items[self._place(device_id)] = masked.item_id
 
     def _take_signature(self, device_id: str, body: bytes) -> None:
         signature, place = wire.decode(body, secure.Confirmed).signature, self._place(device_id)

@@ -41,8 +41,8 @@ _TASK = msgspec.msgpack.Decoder(LearnTask)
 class Keeper(Protocol):
     """Where a sum goes. Part of the transaction that is open."""
 
-    def __call__(self, sum_id: str, delta: LoraDelta, members: list[str], /) -> None:
-        """Keep the mean of these devices' deltas for a round.
+    def __call__(self, sum_id: str, delta: LoraDelta, items: dict[str, str], /) -> str:
+        """Keep the mean of these devices' deltas for a round (`items`: what each calls its part); or why not.
 
         Raises:
             StorageError: it cannot be written.
@@ -270,11 +270,15 @@ class SecureSums:
             [state.status, state.phase, state.reason, self._clock_ms(), sum_id],
         )
         members = each.members
-        self._database.run_each("INSERT INTO secure_members VALUES (?, ?)", [(sum_id, name) for name in members])
+        self._database.run_each(
+            "INSERT INTO secure_members (sum_id, device_id) VALUES (?, ?)", [(sum_id, name) for name in members]
+        )
         self._forget_expected(each, members)
         if each.result is not None:
-            self._keep_sum(sum_id, deliver(state.terms, each.result, self._shape_of(state.terms.line_id)), members)
-            _log.info("secure sum %s is done: %d members", sum_id, len(members))
+            delta = deliver(state.terms, each.result, self._shape_of(state.terms.line_id))
+            why_not = self._keep_sum(sum_id, delta, each.items)
+            self._database.run("UPDATE secure_sums SET reason = ? WHERE sum_id = ?", [why_not, sum_id])
+            _log.info("secure sum %s is done: %d members%s", sum_id, len(members), why_not and f"; {why_not}")
             return
         _log.warning("secure sum %s of task %s: %s", sum_id, state.terms.task_id, state.reason)
 

@@ -20,7 +20,7 @@ from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
-from clawloop_server.vault.sums import OF_SUMS_WITH, shred_sums_with
+from clawloop_server.vault.sums import SUMS_WITH_DEVICE, SUMS_WITH_DOOMED, shred_sums
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest
 from clawloop_shared.records import Mark, Signal, Step
@@ -192,6 +192,9 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
     _doom_empty_items(database)
     items = run("DELETE FROM items WHERE device_id = ? AND item_key IN temp.doomed", device)
     deltas, joined = _erase_deltas(database, "device_id = ? AND item_key IN temp.doomed", device)
+    summed, joined_sums = _erase_deltas(database, SUMS_WITH_DOOMED, device)
+    shred_sums(database, seal.device_id, doomed=True)
+    deltas, joined = deltas + summed, joined + joined_sums
     # What cannot be told apart (an item that could not be read) may hold any of it.
     unclear = "DELETE FROM set_aside WHERE device_id = ? AND (name_key = x'' OR name_key IN temp.doomed)"
     set_aside = run(unclear, device)
@@ -209,8 +212,8 @@ def erase_device(database: ServerDatabase, device_id: str) -> Erased:
         for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
     )
     deltas, joined = _erase_deltas(database, "device_id = ?", [device_id])
-    summed, joined_sums = _erase_deltas(database, OF_SUMS_WITH, [device_id])
-    shred_sums_with(database, device_id)
+    summed, joined_sums = _erase_deltas(database, SUMS_WITH_DEVICE, [device_id])
+    shred_sums(database, device_id, doomed=False)
     deltas, joined = deltas + summed, joined + joined_sums
     counts = {"steps": steps, "signals": signals, "items": items, "set_aside": set_aside, "deltas": deltas}
     return _erased(database, counts, joined=joined)
@@ -265,8 +268,9 @@ def _doom(database: ServerDatabase, seal: DeviceSeal, *, name: str) -> bool:
         "SELECT EXISTS (SELECT 1 FROM steps WHERE device_id = ? AND step_key = ?)"
         " OR EXISTS (SELECT 1 FROM signals WHERE device_id = ? AND signal_key = ?)"
         " OR EXISTS (SELECT 1 FROM items WHERE device_id = ? AND item_key = ?)"
-        " OR EXISTS (SELECT 1 FROM set_aside WHERE device_id = ? AND name_key IN (?, ?))",
-        [*own, keys[0], *own, keys[1], *own, keys[2], *own, keys[0], keys[1]],
+        " OR EXISTS (SELECT 1 FROM set_aside WHERE device_id = ? AND name_key IN (?, ?))"
+        " OR EXISTS (SELECT 1 FROM secure_members WHERE device_id = ? AND item_key = ?)",
+        [*own, keys[0], *own, keys[1], *own, keys[2], *own, keys[0], keys[1], *own, keys[2]],
     )
 
 

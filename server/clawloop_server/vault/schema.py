@@ -162,8 +162,9 @@ CREATE TABLE secure_sums (
   reason TEXT NOT NULL, began_ms INTEGER NOT NULL, ended_ms INTEGER, wrapped BLOB, state BLOB, total BLOB);
 CREATE INDEX secure_sums_by_status ON secure_sums (status, task_id);
 CREATE TABLE secure_members (
-  sum_id TEXT NOT NULL, device_id TEXT NOT NULL, PRIMARY KEY (sum_id, device_id)) WITHOUT ROWID;
-CREATE INDEX secure_members_by_device ON secure_members (device_id);
+  sum_id TEXT NOT NULL, device_id TEXT NOT NULL, item_key BLOB NOT NULL DEFAULT x'',
+  PRIMARY KEY (sum_id, device_id)) WITHOUT ROWID;
+CREATE INDEX secure_members_by_device ON secure_members (device_id, item_key);
 CREATE TABLE secure_expected (
   task_id TEXT NOT NULL, device_id TEXT NOT NULL, task BLOB NOT NULL, since_ms INTEGER NOT NULL,
   PRIMARY KEY (task_id, device_id)) WITHOUT ROWID;

@@ -1,16 +1,25 @@
 """What secure sums came to, as deltas for rounds: under a key of their own, and with the devices that are in them.
 
-Nobody can take one device's part out of a sum, so a sum goes whole with the first of its members that is forgotten.
+Nobody can take one device's part out of a sum, so a sum goes whole with the first of its parts that is forgotten.
 """
 
 from __future__ import annotations
 
+from clawloop_server.errors import DeviceError
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.deltas import keep_delta
+from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_shared import wire
 from clawloop_shared.deltas import LoraDelta
 from clawloop_shared.files import sha256
+
+_GRAVE = "SELECT 1 FROM tombstones WHERE device_id = ? AND name_key = ?"
+_OF = "SELECT sum_id FROM secure_members WHERE device_id = ?"
+SUMS_WITH_DEVICE = f"device_id IN ({_OF})"
+"""of deltas: those that a device is in with others"""
+SUMS_WITH_DOOMED = f"device_id IN ({_OF} AND item_key IN temp.doomed)"
+"""of deltas: those that a part of a device is in that is to go"""
 
 
 class SumDeltas:
@@ -19,11 +28,31 @@ class SumDeltas:
     def __init__(self, database: ServerDatabase, seals: DeviceSeals) -> None:
         self._database, self._seals = database, seals
 
-    def __call__(self, sum_id: str, delta: LoraDelta, members: list[str], /) -> None:
-        """Keep the mean of these devices' deltas. Part of the transaction that is open."""
+    def __call__(self, sum_id: str, delta: LoraDelta, items: dict[str, str], /) -> str:
+        """Keep the mean of these devices' deltas (`items`: what each calls its part), unless one has asked to forget
+        its part since; then say so. Part of the transaction that is open."""
+        names = dict[str, bytes]()
+        for device_id, item_id in items.items():
+            seal = self._seal(device_id)
+            if seal is None:
+                continue
+            names[device_id] = seal.name("item", item_id)
+            if self._database.row(_GRAVE, [device_id, names[device_id]]) is not None:
+                return f"device {device_id} asked to forget its part, so the sum was not kept"
+        for device_id, name in names.items():
+            sql = "UPDATE secure_members SET item_key = ? WHERE sum_id = ? AND device_id = ?"
+            self._database.run(sql, [name, sum_id, device_id])
         item_key = bytes.fromhex(sha256(sum_id.encode()))[:16]
-        seal = self._seals.make_for_sum(sum_id)
-        keep_delta(self._database, seal, delta, item_key=item_key, body=wire.encode(delta))
+        of_sum = self._seals.make_for_sum(sum_id)
+        keep_delta(self._database, of_sum, delta, item_key=item_key, body=wire.encode(delta))
+        return ""
+
+    def _seal(self, device_id: str) -> DeviceSeal | None:
+        """None: the device was revoked before it sent anything of its own."""
+        try:
+            return self._seals.get(device_id) or self._seals.ensure(device_id)
+        except DeviceError:
+            return None
 
 
 def devices_in(database: ServerDatabase, device_id: str) -> frozenset[str]:
@@ -32,14 +61,10 @@ def devices_in(database: ServerDatabase, device_id: str) -> frozenset[str]:
     return frozenset(row[0] for row in rows) or frozenset([device_id])
 
 
-OF_SUMS_WITH = "device_id IN (SELECT sum_id FROM secure_members WHERE device_id = ?)"
-"""of deltas: those that a device is in with others"""
-
-
-def shred_sums_with(database: ServerDatabase, device_id: str) -> None:
-    """Destroy the keys of the sums that a device is in. Part of the transaction that is open."""
-    database.run(
-        "UPDATE secure_sums SET wrapped = NULL WHERE sum_id IN (SELECT sum_id FROM secure_members WHERE device_id = ?)",
-        [device_id],
-    )
-    database.run("DELETE FROM secure_expected WHERE device_id = ?", [device_id])
+def shred_sums(database: ServerDatabase, device_id: str, *, doomed: bool) -> None:
+    """Destroy the keys of the sums that a device is in; `doomed`: of those alone that a part is in that is to go. Part
+    of the transaction that is open."""
+    of = f"{_OF} AND item_key IN temp.doomed" if doomed else _OF
+    database.run(f"UPDATE secure_sums SET wrapped = NULL WHERE sum_id IN ({of})", [device_id])  # noqa: S608 constant text
+    if not doomed:
+        database.run("DELETE FROM secure_expected WHERE device_id = ?", [device_id])
