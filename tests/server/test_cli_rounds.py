@@ -31,6 +31,8 @@ from clawloop_server.vault.store import Lesson, Vault
 from clawloop_shared.files import publish_secret
 from clawloop_shared.signals import Account, Reward
 
+from .made_deltas import make_delta, send_delta
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*Click 9.0.*:DeprecationWarning")  # typer's own import of click
 
 UPDATES: list[dict[str, Any]] = [
@@ -377,3 +379,66 @@ def test_a_watcher_who_waits_reads_for_what(home: Home, server: Server) -> None:
     down = Part(name="trainer", pid=0, restarts=2, last_exit=1, wait_s=4.0, log="t.log")
     server.status = msgspec.structs.replace(server.status, parts=[down])
     assert "the trainer is down, tried again in 4 s" in listener.waiting(heard)
+
+
+def test_a_joined_round_tells_of_each_contribution(
+    run: Callable[..., str], home: Home, vault: Vault, base: Base, add_device: Callable[..., str]
+) -> None:
+    registry, devices = Registry(vault.database, home.adapters), sorted(add_device() for _ in range(3))
+    ids = [send_delta(vault, device, make_delta(base.shape, base.line_id, seed=n)) for n, device in enumerate(devices)]
+    round_id = registry.start_round(base.line_id, base_version=0, trajectories=12, steps=20)
+    shares = [
+        {"source": "own", "device_id": "", "weight": 0.5, "staleness": 0, "norm": 2.0, "cut_to": 2.0, "left_out": ""},
+        {"source": ids[0], "device_id": devices[0], "weight": 0.25, "staleness": 2, "norm": 9.0, "cut_to": 2.0}
+        | {"cosine_own": 0.625, "left_out": "", "alike": ["x", "y"]},
+        {"source": ids[1], "device_id": devices[1], "norm": 9.0, "cosine_own": -0.5, "left_out": "its cosine is -0.50"},
+    ]
+    account = {"method": "svd", "robust": "gate", "shares": shares, "norm": 1.5, "rho": 0.25, "tail": 0.125}
+    account |= {"tail_worst": 0.5, "tail_worst_layer": "model.layers.0.mlp.up_proj", "devices": devices[:1]}
+    account |= {"conflict": {devices[0]: {devices[1]: -0.75, devices[2]: 0.5}}, "notes": ["the tail is large"]}
+    fates = {ids[0]: "", ids[1]: "its cosine is -0.50", ids[2]: "cannot be used: a number in it is infinite, or none"}
+    vault.deltas.use(round_id, fates)
+    registry.finish_round(round_id, RoundState.PASSED, metrics=METRICS | {"joined": account, "deltas": fates})
+
+    shown = run("rounds", "explain", round_id)
+    for told in (
+        *("12 trajectories, 20 steps, 1 delta, 2 left out", "the server itself", "its cosine is -0.50"),
+        *("it stands for 2 copies", "0.625", "-0.750", "12.5% of the update was lost", "50.0% in model.layers.0.mlp"),
+        *("25.0% would have been wrong", "infinite", "the tail is large", "svd, defence gate"),
+    ):
+        assert told in shown, told
+    assert "1 delta, 2 left out" in run("rounds", "list")
+    assert "1 delta, 2 left out" in run("rounds", "show", round_id)
+    facts = json.loads(run("rounds", "explain", round_id, "--json"))
+    assert [d["state"] for d in facts["deltas"]] == ["joined", "left out", "left out"]
+    assert facts["joined"]["tail"] == 0.125
+    vault.delete_device(devices[0])
+    assert "shredded" in run("rounds", "explain", round_id)
+
+
+def test_what_waits_and_for_what_is_told(
+    run: Callable[..., str], vault: Vault, base: Base, add_device: Callable[..., str]
+) -> None:
+    devices = [add_device() for _ in range(20)]
+    assert "waiting deltas" in run("status")
+    send_delta(vault, devices[0], make_delta(base.shape, base.line_id))
+    assert "1, of 1 of 5 devices for a round; they wait for other devices, [federate] min_devices is 2" in run("status")
+    send_delta(vault, devices[1], make_delta(base.shape, base.line_id))
+    shown = run("train", "status")
+    assert "2, of 2 of 5 devices for a round, or in " in shown
+    assert devices[1] in shown
+    facts = json.loads(run("train", "status", "--json"))
+    assert (facts["deltas"]["states"], len(facts["waiting_deltas"])) == ({"waiting": 2}, 2)
+    assert "2 waiting" in run("data", "stats")
+    for device in devices[2:5]:
+        send_delta(vault, device, make_delta(base.shape, base.line_id))
+    assert "5, of 5 of 5 devices for a round" in run("status")
+
+
+def test_deleting_a_device_names_the_adapters_that_had_used_it(
+    run: Callable[..., str], vault: Vault, device: str, base: Base
+) -> None:
+    send_delta(vault, device, make_delta(base.shape, base.line_id))
+    shown = run("devices", "delete", device, "--yes")
+    assert "0 steps, 0 signals and 1 delta" in shown
+    assert "no adapter had used any of it" in shown

@@ -55,7 +55,7 @@ def registry(vault: Vault, home: Home) -> Registry:
 def open_tasks(vault: Vault, registry: Registry, base: Base, clock: Clock) -> Callable[..., HubTasks]:
     """The hub's tasks with these `[federate]` settings."""
 
-    def make(**settings: Any) -> HubTasks:
+    def make(took: Any = lambda device, task: None, **settings: Any) -> HubTasks:
         return HubTasks(
             registry=registry,
             devices=Devices(vault.database),
@@ -63,6 +63,7 @@ def open_tasks(vault: Vault, registry: Registry, base: Base, clock: Clock) -> Ca
             base=base,
             federate=FederateSettings(**settings),
             train=TRAIN,
+            took=took,
             clock=clock,
         )
 
@@ -201,6 +202,17 @@ def test_a_device_is_asked_once_and_again_after_a_round_that_was_refused(
     assert tasks.due(device, adapter_version=0) is None
     clock.now_s += LOOK_AGAIN_S
     assert asked(tasks, device) == again, "nothing came of it in so long"
+
+
+def test_who_takes_a_task_is_told_of_once(open_tasks: Callable[..., HubTasks], at: Any) -> None:
+    told: list[tuple[str, LearnTask]] = []
+    tasks, device, other = open_tasks(lambda *one: told.append(one)), at("deltas"), at("deltas")
+    task = asked(tasks, device)
+    asked(tasks, other)
+    tasks.answered(device, LearnReply(task_id=task.task_id, accepted=True))
+    tasks.answered(other, LearnReply(task_id=task.task_id, accepted=False, reason="on battery"))
+    tasks.answered("nobody", LearnReply(task_id=task.task_id, accepted=True))
+    assert told == [(device, task)]
 
 
 def test_who_refused_is_asked_again_after_an_hour(open_tasks: Callable[..., HubTasks], at: Any, clock: Clock) -> None:

@@ -29,6 +29,8 @@ def stats(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "signals": found.signals,
         "marks": found.marks,
     }
+    if found.deltas:
+        facts["deltas"] = ", ".join(f"{number} {state}" for state, number in found.deltas.items())
     for channel, states in sorted(found.trajectories.items()):
         facts[f"trajectories ({channel})"] = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
     print_facts("vault", facts)

@@ -14,6 +14,7 @@ from clawloop_server.cli.common import (
     OpenServer,
     YesOption,
     confirm,
+    counted,
     group,
     open_server,
     print_facts,
@@ -142,6 +143,10 @@ def delete(
     if as_json:
         print_json(shredded)
         return
-    typer.echo(f"shredded {shredded.steps} steps and {shredded.signals} signals of device {device}")
-    if shredded.rounds:
-        typer.echo(f"{len(shredded.rounds)} rounds had learned from it; their adapters cannot unlearn: `rounds list`")
+    found = f"{shredded.steps} steps, {shredded.signals} signals and {counted(shredded.deltas, 'delta')}"
+    typer.echo(f"shredded {found} of device {device}")
+    if shredded.adapters:
+        named = ", ".join(map(str, shredded.adapters))
+        typer.echo(f"adapters that had used any of it, or went on from one that had: {named}; they cannot unlearn")
+    else:
+        typer.echo("no adapter had used any of it")

@@ -18,6 +18,7 @@ from clawloop_shared.manifest import Evaluation
 
 if TYPE_CHECKING:
     from clawloop_server.release.records import AdapterRecord, Round
+    from clawloop_server.vault.deltas import DeltaFacts
     from clawloop_server.vault.store import Lesson
 
 Row = tuple[object, ...]
@@ -47,6 +48,7 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     made: AdapterRecord | None
     updates: list[Update]
     trajectories: list[Lesson]
+    deltas: list[DeltaFacts] = []
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -81,7 +83,7 @@ def round_facts(found: Explained) -> dict[str, object]:
         "why": round_.reason,
         "built on": _adapter(found.built_on, otherwise="the model line as it is"),
         "made": _adapter(found.made, otherwise="no adapter"),
-        "took": f"{counted(round_.trajectories, 'trajectory')}, {counted(round_.steps, 'step')}",
+        "took": learned_from(round_),
         "updates": f"{len(found.updates)}{_attempts(round_)}",
         "started": f"{when(round_.started_ms)}{took}",
     }
@@ -95,6 +97,17 @@ def round_facts(found: Explained) -> dict[str, object]:
     if round_.finished_ms is not None:
         facts["evaluation"] = evaluation_in_words(evaluation)
     return facts
+
+
+def learned_from(round_: Round) -> str:
+    """How much a round took, in words."""
+    deltas = round_.metrics.get("deltas")
+    told = f"{counted(round_.trajectories, 'trajectory')}, {counted(round_.steps, 'step')}"
+    if not isinstance(deltas, dict) or not deltas:
+        return told
+    used = sum(not why for why in deltas.values())
+    told = f"{told}, " if round_.trajectories else ""
+    return f"{told}{counted(used, 'delta')}{f', {len(deltas) - used} left out' if used < len(deltas) else ''}"
 
 
 def evaluation_in_words(evaluation: Evaluation | None) -> str:

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from clawloop_server.cli import explaining
+from clawloop_server.cli import explaining, joined
 from clawloop_server.cli.common import (
     HomeOption,
     JsonOption,
-    counted,
     group,
     home_of,
     open_server,
@@ -35,23 +34,29 @@ def train_status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     found = server_status(home)
     with open_server(home) as server:
         latest = next(iter(server.registry.rounds(limit=1)), None)
+        waiting = server.vault.deltas.waiting(found.line_id)
     part = next((part for part in found.parts if part.name == "trainer"), None)
     facts: dict[str, object] = {
         "trainer": "up" if part and part.pid else "down",
         "line_id": found.line_id,
         "ready_trajectories": found.ready_trajectories,
         "round_trajectories": found.round_trajectories,
+        "deltas": found.deltas,
         "running_round": found.rounds.running,
         "training": found.training,
     }
     if as_json:
-        print_json({**facts, "part": part, "last_round": latest})
+        print_json({**facts, "waiting_deltas": waiting, "part": part, "last_round": latest})
         return
     shown = {**facts, "trainer": part.summary if part else "down"}
-    shown["running_round"] = under_way(found)
+    shown["running_round"], shown["deltas"] = under_way(found), found.deltas.summary
     del shown["training"]
     last = f"{latest.round_id} {latest.state.value}: {latest.reason}" if latest else "none"
     print_facts("trainer", {name.replace("_", " "): value for name, value in shown.items()} | {"last round": last})
+    if waiting:
+        columns = ("waiting delta of", "learned beside", "method", "trajectories", "since")
+        rows = [(d.device_id, d.base_version, d.method, d.trajectories, when(d.received_ms)) for d in waiting]
+        print_table("waiting deltas", columns, rows=rows)
 
 
 @app.command("list")
@@ -70,7 +75,7 @@ def list_rounds(
     for r in found:
         took = f", {(r.finished_ms - r.started_ms) / 1000:.1f} s" if r.finished_ms else ""
         made = f"{r.base_version} → {r.version}" if r.version else f"{r.base_version} →"
-        used = f"{counted(r.trajectories, 'trajectory')}, {counted(r.steps, 'step')}"
+        used = explaining.learned_from(r)
         rows.append((r.round_id, r.state.value, made, used))
         rows.append((f"{when(r.started_ms)}{took}", "", "", r.reason))
     print_table("rounds", ("round", "state", "adapter", "learned from, reason"), rows=rows)
@@ -102,7 +107,9 @@ def explain(round_id: RoundArgument, home: HomeOption = None, as_json: JsonOptio
         print_table("left out", ("how much", "why", "which"), rows=left_out)
     typer.echo()
     columns, rows = explaining.lesson_rows(found)
-    print_table("trajectories", columns, rows=rows)
+    if rows or not found.deltas:
+        print_table("trajectories", columns, rows=rows)
+    _print_joined(found)
 
 
 @app.command()
@@ -130,8 +137,22 @@ def _explained(home: Path | None, round_id: str) -> tuple[explaining.Explained, 
             made=adapters.get(found.version),
             updates=explaining.with_times(kept, timed),
             trajectories=server.vault.lessons(round_id),
+            deltas=server.vault.deltas.of_round(round_id),
         )
         return explained, server.vault.lineage(round_id)
+
+
+def _print_joined(found: explaining.Explained) -> None:
+    """What became of each delta, and what joining them cost."""
+    rows = joined.share_rows(found.round.metrics, found.deltas)
+    if not rows:
+        return
+    typer.echo()
+    print_table("joined", joined.SHARE_COLUMNS, rows=rows)
+    print_facts("joining", joined.account_facts(found.round.metrics))
+    pairs = joined.conflict_rows(found.round.metrics)
+    if pairs:
+        print_table("devices that pull apart most", ("device", "and device", "cosine"), rows=pairs)
 
 
 def _print_updates(found: explaining.Explained) -> None:
@@ -158,4 +179,6 @@ def _as_facts(found: explaining.Explained) -> dict[str, object]:
         "made": explaining.adapter_facts(found.made),
         "updates": found.updates,
         "trajectories": found.trajectories,
+        "deltas": found.deltas,
+        "joined": found.round.metrics.get("joined"),
     }

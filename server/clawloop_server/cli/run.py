@@ -70,6 +70,7 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
         "model line": found.line_id,
         "devices": f"{devices.joined} joined, {devices.online} online, {devices.revoked} revoked, {devices.left} left",
         "ready trajectories": f"{found.ready_trajectories} of {found.round_trajectories} for a round",
+        "waiting deltas": found.deltas.summary,
         "rounds": f"{rounds.passed} passed, {rounds.refused} refused, {rounds.failed} failed",
         "round under way": under_way(found),
         "adapter": f"{adapter.version}, in use on {counted(adapter.in_use, 'device')}" if adapter else "none released",

@@ -75,12 +75,15 @@ class HubTasks:
         base: Base,
         federate: FederateSettings,
         train: TrainSettings,
+        took: Callable[[str, LearnTask], None] = lambda device_id, task: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`took`: hears which device will learn what."""
+        self._took = took
         self._registry, self._devices, self._deltas, self._base = registry, devices, deltas, base
         self._federate, self._train, self._clock = federate, train, clock
         self._answers: dict[str, _Answer] = {}
-        self._asked: dict[str, str] = {}
+        self._asked: dict[str, LearnTask] = {}
         self._quiet: dict[str, _Quiet] = {}
         self._beside: tuple[float, Beside] | None = None
         self._lock = threading.Lock()
@@ -96,7 +99,7 @@ class HubTasks:
         if task is None:
             self._quiet[device_id] = _Quiet(_stem(beside), self._clock() + LOOK_AGAIN_S)
             return None
-        self._asked[device_id] = task.task_id
+        self._asked[device_id] = task
         return task
 
     def _is_quiet(self, device_id: str, beside: Beside) -> bool:
@@ -112,8 +115,11 @@ class HubTasks:
 
     def answered(self, device_id: str, reply: LearnReply) -> None:
         """Keep whether it will. An answer to what it was not asked is passed over."""
-        if self._asked.get(device_id) != reply.task_id:
+        task = self._asked.get(device_id)
+        if task is None or task.task_id != reply.task_id:
             return
+        if reply.accepted:
+            self._took(device_id, task)
         self._answers[device_id] = _Answer(reply.task_id, reply.accepted, self._clock())
         if reply.accepted:
             _log.info("device %s learns %s at home", device_id, reply.task_id)

@@ -58,6 +58,10 @@ def _rounds(status: ServerStatus) -> Iterable[Metric]:
     ready, needed = status.ready_trajectories, status.round_trajectories
     yield _gauge("clawloop_trajectories_ready", "Rewarded trajectories that the next round can take.", ready)
     yield _gauge("clawloop_trajectories_missing", "How many more it waits for.", max(0, needed - ready))
+    yield _by("clawloop_deltas", "What devices learned at home, by what became of it.", "state", status.deltas.states)
+    yield _gauge(
+        "clawloop_deltas_needed", "How many that wait make a round without trajectories.", status.deltas.needed
+    )
     yield _gauge("clawloop_round_running", "1 while a round runs.", training is not None)
     yield _gauge("clawloop_round_updates", "Of the round under way.", training.updates if training else 0)
     yield _gauge("clawloop_round_updates_made", "Of these, how many are made.", training.done if training else 0)

@@ -9,15 +9,18 @@ import time
 
 import msgspec
 
+from clawloop_server.aggregate.buffer import buffer_size
+from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import find_base
 from clawloop_server.config import ServerConfig
 from clawloop_server.errors import HomeError
 from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
-from clawloop_server.hub.training import Training
+from clawloop_server.hub.training import Training, duration
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.vault.store import Vault
+from clawloop_server.vault.sums import devices_in
 from clawloop_shared.files import publish_secret
 from clawloop_shared.records import Channel
 
@@ -66,6 +69,34 @@ class RoundCounts(msgspec.Struct, frozen=True, kw_only=True):
     running: str = ""
 
 
+class DeltaCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What devices learned at home: how many deltas are in each state, and what those that wait wait for.
+
+    They are of so many `devices`, of a secure sum all its members. Of `needed` devices they make a round without
+    trajectories, or of `min_devices` once the oldest, which waits for `oldest_s`, waited for `max_wait_s`.
+    """
+
+    states: dict[str, int] = {}
+    waiting: int = 0
+    devices: int = 0
+    needed: int = 0
+    min_devices: int = 0
+    oldest_s: float = 0.0
+    max_wait_s: float = 0.0
+
+    @property
+    def summary(self) -> str:
+        """What waits, and for what, in one line."""
+        if not self.waiting:
+            return "none"
+        told = f"{self.waiting}, of {self.devices} of {self.needed} devices for a round"
+        if self.devices >= self.needed:
+            return told
+        if self.devices < self.min_devices:
+            return f"{told}; they wait for other devices, [federate] min_devices is {self.min_devices}"
+        return f"{told}, or in {duration(max(0.0, self.max_wait_s - self.oldest_s))} without more"
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One child process. `pid` is 0 while it is down; `wait_s` is then how long until it is started again."""
 
@@ -98,6 +129,8 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     adapter: CurrentAdapter | None
     waiting_adapters: int = 0
     """newer than the released one, and not released: candidates, and those that the gate or the operator held"""
+    deltas: DeltaCounts = DeltaCounts()
+    """what devices learned at home"""
     fleet_ready: bool = False
     training: Training | None = None
     """the round under way, as the running server hears of it"""
@@ -133,7 +166,22 @@ def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStat
         round_trajectories=config.train.round_trajectories,
         rounds=_rounds(registry),
         adapter=current,
+        deltas=_deltas(vault, config.federate, line_id=base.line_id),
         waiting_adapters=sum(a.state in (AdapterState.CANDIDATE, AdapterState.HELD) for a in newer),
+    )
+
+
+def _deltas(vault: Vault, settings: FederateSettings, *, line_id: str) -> DeltaCounts:
+    waiting = vault.deltas.waiting(line_id)
+    now_ms = time.time_ns() // 1_000_000
+    return DeltaCounts(
+        states=vault.deltas.counts(line_id),
+        waiting=len(waiting),
+        devices=len(frozenset[str]().union(*(devices_in(vault.database, delta.device_id) for delta in waiting))),
+        needed=buffer_size(settings, Devices(vault.database).count_joined(line_id)),
+        min_devices=settings.min_devices,
+        oldest_s=max(0.0, (now_ms - waiting[0].received_ms) / 1000) if waiting else 0.0,
+        max_wait_s=settings.max_wait_s,
     )
 
 

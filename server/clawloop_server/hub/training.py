@@ -32,6 +32,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     done: int = 0
     learned: int = 0
     """trajectories that were learned from"""
+    deltas: int = 0
+    """of devices, that waited to join it when it began"""
     began_ms: int = 0
     elapsed_s: float = 0.0
     left_s: float | None = None
@@ -45,6 +47,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """The round in one line."""
+        if not self.updates and self.deltas:
+            return f"{self.round_id}: joins {self.deltas} deltas, the gate judges"
         if self.judging:
             return f"{self.round_id}: {counted_updates(self.updates)} made, the gate judges"
         left = "" if self.left_s is None else f", about {duration(self.left_s)} left"
@@ -133,9 +137,12 @@ class TrainerEar:
             updates=_whole(event, "updates"),
             done=_whole(event, "done"),
             learned=_whole(event, "learned"),
+            deltas=_whole(event, "deltas"),
             began_ms=_whole(event, "at_ms"),
         )
-        _log.info("round %s begins with %d trajectories", self._training.round_id, self._training.trajectories)
+        found = self._training
+        deltas = f", {found.deltas} deltas" if found.deltas else ""
+        _log.info("round %s begins with %d trajectories%s", found.round_id, found.trajectories, deltas)
 
     def _update(self, event: Event) -> None:
         self.update = numbers_of(event)
@@ -165,6 +172,8 @@ def round_line(event: Event) -> str:
     parts = [f"{learned} trajectories in {counted_updates(updates)}", duration(_number(event, "seconds"))]
     if event.get("reward") is not None:
         parts.append(f"reward {_number(event, 'reward'):+.3f}")
+    if event.get("deltas"):
+        parts.append(f"{event['deltas']} deltas joined")
     if event.get("set_aside"):
         parts.append(f"{event['set_aside']} set aside")
     if event.get("version"):

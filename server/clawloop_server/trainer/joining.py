@@ -18,6 +18,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from clawloop_server.aggregate.buffer import makes_round
 from clawloop_server.aggregate.round import Account, Joined, JoinRefused, join
 from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
@@ -30,6 +31,7 @@ from clawloop_server.trainer.loop import RoundResult
 from clawloop_server.trainer.running import LessonsLost
 from clawloop_server.vault.deltas import DeltaFacts
 from clawloop_server.vault.store import Vault
+from clawloop_server.vault.sums import devices_in
 from clawloop_shared.deltas import A, B, LoraDelta, Method
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import sha256
@@ -65,8 +67,7 @@ class Joining:
     # which make a round
 
     def ready(self, newest: Callable[[], AdapterRecord | None], *, now_ms: int | None = None) -> bool:
-        """Whether enough wait to make a round without trajectories: of `buffer` devices, or of `min_devices` of which
-        one waited for `max_wait_s`. `newest`: the adapter that training goes on from."""
+        """Whether enough wait for a round without trajectories. `newest`: the adapter that training goes on from."""
         waiting, now_ms = self._vault.deltas.waiting(self._line_id), now_ms or time.time_ns() // 1_000_000
         if not self._enough(waiting, now_ms):  # most often nothing waits, and this is asked again and again
             return False
@@ -74,10 +75,16 @@ class Joining:
 
     def _enough(self, waiting: Sequence[DeltaFacts], now_ms: int) -> bool:
         waiting = [delta for delta in waiting if delta.device_id not in self._lost_devices]
-        if not waiting or len(waiting) < self._settings.min_devices:
+        if not waiting:
             return False
-        overdue = now_ms - waiting[0].received_ms >= self._settings.max_wait_s * 1000
-        return overdue or len(waiting) >= buffer_size(self._settings, self._joined_devices())
+        oldest_s = (now_ms - waiting[0].received_ms) / 1000
+        devices = len(self._devices_of(waiting))
+        return makes_round(self._settings, devices, devices=self._joined_devices(), oldest_s=oldest_s)
+
+    def _devices_of(self, deltas: Iterable[DeltaFacts]) -> frozenset[str]:
+        """The devices that deltas are of, members of secure sums among them."""
+        found = (devices_in(self._vault.database, delta.device_id) for delta in deltas)
+        return frozenset[str]().union(*found)
 
     def _joined_devices(self) -> int:
         sql = "SELECT count(*) FROM devices WHERE state = 'joined' AND line_id = ?"
@@ -138,7 +145,7 @@ class Joining:
         waits on.
         """
         own_devices = self._vault.devices_of(result.trajectory_ids)
-        devices = own_devices | {one.facts.device_id for one in waiting}
+        devices = own_devices | self._devices_of(one.facts for one in waiting)
         if not waiting or len(devices) < self._settings.min_devices:
             return result
         contributions, left_out, rewards = self._contributions(waiting)
@@ -172,7 +179,7 @@ class Joining:
         """What each delta is, why those cannot be used that cannot, and the rewards that were told with their weights.
         A delta that is gone is passed by."""
         found, left_out, rewards = list[Contribution](), dict[str, str](), dict[str, tuple[float, float]]()
-        most = self._settings.updates * self._settings.batch_trajectories
+        of_task = self._settings.updates * self._settings.batch_trajectories
         for facts, staleness in waiting:
             try:
                 delta = self._vault.deltas.read(facts.delta_id)
@@ -183,8 +190,12 @@ class Joining:
                 _log.error("delta %s of device %s is left out: %s", facts.delta_id, facts.device_id, error)
                 left_out[facts.delta_id] = f"cannot be used: {error}"
                 continue
-            weight = float(min(facts.trajectories, most))  # the device's own word, of which a task bounds the truth
-            found.append(Contribution(facts.delta_id, facts.device_id, update, weight, staleness))
+            devices = self._devices_of([facts])
+            weight = float(
+                min(facts.trajectories, of_task * len(devices))
+            )  # the devices' own word, which a task bounds
+            device_id = facts.device_id if devices == {facts.device_id} else ""  # a secure sum is of no single one
+            found.append(Contribution(facts.delta_id, device_id, update, weight, staleness, devices=devices))
             if delta.reward is not None:
                 rewards[facts.delta_id] = (delta.reward, weight)
         return found, left_out, rewards
@@ -253,12 +264,6 @@ class Joining:
         self._vault.deltas.use(round_id, {delta_id: why for delta_id, why in result.deltas.items() if why})
         for delta_id in result.joined_ids:
             self._vault.deltas.refuse(delta_id, f"part of a round that was refused: {refused}", round_id=round_id)
-
-
-def buffer_size(settings: FederateSettings, devices: int) -> int:
-    """How many deltas make a round where so many devices learn: `buffer`, or a quarter of them, 2 to 8."""
-    wanted = settings.buffer or min(8, max(2, -(-devices // 4)))
-    return max(1, settings.min_devices, min(wanted, devices))
 
 
 def join_seed(seed: int, rounds: int) -> int:

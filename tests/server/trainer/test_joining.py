@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load
 from torch import Tensor
 
+from clawloop_server.aggregate.buffer import buffer_size
 from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import Base
@@ -21,7 +22,7 @@ from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.records import RoundState
 from clawloop_server.release.release import release_candidate, roll_back
 from clawloop_server.trainer.delta_round import DEADLY_DELTA
-from clawloop_server.trainer.joining import PREFIX, buffer_size
+from clawloop_server.trainer.joining import PREFIX
 from clawloop_server.trainer.reports import RoundBegan
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.deltas import DeltaState
@@ -98,6 +99,12 @@ def paths_of(base: Base) -> list[str]:
     return [path for path in base.shape.linears() if path.rsplit(".", 1)[1] in TARGETS]
 
 
+def parts_of(worker: Worker, round_id: str) -> dict[str, float]:
+    """What each update of a joined round was multiplied with, as its account says."""
+    shares = worker._registry.round(round_id).metrics["joined"]["shares"]
+    return {s["source"]: s["weight"] * s["cut_to"] / s["norm"] for s in shares}
+
+
 def states(vault: Vault, line_id: str) -> dict[str, int]:
     return vault.deltas.counts(line_id)
 
@@ -122,9 +129,11 @@ def test_a_round_of_deltas_alone_is_their_mean_and_is_explained(
     assert (report.state, report.version, report.trajectories, report.deltas) == (RoundState.PASSED, 1, 0, 2)
     assert report.reward == pytest.approx(0.1), "the mean of what the devices told, by what they learned from"
     assert (began[0].trajectories, began[0].updates, began[0].deltas) == (0, 0, 2)
-    files = worker._registry.files(1)
+    files, part = worker._registry.files(1), parts_of(worker, report.round_id)
+    assert part[one] >= part[two] > 0
+    assert part[one] + part[two] == pytest.approx(1)
     for path in paths_of(base):
-        wanted = 0.6 * dense(first, path) + 0.4 * dense(second, path)
+        wanted = part[one] * dense(first, path) + part[two] * dense(second, path)
         assert torch.allclose(served(files, path), wanted, atol=1e-5), path
     untouched = "model.layers.0.self_attn.k_proj"
     assert not served(files, untouched).any()
@@ -161,15 +170,16 @@ def test_a_mixed_round_joins_its_own_update_with_the_deltas(
         return into(*args, **more)
 
     worker._joining.into = spying  # type: ignore[method-assign]
-    _, _, delta = learn(1, trajectories=3)
+    delta_id, _, delta = learn(1, trajectories=3)
     report = worker.run()
 
     assert (report.state, report.trajectories, report.deltas, report.updates) == (RoundState.PASSED, PER_ROUND, 1, 3)
-    files = worker._registry.files(1)
+    files, part = worker._registry.files(1), parts_of(worker, report.round_id)
+    assert part["own"] > part[delta_id] > 0
     for path in paths_of(base):
         b, a = (own[0][PREFIX + path + part].double() for part in (B, A))
         learned = SCALE * b @ a  # version 0 has B = 0, so that the whole adapter is what it learned
-        wanted = (PER_ROUND * learned + 3 * dense(delta, path)) / (PER_ROUND + 3)
+        wanted = part["own"] * learned + part[delta_id] * dense(delta, path)
         cut = torch.linalg.svd(wanted)
         lost = cut.S[16:].norm()
         assert (served(files, path) - wanted).norm() <= lost + 1e-5, path
