@@ -33,14 +33,21 @@ class DeltaRound:
     may_join = True
 
     def __init__(
-        self, *, vault: Vault, registry: Registry, line_id: str, state: TrainState, waiting: Sequence[Waiting]
+        self,
+        *,
+        vault: Vault,
+        registry: Registry,
+        line_id: str,
+        state: TrainState,
+        waiting: Sequence[Waiting],
+        cohort: str = "",
     ) -> None:
-        """`state`: that of the adapter that it begins with; `waiting`: what it may join.
+        """`state`: that of the adapter that it begins with; `waiting`: what it may join; `cohort`: whose adapter it is.
 
         Raises:
             NothingLeft: the largest of these was refused, for it ended the process again and again, and was the last.
         """
-        self._vault, self._registry, self._line_id = vault, registry, line_id
+        self._vault, self._registry, self._line_id, self._cohort = vault, registry, line_id, cohort
         self.progress, self.plan = Progress(state=state), Plan(batches=[])
         self.round_id = self._begin(state)
         self.waiting = self._count_attempt(waiting)
@@ -50,13 +57,19 @@ class DeltaRound:
     def _begin(self, state: TrainState) -> str:
         """Note that it runs, unless it does already; its id."""
         found = self._registry.under_way(self._line_id)
-        if found and not found.trajectories and found.base_version == state.version:
+        of_this = (0, state.version, self._cohort)
+        if found and (found.trajectories, found.base_version, found.cohort) == of_this:
             return found.round_id
         round_id = found.round_id if found else new_id()
         with self._vault.database.write():
             self._vault.pins.release(round_id)
             self._registry.start_round(
-                self._line_id, base_version=state.version, trajectories=0, steps=0, round_id=round_id
+                self._line_id,
+                base_version=state.version,
+                trajectories=0,
+                steps=0,
+                round_id=round_id,
+                cohort=self._cohort,
             )
         return round_id
 

@@ -46,7 +46,8 @@ class TrainState(msgspec.Struct, frozen=True, kw_only=True):
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a round did. `updates` has the metrics of each; `set_aside` names trajectories that could not be used, and
     why; `rejected_steps` counts steps by the reason against them. `deltas` names those of devices that it looked at,
-    and why they are not in the adapter (empty: they are); `joined` is the account of that (`aggregate`)."""
+    and why they are not in the adapter (empty: they are); `joined` is the account of that (`aggregate`). `conflict` has
+    the cosines of the devices whose trajectories it had (`conflicts`), `split` the cohorts that came of all that."""
 
     state: TrainState
     updates: list[dict[str, float]]
@@ -57,6 +58,8 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     rejected_steps: dict[str, int]
     deltas: dict[str, str] = {}
     joined: dict[str, Any] = {}
+    conflict: dict[str, dict[str, float]] = {}
+    split: list[dict[str, Any]] = []
 
     @property
     def joined_ids(self) -> list[str]:

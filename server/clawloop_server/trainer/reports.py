@@ -103,4 +103,6 @@ def metrics_of(result: RoundResult, decision: Decision) -> dict[str, Any]:
         "set_aside": result.set_aside,
         "rejected_steps": result.rejected_steps,
         **({"joined": result.joined, "deltas": result.deltas} if result.deltas else {}),
+        **({"conflict": result.conflict} if result.conflict else {}),
+        **({"split": result.split} if result.split else {}),
     }

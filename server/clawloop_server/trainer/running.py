@@ -79,9 +79,10 @@ class RunningRound:
         line_id: str,
         state: TrainState,
         limits: Limits,
+        cohort: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: where the checkpoint is; `state`: that of the adapter, whose version it names.
+        """`folder`: where the checkpoint is; `state`: that of the adapter, whose version it names; `cohort`: whose.
 
         Raises:
             NothingLeft: the round that was cut off has nothing any more.
@@ -89,6 +90,7 @@ class RunningRound:
         """
         self._engine, self._vault, self._registry, self._limits = engine, vault, registry, limits
         self._path, self._line_id, self._start, self._clock = folder / RUNNING_FILE, line_id, state, clock
+        self._cohort = cohort
         self._settings = _fingerprint(engine, vault, line_id=line_id)
         self.under_way = self._pinned()
         self.given_up = ""
@@ -172,11 +174,13 @@ class RunningRound:
         """The round that was cut off if it can be gone on with, else one of what is ready now."""
         found = self._registry.under_way(self._line_id)
         live = found and any(not pin.lost for pin in self._vault.pins.of(found.round_id))
-        if found and live and (found.settings, found.base_version) == (self._settings, self._start.version):
+        of_this = (self._settings, self._start.version, self._cohort)
+        if found and live and (found.settings, found.base_version, found.cohort) == of_this:
             return found
         round_id = found.round_id if found else new_id()
         with self._vault.database.write():
-            trajectories, steps = self._vault.pin(round_id, self._line_id, self._engine.settings.round_trajectories)
+            most = self._engine.settings.round_trajectories
+            trajectories, steps = self._vault.pin(round_id, self._line_id, most, cohort=self._cohort)
             if trajectories:
                 self._registry.start_round(
                     self._line_id,
@@ -186,6 +190,7 @@ class RunningRound:
                     round_id=round_id,
                     settings=self._settings,
                     row_tokens=self._engine.row_tokens,
+                    cohort=self._cohort,
                 )
         under_way = self._registry.under_way(self._line_id)
         if not trajectories and found:

@@ -6,6 +6,7 @@ The database names it; a round that was refused or failed left nothing behind. K
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -52,24 +53,25 @@ class Saves:
         if self.newest() is None:
             self.save(START, TrainState())
 
-    def newest(self) -> AdapterRecord | None:
-        """The adapter that training goes on from: not one that the operator took back, and not a mere copy."""
+    def newest(self, cohort: str = "") -> AdapterRecord | None:
+        """The adapter that training of a cohort goes on from: its own newest, or that of all others as long as it has
+        none; not one that the operator took back, and not a mere copy."""
         records = self._registry.adapters(line_id=self._line_id)
-        gone_on_from = (r for r in records if r.state is not AdapterState.ROLLED_BACK and not r.facts.copy_of)
-        return next(gone_on_from, None)
+        live = [r for r in records if r.state is not AdapterState.ROLLED_BACK and not r.facts.copy_of]
+        return next((r for name in (cohort, "") for r in live if r.cohort == name), None)
 
-    def named(self) -> Named:
+    def named(self, cohort: str = "") -> Named:
         """The checkpoint that the database names."""
-        newest = self.newest()
+        newest = self.newest(cohort)
         return (newest.facts.round_id, newest.version) if newest else (START, 0)
 
-    def restore(self) -> tuple[TrainState, Named]:
+    def restore(self, cohort: str = "") -> tuple[TrainState, Named]:
         """Make the engine the one that the database names; its state, and which that is.
 
         Raises:
             ConfigError: it is of other settings than the engine's.
         """
-        newest, named = self.newest(), self.named()
+        newest, named = self.newest(cohort), self.named(cohort)
         checkpoint = self.path(named[0])
         if newest is None or checkpoint.exists():
             saved = msgspec.json.decode(self._engine.load_state(checkpoint), type=Saved)
@@ -117,11 +119,14 @@ class Saves:
         self._engine.save_state(self.path(name), text=msgspec.json.encode(self._saved(state)).decode())
 
     def prune(self) -> None:
-        """Remove checkpoints that nothing goes back to: all but those of the newest adapters. One of a round that did
-        not pass may have learned from what was forgotten since."""
+        """Remove checkpoints that nothing goes back to: all but those of the newest adapters of each cohort. One of a
+        round that did not pass may have learned from what was forgotten since."""
         records = [r for r in self._registry.adapters() if not r.facts.copy_of]
-        kept = [r for r in records if r.line_id == self._line_id][:KEPT_CHECKPOINTS]
-        kept += [r for r in records if r.line_id != self._line_id]
+        kept, seen = list[AdapterRecord](), Counter[str]()
+        for record in records:
+            seen[record.cohort] += record.line_id == self._line_id
+            if record.line_id != self._line_id or seen[record.cohort] <= KEPT_CHECKPOINTS:
+                kept.append(record)
         names = {START, *(record.facts.round_id for record in kept)}
         for path in self._folder.glob("*.safetensors"):
             if path.stem not in names and path.name != RUNNING_FILE:

@@ -81,10 +81,16 @@ class Deltas:
     def __init__(self, database: ServerDatabase, seals: DeviceSeals) -> None:
         self._database, self._seals = database, seals
 
-    def waiting(self, line_id: str) -> list[DeltaFacts]:
-        """The deltas of a line that a round can take, the longest waiting first; at most one of each device."""
-        sql = f"{_SELECT} WHERE line_id = ? AND state = ? ORDER BY received_ms, delta_id"
-        return [_facts(row) for row in self._database.rows(sql, [line_id, DeltaState.WAITING])]
+    def waiting(self, line_id: str, *, cohort: str | None = None) -> list[DeltaFacts]:
+        """The deltas of a line (and of a cohort's devices) that a round can take, the longest waiting first; at most
+        one of each device."""
+        sql = (
+            f"{_SELECT} WHERE line_id = ?1 AND state = ?2 AND (?3 IS NULL"
+            " OR device_id IN (SELECT device_id FROM devices WHERE cohort = ?3)"
+            " OR device_id IN (SELECT sum_id FROM secure_members JOIN devices USING (device_id) WHERE cohort = ?3))"
+            " ORDER BY received_ms, delta_id"
+        )
+        return [_facts(row) for row in self._database.rows(sql, [line_id, DeltaState.WAITING, cohort])]
 
     def waiting_of(self, device_id: str) -> DeltaFacts | None:
         """The delta of a device that waits."""
