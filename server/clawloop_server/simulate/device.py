@@ -20,6 +20,7 @@ from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.ids import new_id, new_step_id
 from clawloop_shared.manifest import check_files, open_manifest
+from clawloop_shared.membership import RELEASE, open_statement, prove_join
 from clawloop_shared.messages import (
     ADAPTER,
     LEARN,
@@ -88,8 +89,8 @@ class Account(msgspec.Struct, kw_only=True):
 class Device:
     """One of many."""
 
-    def __init__(self, node: Node, *, code: str, line: ModelLine, habits: Habits) -> None:
-        self._node, self._code, self._line, self._habits = node, code, line, habits
+    def __init__(self, node: Node, *, code: str, root_key: bytes, line: ModelLine, habits: Habits) -> None:
+        self._node, self._code, self._root_key, self._line, self._habits = node, code, root_key, line, habits
         self._release_key = b""
         self._outbox: dict[str, UploadItem] = {}
         self._made = 0
@@ -148,7 +149,11 @@ class Device:
             node_key_pem=self._node.public_pem,
             line=self._line,
         )
-        reply = wire.decode(await self._node.join(wire.encode(request)), JoinReply, max_bytes=MAX_JOIN_BYTES)
+        proven = wire.encode(prove_join(request, key))
+        reply = wire.decode(await self._node.join(proven), JoinReply, max_bytes=MAX_JOIN_BYTES)
+        now_ms = time.time_ns() // 1_000_000
+        if open_statement(reply.statement, self._root_key, purpose=RELEASE, now_ms=now_ms).key != reply.release_key:
+            raise FleetError("the server's root key does not vouch for its release key")
         self.account.device_id, self._release_key = reply.device_id, reply.release_key
 
     async def _activate(self) -> None:

@@ -178,6 +178,7 @@ class _Simulation:
             Orders(
                 url=stage.running.url,
                 ca_pem=ensure_tls(stage.home.keys, []).ca.read_text(),
+                root_key=stage.keys.root_public,
                 codes=codes[number :: plan.processes],
                 line=stage.base.line,
                 habits=habits,

@@ -201,13 +201,17 @@ def _model(folder: Path) -> Path:
     if folder.exists():
         return folder
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
     sizes = {**_SIZES, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
     Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    words = {"<end>": 0} | {f"word{number}": number for number in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder

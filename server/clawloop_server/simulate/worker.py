@@ -28,6 +28,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     ca_pem: str
+    root_key: bytes
     codes: list[str]
     line: ModelLine
     habits: Habits
@@ -62,6 +63,7 @@ async def run(orders: Orders, commands: asyncio.StreamReader) -> Result:
         Device(
             Node(orders.url, tls, flwr=flwr, heartbeat_s=habits.heartbeat_s, keep_s=habits.keep_s),
             code=code,
+            root_key=orders.root_key,
             line=orders.line,
             habits=habits,
         )
