@@ -117,10 +117,12 @@ class ItemReceived(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UploadRequest(msgspec.Struct, frozen=True, tag="upload-request.v1"):
-    """Send what may leave. `receipts` are of items that the server has on disk."""
+    """Send what may leave. `receipts` are of items that the server has on disk. Items that are larger than `max_bytes`,
+    up to `max_blob_bytes`, may come in parts (`blobs`)."""
 
     receipts: list[ItemReceipt]
     max_bytes: int
+    max_blob_bytes: int = 0
 
 
 class UploadItem(msgspec.Struct, frozen=True):
@@ -141,18 +143,22 @@ class UploadReply(msgspec.Struct, frozen=True, tag="upload.v1"):
 
 
 class AdapterOffer(msgspec.Struct, frozen=True, tag="adapter-offer.v1"):
-    """An adapter with its manifest."""
+    """An adapter with its manifest. Files that are too large for a message are not in it: `links` has the address on
+    this server of each, by name (`blobs.signed_address`)."""
 
     manifest: SignedManifest
     files: dict[str, bytes]
+    links: dict[str, str] = {}
 
 
 class AdapterReply(msgspec.Struct, frozen=True, tag="adapter-reply.v1"):
-    """Whether the device took it, and if not, why (its reason names no content)."""
+    """Whether the device took it, and if not, why (its reason names no content). `fetching`: its files are on their way
+    to the device; it says which version it uses when it has them."""
 
     version: int
     installed: bool
     reason: str = ""
+    fetching: bool = False
 
 
 class SecureRequest(msgspec.Struct, frozen=True, tag="secure-request.v1"):
@@ -164,12 +170,14 @@ class SecureRequest(msgspec.Struct, frozen=True, tag="secure-request.v1"):
 
 
 class SecureReply(msgspec.Struct, frozen=True, tag="secure-reply.v1"):
-    """The device's part of that phase; `refused`: why it takes no part (any more)."""
+    """The device's part of that phase; `refused`: why it takes no part (any more); `item_id`: the outbox item that the
+    body is. With none of them: ask again later."""
 
     sum_id: str
     phase: str
     body: bytes = b""
     refused: Annotated[str, Meta(max_length=300)] = ""
+    item_id: str = ""
 
 
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]

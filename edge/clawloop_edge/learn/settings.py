@@ -28,5 +28,9 @@ class LearnSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """judged and not learned from before; a delta of fewer would tell too much of each"""
     check_every_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 60.0
     """how often it is looked whether there is something to learn, and time for it"""
+    secure_min_members: Annotated[int, Meta(ge=3, le=128)] = 5
+    """of a secure sum that this device takes part in, at least"""
+    secure_new_members: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """the part of a sum's members that this device may never have been in a sum with, once it was in one"""
     rounds: Annotated[int, Meta(ge=1, le=10_000)] = 50
     """noised deltas of one model line that the budget `[privacy] epsilon` is spread over: more of them, more noise"""

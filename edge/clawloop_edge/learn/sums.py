@@ -107,24 +107,25 @@ class SumMember:
         """
         with self._lock:
             try:
-                body = self._answer(request)
+                body, item_id = self._answer(request)
             except ClawloopError as error:
                 _log.warning("secure sum %.64s, %.20s: refused: %s", request.sum_id, request.phase, error)
                 if not isinstance(error, _Done):
                     self._remember(request.sum_id, str(error)[:200])
                 return SecureReply(request.sum_id, request.phase, refused=str(error)[:300])
-        return SecureReply(request.sum_id, request.phase, body)
+        return SecureReply(request.sum_id, request.phase, body, item_id=item_id)
 
-    def _answer(self, request: SecureRequest) -> bytes:
+    def _answer(self, request: SecureRequest) -> tuple[bytes, str]:
+        """The body, and the item that it is."""
         part = self._parts.get(request.sum_id)
         if isinstance(part, str):
             raise SumError(part)
         if part is None:
             part = self._begin(request)
             if part is None:
-                return b""
+                return b"", ""
             self._remember(request.sum_id, part)
-        return part.answer(request)
+        return part.answer(request), part.item_id if request.phase == Phase.MASKED else ""
 
     def _remember(self, sum_id: str, part: _Part | str) -> None:
         """Keep a part, or the reason why there is none; it may not begin anew."""
@@ -197,6 +198,11 @@ class _Part:
         self._sharing: list[int] = []
         self._survivors: list[int] = []
         self._answered: dict[Phase, tuple[bytes, bytes]] = {}
+
+    @property
+    def item_id(self) -> str:
+        """The outbox item of what is summed."""
+        return self._summand.item_id
 
     def answer(self, request: SecureRequest) -> bytes:
         """The answer to a phase, each once. Raises ClawloopError."""

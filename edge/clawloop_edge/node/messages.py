@@ -102,7 +102,8 @@ def _handle(request: msgspec.Struct, handlers: NodeHandlers) -> Answer:
     if isinstance(request, LearnTask):
         return _packed(handlers.learn(request), eager=True)
     if isinstance(request, SecureRequest):
-        return _packed(handlers.secure(request), eager=True)
+        part = handlers.secure(request)
+        return _packed(part, eager=True, items=(part.item_id,) if part.item_id else ())
     assert isinstance(request, StatusRequest)
     return _packed(handlers.status(request), eager=True)
 
