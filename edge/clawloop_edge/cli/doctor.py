@@ -226,6 +226,35 @@ def _steps(home: EdgeHome, counts: list[StepCount], *, kept: int) -> Finding:
     return _ok(name, reason, facts=facts)
 
 
+def check_learning(home: EdgeHome) -> Iterator[Finding]:
+    """Where deltas may leave, this device learns; or what it waits for."""
+    from clawloop_edge.learn.runs import Runs
+    from clawloop_edge.opening import open_pool
+    from clawloop_edge.privacy.consent import ConsentLog
+
+    name, settings = "learning", home.load_config().learn
+    with open_pool(home, writer=False) as pool:
+        level, history = ConsentLog(pool).level(), Runs(pool).history()
+    if not level.learns_at_home:
+        yield _ok(name, f"level {level}: nothing is learned at home")
+        return
+    if not settings.enabled:
+        mend = f"set [learn] enabled = true in {home.config_file}"
+        yield _warn(name, f"level {level} lets out what is learned here, and it is switched off", mend=mend)
+        return
+    facts: dict[str, Any] = {}
+    with suppress(ClawloopError):  # whether the edge can be asked is the service's check
+        facts = (ask(home) if home.token_file.is_file() else {}).get("learning") or {}
+    missing = "; ".join(facts.get("missing") or ()) or "the edge does not run, or has no server"
+    made = [each for each in history if each.item_id]
+    if history and not history[-1].item_id:
+        yield _warn(name, f"the last try came to nothing: {history[-1].reason}", mend=command(home, "learn history"))
+    elif not made:
+        yield _warn(name, f"it never learned so far: {missing}", mend=command(home, "learn status"), facts=facts)
+    else:
+        yield _ok(name, f"{count(len(made), 'delta')} made lately", facts=facts)
+
+
 def check_scorers(home: EdgeHome) -> Iterator[Finding]:
     """The scorers that are configured can work, and those of a running edge do."""
     from clawloop_edge.scoring import check_scorers as problems_of
@@ -358,6 +387,7 @@ CHECKS: tuple[Check, ...] = (
     check_model,
     check_pool,
     check_privacy,
+    check_learning,
     check_scorers,
     check_service,
     check_server,

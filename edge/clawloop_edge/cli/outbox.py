@@ -28,6 +28,7 @@ from clawloop_edge.cli.context import (
     shown,
     time_range,
 )
+from clawloop_edge.cli.deltas import held_by, learned_from, show_delta
 from clawloop_edge.cli.marks import Marks
 from clawloop_edge.cli.moments import told
 from clawloop_edge.cli.service import ask
@@ -76,13 +77,19 @@ def list_items(context: typer.Context, limit: Limit = 50, as_json: Json = False)
     with opened_outbox(context) as (items, consent, pool):
         found = items.list(limit=None if as_json else limit)
         level, totals = consent.level(), items.totals()
-        titles = _titles(pool, {item.session_id for item in found})
+        titles = _titles(pool, {item.session_id for item in found if item.delta is None})
     if as_json:
         print_json(found)
         return
     width, now = _unique(found), datetime.now()
     rows = [
-        (item.item_id[:width], titles[item.session_id], item.level, _holds(item), _fate(item, level, now=now))
+        (
+            item.item_id[:width],
+            titles.get(item.session_id) or learned_from(item),
+            item.level,
+            _holds(item),
+            _fate(item, level, now=now),
+        )
         for item in found
     ]
     columns = ("item", "session", "level", "holds", "what happens")
@@ -105,6 +112,12 @@ def show_item(context: typer.Context, item_id: ItemId, raw: Raw = False, as_json
         body = items.get(item.item_id).body
         if raw:
             sys.stdout.buffer.write(body)
+            return
+        if item.delta is not None:
+            fate = _fate(item, consent.level(), now=datetime.now())
+            show_delta(
+                context, pool, item, body=body, fate=f"{_holds(item)}, level {item.level}; {fate}", as_json=as_json
+            )
             return
         batch = wire.decode(body, StepBatch)
         if as_json:
@@ -246,6 +259,8 @@ def _unique(items: Sequence[OutboxItem]) -> int:
 
 
 def _holds(item: OutboxItem) -> str:
+    if item.delta is not None:
+        return f"{held_by(item.delta)}, {_size(item.size_bytes)}"
     parts = [count(item.steps, "step")]
     if item.signals:
         parts.append(count(item.signals, "signal"))
@@ -272,6 +287,8 @@ def _fate(item: OutboxItem, level: Level, *, now: datetime) -> str:
     if item.state is ItemState.RECEIVED:
         gone = "" if item.has_bytes else ", its bytes are destroyed here"
         return f"the server has it since {told(item.received_ms, now=now)}{gone}"
+    if item.goes_masked and item.has_left:
+        return "went into a secure sum, masked"
     if item.state is ItemState.SENT:
         return "sent, not yet acknowledged" if item.has_bytes else "sent in part or whole, then withdrawn"
     if item.level.rank > level.rank:
@@ -346,7 +363,10 @@ def _named(items: Outbox, item_ids: Sequence[str] | None) -> list[OutboxItem]:
 def _left_already(context: typer.Context, item: OutboxItem) -> str:
     """That an item cannot be taken back, and what to do instead."""
     how = "the server has it" if item.state == "received" else "it was sent, at least in part"
-    if item.session_id:
+    if item.delta is not None and item.sessions:
+        forget = command(home_of(context), f"sessions forget {item.sessions[0]}")
+        instead = f"to have the server delete it, forget a session that it learned from: {forget}"
+    elif item.session_id:
         instead = f"to have the server delete it: {command(home_of(context), f'sessions forget {item.session_id}')}"
     else:
         asked = command(home_of(context), "privacy deletions")
@@ -356,7 +376,7 @@ def _left_already(context: typer.Context, item: OutboxItem) -> str:
 
 def _what_then(context: typer.Context, level: Level) -> str:
     """What happens to items that need not wait any longer, and when."""
-    if not level.sends_steps:
+    if not level.sends_items:
         return f"they leave once the level allows it; it is {level} now"
     home = home_of(context)
     try:

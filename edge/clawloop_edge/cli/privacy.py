@@ -27,7 +27,7 @@ from clawloop_edge.cli.context import (
     when,
 )
 from clawloop_edge.cli.forget import list_deletions
-from clawloop_edge.cli.ledger import show_budget
+from clawloop_edge.cli.ledger import advice_for, show_budget
 from clawloop_edge.cli.moments import duration_ms
 from clawloop_shared.levels import Level
 
@@ -45,9 +45,6 @@ OfSession = Annotated[str, typer.Option("--session", help="Only for this session
 Past = Annotated[bool, typer.Option("--include-past", help="Also what was kept until now; its count is shown first.")]
 For = Annotated[str, typer.Option("--for", help="How long, like 30m, 2h or 1d.")]
 
-_ADAPTER_WEIGHTS = 100_000
-"""of a small adapter (rank 1 on a few layers): of what a server will train nothing is known before it does"""
-
 
 @group.command("show")
 def show_level(context: typer.Context, as_json: Json = False) -> None:
@@ -62,6 +59,7 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
         state, limits = consent.state(), consent.limits()
         items = Outbox(pool, consent)
         totals, left_out, deletions = items.totals(), items.left_out(), Deletions(pool).waiting()
+        advice = advice_for(context, pool)
     if as_json:
         on_the_way = {"outbox_waiting": totals.waiting, "outbox_unacknowledged": totals.unacknowledged}
         print_json({**facts(state, limits), **on_the_way, "left_out": left_out, "deletions_waiting": len(deletions)})
@@ -73,6 +71,8 @@ def show_level(context: typer.Context, as_json: Json = False) -> None:
     if limits:
         rows = [(limit.subject, limit.name, limit.level, when(limit.set_ms)) for limit in limits]
         print_table(("at most for", "name", "level", "since"), rows, empty="")
+    if state.chosen is Level.PRIVATE_DELTAS:
+        console.print(shown(advice))
     for reason, number in left_out.items():
         console.print(shown(f"stayed at home: {count(number, 'record')}: {reason}"))
     for line in outbox.on_the_way(totals):
@@ -111,7 +111,8 @@ def set_level(
         consent = ConsentLog(pool)
         if level is not Level.OFF:
             typer.echo(f"level {level}: {TEXTS[level]}", err=as_json)
-            _advise(pool, level, as_json=as_json)
+            if level is Level.PRIVATE_DELTAS:
+                typer.echo(advice_for(context, pool), err=as_json)
         past_after = _past(pool, consent, level, since=since, quiet=as_json) if include_past else None
         if level is not Level.OFF:
             confirm("Let that leave, until you say otherwise or a year has passed?", yes=yes)
@@ -289,18 +290,6 @@ def _past(pool: Pool, consent: ConsentLog, level: Level, *, since: str, quiet: b
     for line in outbox.counted(found):
         typer.echo(f"the past: {line}", err=quiet)
     return after_seq
-
-
-def _advise(pool: Pool, level: Level, *, as_json: bool) -> None:
-    """Say what the ledger knows of whether noised deltas could be of use."""
-    if level is not Level.PRIVATE_DELTAS:
-        return
-    from clawloop_edge.privacy.ledger import Ledger
-
-    unknown = "whether they would be of use is not known yet: no server has said how many devices learn with it"
-    advice = Ledger(pool).advice(_ADAPTER_WEIGHTS)
-    assumed = f"(reckoned for a small adapter, of {_ADAPTER_WEIGHTS:,} weights; a larger one needs more devices)"
-    typer.echo(f"{advice} {assumed}" if advice else unknown, err=as_json)
 
 
 def register(app: typer.Typer) -> None:

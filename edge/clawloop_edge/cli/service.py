@@ -159,6 +159,9 @@ def _told(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in facts.items():
         if name == "scorers":
             yield from ((f"scorer {scorer}", _plain(counts) or "nothing yet") for scorer, counts in value.items())
+        elif name == "learning":
+            missing = "; ".join(value.get("missing") or ())
+            yield "learning", f"{value['state']}{f': {missing}' if missing else ''}" if value else "not here"
         elif name == "rewards":
             yield "rewards", "; ".join(value.get("warnings") or ()) or "nothing odd; see clawloop-edge rewards"
         else:

@@ -41,8 +41,12 @@ def trainable(step: Step) -> str:
 
 def whereabouts(items: Iterable[OutboxItem], *, now: datetime) -> str:
     """Where a step went, from the outbox items that it is in."""
-    found = [f"{item.state}{_detail(item, now)}" for item in items]
+    found = [f"{_learned(item)}{item.state}{_detail(item, now)}" for item in items]
     return "; ".join(found) if found else "stays on this device"
+
+
+def _learned(item: OutboxItem) -> str:
+    return f"learned from at home for delta item {item.item_id}: " if item.delta else ""
 
 
 def _detail(item: OutboxItem, now: datetime) -> str:

@@ -97,10 +97,7 @@ class Chooser:
 
     def ready(self) -> Counter[Level]:
         """How many sources wait to be learned from, by their level, as far as the index knows. Opens nothing."""
-        query = "SELECT state, count(*) FROM learnable WHERE state GLOB ? GROUP BY state"
-        with self._pool.read() as database:
-            rows = database.conn.execute(query, (f"{READY} *",)).fetchall()
-        return Counter({Level(state.removeprefix(f"{READY} ")): number for state, number in rows})
+        return ready_in(self._pool)
 
     def choose(self, level: Level, *, at_most: int, version: int = 0, weights_sha256: str = "") -> Chosen:
         """The latest trajectories of a level that were not learned from before; none if there are none.
@@ -195,6 +192,14 @@ class Chooser:
         if rows:
             self._pool.submit(operation).result()
         return len(rows)
+
+
+def ready_in(pool: Pool) -> Counter[Level]:
+    """How many sources wait in a pool to be learned from, by their level, as far as the running edge has looked."""
+    query = "SELECT state, count(*) FROM learnable WHERE state GLOB ? GROUP BY state"
+    with pool.read() as database:
+        rows = database.conn.execute(query, (f"{READY} *",)).fetchall()
+    return Counter({Level(state.removeprefix(f"{READY} ")): number for state, number in rows})
 
 
 class _Looker:

@@ -1,5 +1,5 @@
-"""kill -9 between any two steps of a run: what was begun goes on, nothing leaves twice, and the ledger counts at most one
-release too many."""
+"""kill -9 between any two steps of a run: what was begun goes on, nothing leaves twice, and the ledger counts at most
+one release too many."""
 
 import os
 import signal
