@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +57,7 @@ def simulate(
         items=items,
         adapter_bytes=adapter_kib << 10,
     )
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
     report = run(plan, folder=home, say=lambda text: typer.echo(text, err=True))
     if as_json:
         print_json(report)

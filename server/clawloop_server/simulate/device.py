@@ -76,6 +76,9 @@ class Account(msgspec.Struct, kw_only=True):
 
     device_id: str = ""
     active: bool = False
+    """it has a connection"""
+    answered: int = 0
+    """messages of the server"""
     polls: int = 0
     calls: dict[str, int] = {}
     errors: dict[str, int] = {}
@@ -174,6 +177,7 @@ class Device:
                 kind, payload, handle = message
                 answer, eager = self._answer(kind, payload)
                 await self._node.send(handle, wire.encode(answer))
+                self.account.answered += 1
                 wait_s = min(_QUICK_S, poll_s) if eager else poll_s
         except CallFailed as error:
             self._failed(error)

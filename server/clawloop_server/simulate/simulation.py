@@ -28,6 +28,7 @@ from clawloop_server.simulate.worker import Orders, Result, Tally
 
 _LOOK_S = 1.0
 _JOIN_MORE_S = 60.0
+_GREETING_S = 0.3
 _QUIET_SHARE = 0.4
 _LINE_BYTES = 256 << 20
 
@@ -144,9 +145,10 @@ class _Simulation:
         try:
             began = time.monotonic()
             await crowd.start(self._orders())
-            await self._until(lambda: crowd.count("active") == plan.devices, plan.ramp_s + _JOIN_MORE_S)
+            longest_s = plan.ramp_s + _JOIN_MORE_S + 2 * plan.poll_s + plan.devices * _GREETING_S
+            await self._until(lambda: crowd.count("greeted") == plan.devices, longest_s)
             ramp_s = time.monotonic() - began
-            self._say(f"{crowd.count('active')} of {plan.devices} devices are there after {ramp_s:.0f} s")
+            self._say(f"{crowd.count('greeted')} of {plan.devices} devices were greeted after {ramp_s:.0f} s")
             async with self._measured() as measured:
                 released = await self._release(measured)
             self._say("waiting until every item is acknowledged")

@@ -39,6 +39,8 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True, tag="tally"):
     """How things are now, summed over the devices. `versions`: how many are at which adapter."""
 
     active: int
+    greeted: int
+    """have answered the server's first question"""
     polls: int
     calls: int
     errors: int
@@ -102,6 +104,7 @@ async def _tell(devices: list[Device]) -> None:
         _write(
             Tally(
                 active=sum(account.active for account in accounts),
+                greeted=sum(account.answered > 0 for account in accounts),
                 polls=sum(account.polls for account in accounts),
                 calls=sum(sum(account.calls.values()) for account in accounts),
                 errors=sum(sum(account.errors.values()) for account in accounts),
