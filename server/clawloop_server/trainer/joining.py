@@ -66,33 +66,36 @@ class Joining:
 
     # which make a round
 
-    def ready(self, newest: Callable[[], AdapterRecord | None], *, now_ms: int | None = None) -> bool:
-        """Whether enough wait for a round without trajectories. `newest`: the adapter that training goes on from."""
-        waiting, now_ms = self._vault.deltas.waiting(self._line_id), now_ms or time.time_ns() // 1_000_000
-        if not self._enough(waiting, now_ms):  # most often nothing waits, and this is asked again and again
+    def ready(self, newest: Callable[[], AdapterRecord | None], *, cohort: str = "", now_ms: int | None = None) -> bool:
+        """Whether enough of a cohort wait for a round without trajectories. `newest`: the adapter that its training
+        goes on from."""
+        waiting = self._vault.deltas.waiting(self._line_id, cohort=cohort)
+        now_ms = now_ms or time.time_ns() // 1_000_000
+        if not self._enough(waiting, now_ms, cohort):  # most often nothing waits, and this is asked again and again
             return False
-        return self._enough([one.facts for one in self.fresh(newest())], now_ms)
+        return self._enough([one.facts for one in self.fresh(newest(), cohort=cohort)], now_ms, cohort)
 
-    def _enough(self, waiting: Sequence[DeltaFacts], now_ms: int) -> bool:
+    def _enough(self, waiting: Sequence[DeltaFacts], now_ms: int, cohort: str) -> bool:
         waiting = [delta for delta in waiting if delta.device_id not in self._lost_devices]
         if not waiting:
             return False
         oldest_s = (now_ms - waiting[0].received_ms) / 1000
         devices = len(self._devices_of(waiting))
-        return makes_round(self._settings, devices, devices=self._joined_devices(), oldest_s=oldest_s)
+        return makes_round(self._settings, devices, devices=self._joined_devices(cohort), oldest_s=oldest_s)
 
     def _devices_of(self, deltas: Iterable[DeltaFacts]) -> frozenset[str]:
         """The devices that deltas are of, members of secure sums among them."""
         found = (devices_in(self._vault.database, delta.device_id) for delta in deltas)
         return frozenset[str]().union(*found)
 
-    def _joined_devices(self) -> int:
-        sql = "SELECT count(*) FROM devices WHERE state = 'joined' AND line_id = ?"
-        return self._vault.database.count(sql, [self._line_id])
+    def _joined_devices(self, cohort: str) -> int:
+        sql = "SELECT count(*) FROM devices WHERE state = 'joined' AND line_id = ? AND cohort = ?"
+        return self._vault.database.count(sql, [self._line_id, cohort])
 
-    def fresh(self, newest: AdapterRecord | None) -> list[Waiting]:
-        """The deltas that wait and are not too old, the longest waiting first; the others are noted as stale."""
-        waiting = self._vault.deltas.waiting(self._line_id)
+    def fresh(self, newest: AdapterRecord | None, *, cohort: str = "") -> list[Waiting]:
+        """The deltas of a cohort that wait and are not too old, the longest waiting first; the others are noted as
+        stale."""
+        waiting = self._vault.deltas.waiting(self._line_id, cohort=cohort)
         if not waiting:
             return []
         line, found = self._ancestors(newest), list[Waiting]()

@@ -116,6 +116,11 @@ class RunningRound:
         """Whether deltas may join it: not if what comes after its updates ended hard twice: it may be their fault."""
         return self.under_way.deaths.get(len(self.plan.batches), 0) < MAX_DEATHS - 1
 
+    def begins(self) -> None:
+        """Note that the first update is being worked on, though what looks at its data is not the update itself: a hard
+        end in it counts."""
+        self._note(at_update=0)
+
     def run(self, report: Report) -> RoundResult:
         """Make the updates that are left.
 

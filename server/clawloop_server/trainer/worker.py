@@ -26,10 +26,12 @@ from clawloop_server.release.keys import load_master_key
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
+from clawloop_server.trainer.cohorting import Cohorting
+from clawloop_server.trainer.conflicts import Conflict, by_device, conflict
 from clawloop_server.trainer.delta_round import DeltaRound
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.guards import unhealthy
-from clawloop_server.trainer.joining import Joining, join_seed
+from clawloop_server.trainer.joining import Joining, Waiting, join_seed
 from clawloop_server.trainer.judge import Judge
 from clawloop_server.trainer.loop import NothingFinite, Plan, Report, RoundResult, TrainState
 from clawloop_server.trainer.reports import (
@@ -68,6 +70,25 @@ class _Began(NamedTuple):
     running: AnyRound
     current: dict[str, Tensor]
     went_on_from: Named
+    cohort: str
+
+
+class _Turn(NamedTuple):
+    """What the next round of a cohort waits for: so many trajectories more, unless enough `deltas` wait."""
+
+    cohort: str
+    missing: int
+    deltas: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether it would be of deltas alone."""
+        return self.deltas and self.missing > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can run."""
+        return self.deltas or not self.missing
 
 
 class Worker:
@@ -94,7 +115,10 @@ class Worker:
         self._row_tokens, self._rests_until_s = engine.row_tokens, -math.inf
         own: dict[str, Any] = {"engine": engine, "registry": registry, "line_id": base.line_id}
         self._saves = Saves(home.trainer, **own)
-        self._joining = Joining(vault=vault, settings=federate or FederateSettings(), **own)
+        federate = federate or FederateSettings()
+        self._joining = Joining(vault=vault, settings=federate, **own)
+        self._cohorts = Cohorting(vault.database, line_id=base.line_id, settings=federate)
+        self._served: dict[str, int] = {}
         self._saves.begin()
 
     @classmethod
@@ -135,16 +159,23 @@ class Worker:
     def missing(self) -> int:
         """How many more rewarded trajectories the next round waits for; 0: it can run, or go on, if only with what
         devices learned at home."""
-        missing = self._missing_lessons
-        return missing if missing and not self._joining.ready(self._saves.newest) else 0
+        turn = self._turn()
+        return 0 if turn.ready else turn.missing
 
-    @property
-    def _missing_lessons(self) -> int:
-        line_id = self._base.line_id
-        cut_off = self._registry.under_way(line_id)
+    def _turn(self) -> _Turn:
+        """Whose round is next: the one that was cut off; of the cohorts that have enough, the one that waited longest;
+        else the one that lacks least."""
+        cut_off = self._registry.under_way(self._base.line_id)
         if cut_off and any(not pin.lost for pin in self.vault.pins.of(cut_off.round_id)):
-            return 0
-        return max(0, self._settings.round_trajectories - self.vault.count_ready(line_id))
+            return _Turn(cut_off.cohort, 0, deltas=False)
+        turns = [self._turn_of(cohort) for cohort in self._cohorts.names()]
+        return min(turns, key=lambda t: (not t.ready, self._served.get(t.cohort, 0) if t.ready else t.missing))
+
+    def _turn_of(self, cohort: str) -> _Turn:
+        ready = self.vault.count_ready(self._base.line_id, cohort=cohort)
+        missing = max(0, self._settings.round_trajectories - ready)
+        deltas = missing > 0 and self._joining.ready(lambda: self._saves.newest(cohort), cohort=cohort)
+        return _Turn(cohort, missing, deltas)
 
     @property
     def resting(self) -> bool:
@@ -172,12 +203,13 @@ class Worker:
         started = clock()
         self._engine.row_tokens = self._row_tokens  # what an earlier round had less, it had for itself
         self._joining.forget_losses()
-        alone = bool(self._missing_lessons) and self._joining.ready(self._saves.newest)
+        turn = self._turn()
+        self._served[turn.cohort] = 1 + max(self._served.values(), default=0)
         while True:
             try:
-                self._restore()
-                begun = self._begin(alone=alone, clock=clock)
-                began(began_of(begun.running, deltas=len(self._joining.fresh(self._saves.newest()))))
+                self._restore(turn.cohort)
+                begun = self._begin(turn, clock=clock)
+                began(began_of(begun.running, deltas=len(self._waiting(turn.cohort))))
                 round_id, result, version, decision = self._run(begun, report)
                 break
             except LessonsLost as error:
@@ -203,17 +235,21 @@ class Worker:
             deltas=len(result.joined_ids),
         )
 
-    def _begin(self, *, alone: bool, clock: Callable[[], float]) -> _Began:
-        """The round that was cut off, or a new one; `alone`: of deltas alone.
+    def _waiting(self, cohort: str) -> list[Waiting]:
+        """The deltas that a round of a cohort may join."""
+        return self._joining.fresh(self._saves.newest(cohort), cohort=cohort)
+
+    def _begin(self, turn: _Turn, *, clock: Callable[[], float]) -> _Began:
+        """The round that was cut off, or a new one.
 
         Raises:
             NothingLeft: the one that was cut off has nothing any more.
             TrainerError: nothing is ready.
         """
-        went_on_from = self._loaded or self._saves.named()
+        went_on_from = self._loaded or self._saves.named(turn.cohort)
         current, self._loaded = self._engine.adapter(), None
-        if alone:
-            return _Began(self._delta_round(), current, went_on_from)
+        if turn.alone:
+            return _Began(self._delta_round(turn.cohort), current, went_on_from, turn.cohort)
         running = RunningRound(
             engine=self._engine,
             vault=self.vault,
@@ -222,17 +258,19 @@ class Worker:
             line_id=self._base.line_id,
             state=self._state,
             limits=self._limits(),
+            cohort=turn.cohort,
             clock=clock,
         )
-        return _Began(running, current, went_on_from)
+        return _Began(running, current, went_on_from, turn.cohort)
 
-    def _delta_round(self) -> DeltaRound:
+    def _delta_round(self, cohort: str) -> DeltaRound:
         return DeltaRound(
             vault=self.vault,
             registry=self._registry,
             line_id=self._base.line_id,
             state=self._state,
-            waiting=self._joining.fresh(self._saves.newest()),
+            waiting=self._waiting(cohort),
+            cohort=cohort,
         )
 
     def _run(self, begun: _Began, report: Report) -> tuple[str, RoundResult, int | None, Decision]:
@@ -243,8 +281,8 @@ class Worker:
         """
         running = begun.running
         try:
-            result, decision = self._learn(running, report, current=begun.current)
-            version, decision = self._record(running, result, decision=decision, went_on_from=begun.went_on_from)
+            result, decision = self._learn(begun, report)
+            version, result, decision = self._record(begun, result, decision=decision)
         except LessonsLost:
             running.begin_again()
             raise
@@ -266,10 +304,12 @@ class Worker:
         (self._home.trainer / RUNNING_FILE).unlink(missing_ok=True)
         return error.round_id, result, None, decision
 
-    def _learn(self, running: AnyRound, report: Report, *, current: dict[str, Tensor]) -> tuple[RoundResult, Decision]:
+    def _learn(self, begun: _Began, report: Report) -> tuple[RoundResult, Decision]:
+        running = begun.running
         nothing = no_result(running.progress.state, running.plan)
         if running.given_up:
             return nothing, refuse(running.given_up)
+        conflict = self._conflict(begun)
         try:
             result = running.run(report)
         except LessonsLost:
@@ -279,22 +319,37 @@ class Worker:
             return nothing, refuse(running.given_up)
         except TrainerError as error:
             return nothing, refuse(str(error))
+        result = msgspec.structs.replace(result, conflict=conflict)
         if isinstance(running, RunningRound):
             if not result.trajectory_ids:
                 return result, refuse(NOTHING_LEARNED)
             if broken := unhealthy(result.updates, self._settings):
                 return result, refuse(broken)
         if running.may_join:
-            result = self._join(running, result, current=current)
+            result = self._join(begun, result)
         if not result.lineage:
             return result, refuse(nothing_joined(result))
-        return result, self._judge(result, current=current)
+        return result, self._judge(result, current=begun.current)
 
-    def _join(self, running: AnyRound, result: RoundResult, *, current: dict[str, Tensor]) -> RoundResult:
+    def _conflict(self, begun: _Began) -> Conflict:
+        """Who of the devices whose trajectories the round has pulls which way: asked where the engine is still at the
+        adapter that the round begins with, and only where a split could come of it."""
+        running = begun.running
+        if isinstance(running, DeltaRound) or running.progress.at_update:
+            return {}
+        if not self._cohorts.could_split(begun.cohort):
+            return {}
+        running.begins()
+        ids = (trajectory_id for batch in running.plan.batches for trajectory_id in batch)
+        read = self.vault.pins.read(ids, unreadable={})  # its update names what cannot be read
+        return conflict(self._engine, by_device(read), version=self._state.version, limits=self._limits())
+
+    def _join(self, begun: _Began, result: RoundResult) -> RoundResult:
         """Let what devices learned at home into the engine; the result with what became of it."""
-        waiting = running.waiting if isinstance(running, DeltaRound) else self._joining.fresh(self._saves.newest())
+        running = begun.running
+        waiting = running.waiting if isinstance(running, DeltaRound) else self._waiting(begun.cohort)
         seed = join_seed(self._settings.seed, running.progress.state.rounds)
-        return self._joining.into(result, waiting, before=current, seed=seed)
+        return self._joining.into(result, waiting, before=begun.current, seed=seed)
 
     def _limits(self) -> Limits:
         config = self._engine.model.config
@@ -305,10 +360,10 @@ class Worker:
 
     # state
 
-    def _restore(self) -> None:
-        """Make engine and state those that the database names, unless they are."""
-        if self._loaded != self._saves.named():
-            self._state, self._loaded = self._saves.restore()
+    def _restore(self, cohort: str = "") -> None:
+        """Make engine and state those that the database names for a cohort, unless they are."""
+        if self._loaded != self._saves.named(cohort):
+            self._state, self._loaded = self._saves.restore(cohort)
 
     def _prune(self) -> None:
         self._saves.prune()
@@ -316,26 +371,22 @@ class Worker:
     # rounds
 
     def _record(
-        self,
-        running: AnyRound,
-        result: RoundResult,
-        *,
-        decision: Decision,
-        went_on_from: Named,
-    ) -> tuple[int | None, Decision]:
-        """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any, and the
-        last word on it.
+        self, begun: _Began, result: RoundResult, *, decision: Decision
+    ) -> tuple[int | None, RoundResult, Decision]:
+        """Checkpoint first, then all that happened in one transaction; the version of the new adapter, if any, the
+        result with the cohorts that came of it, and the last word on it.
 
         Raises:
             LessonsLost: it learned from what was forgotten meanwhile; nothing is recorded.
         """
-        round_id, version, candidate = running.round_id, None, None
+        running, version, candidate = begun.running, None, None
+        round_id = running.round_id
         if decision.verdict is not Verdict.REFUSED:
             self._saves.save(round_id, result.state)
-            candidate = self._candidate(round_id, result, decision=decision)
+            candidate = self._candidate(round_id, result, decision=decision, cohort=begun.cohort)
         try:
             with self.vault.database.write():
-                if candidate and (rolled_back := self._rolled_back(went_on_from)):
+                if candidate and (rolled_back := self._rolled_back(begun)):
                     decision = refuse(rolled_back)
                 elif candidate:
                     running.check()
@@ -348,6 +399,8 @@ class Worker:
                     self._joining.settle(round_id, result, refused="" if version else decision.reason)
                 if version is not None and decision.verdict is Verdict.HELD:
                     self._registry.hold(version)
+                split = self._cohorts.heard(begun.cohort, result.conflict, result.joined.get("conflict", {}))
+                result = msgspec.structs.replace(result, split=split)
                 self._registry.finish_round(
                     round_id,
                     round_state(result, decision),
@@ -361,17 +414,17 @@ class Worker:
         if version is not None:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
-        return version, decision
+        return version, result, decision
 
-    def _rolled_back(self, went_on_from: Named) -> str:
+    def _rolled_back(self, begun: _Began) -> str:
         """Why it is refused, if the operator took back, while the round ran, the adapter that it went on from: else it
         would bring back what was taken back. Its data are not at fault."""
-        newest = self._saves.newest()
+        newest, went_on_from = self._saves.newest(begun.cohort), begun.went_on_from
         if newest is None or newest.facts.round_id == went_on_from[0]:
             return ""
         return f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile; its data wait for another"
 
-    def _candidate(self, round_id: str, result: RoundResult, *, decision: Decision) -> Candidate:
+    def _candidate(self, round_id: str, result: RoundResult, *, decision: Decision, cohort: str) -> Candidate:
         return Candidate(
             round_id=round_id,
             line=self._base.line,
@@ -382,6 +435,7 @@ class Worker:
             probe=self._probe(),
             evaluation=decision.evaluation,
             lineage_root=lineage_root(result.lineage),
+            cohort=cohort,
         )
 
     def _probe(self) -> Probe:

@@ -67,6 +67,10 @@ class DeltaFacts(msgspec.Struct, frozen=True, kw_only=True):
     received_ms: int
 
 
+_OF_COHORT = (
+    "device_id IN (SELECT device_id FROM devices WHERE cohort = ?3) OR device_id IN"
+    " (SELECT sum_id FROM secure_members JOIN devices USING (device_id) WHERE cohort = ?3)"
+)
 _COLUMNS = ", ".join(DeltaFacts.__struct_fields__)
 _SELECT = f"SELECT {_COLUMNS} FROM deltas"  # noqa: S608 constant names
 
@@ -84,12 +88,8 @@ class Deltas:
     def waiting(self, line_id: str, *, cohort: str | None = None) -> list[DeltaFacts]:
         """The deltas of a line (and of a cohort's devices) that a round can take, the longest waiting first; at most
         one of each device."""
-        sql = (
-            f"{_SELECT} WHERE line_id = ?1 AND state = ?2 AND (?3 IS NULL"
-            " OR device_id IN (SELECT device_id FROM devices WHERE cohort = ?3)"
-            " OR device_id IN (SELECT sum_id FROM secure_members JOIN devices USING (device_id) WHERE cohort = ?3))"
-            " ORDER BY received_ms, delta_id"
-        )
+        where = f" WHERE line_id = ?1 AND state = ?2 AND (?3 IS NULL OR {_OF_COHORT})"
+        sql = _SELECT + where + " ORDER BY received_ms, delta_id"
         return [_facts(row) for row in self._database.rows(sql, [line_id, DeltaState.WAITING, cohort])]
 
     def waiting_of(self, device_id: str) -> DeltaFacts | None:
