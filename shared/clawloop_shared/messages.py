@@ -197,7 +197,7 @@ class ForgetRequest(msgspec.Struct, frozen=True, kw_only=True, tag="forget.v1"):
 
 
 class ForgetReceipt(msgspec.Struct, frozen=True, kw_only=True, tag="forgotten.v1"):
-    """What was done at a `ForgetRequest`: how many steps and signals were deleted, how many of the ids were not known.
+    """What was done at a `ForgetRequest`: how many steps, signals and deltas were deleted, how many ids were unknown.
 
     `adapters` are the versions that had learned from any of it, or went on from one that had: they cannot unlearn.
     `device_deleted`: the operator deleted the whole device, so nothing of it is there, nor known whom it taught.
