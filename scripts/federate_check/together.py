@@ -118,18 +118,19 @@ def two_worlds(folder: Path, *, seed: int, rounds: int = ROUNDS_APART) -> TwoWor
     home = Home(folder, batch=BATCH)
     parts: dict[str, Tasks] = {f"device-{n}": world.TRAIN if n % 2 == 0 else OTHER for n in range(6)}
     line, cohorts, found_after, cosines = _Line(), list[Cohort](), None, list[tuple[float, float]]()
-    at_split, evidence = _Line(), Evidence()
+    evidence, versions = Evidence(), [line.base]
     for number in range(rounds):
         account = line.go_on(home, parts, seed=seed)
-        evidence = update(evidence, account, settings=SETTINGS)
+        versions.append(line.base)
+        evidence = update(evidence, account, settings=SETTINGS, version=number)
         cosines.append(_cosines(account, parts))
         if found_after is None and (cohorts := find(evidence, SETTINGS)):
-            found_after, at_split = number + 1, _Line(line.base, line.rounds)
+            found_after = number + 1
     shared = _scores(home, dict.fromkeys(parts, line.base), parts)
     adapters = dict.fromkeys(parts, line.base)
     for cohort in cohorts if found_after is not None else []:
         own = {device: tasks for device, tasks in parts.items() if device in cohort.devices}
-        apart = _Line(at_split.base, at_split.rounds)
+        apart = _Line(versions[cohort.since], cohort.since)
         while apart.rounds < rounds:
             apart.go_on(home, own, seed=seed)
         adapters |= dict.fromkeys(own, apart.base)

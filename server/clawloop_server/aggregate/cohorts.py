@@ -10,16 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
+from typing import TypeVar
 
 import msgspec
 
 from clawloop_server.aggregate.account import Account
 from clawloop_server.aggregate.settings import FederateSettings
 
-MEMORY = 4
-"""rounds that a running mean looks back on: worlds may come to agree"""
+MEMORY = 2
+"""rounds that a running mean looks back on. What is learned first agrees (the form of an answer), so a longer memory
+finds a conflict later, when more has been unlearned; that it lasts is for `conflict_rounds` to say"""
+AGREED = 0.5
+HISTORY = 32
+"""rounds that are looked back on for where cohorts should begin"""
 
 Groups = tuple[tuple[str, ...], ...]
+_Value = TypeVar("_Value")
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -29,42 +35,63 @@ class Pair(msgspec.Struct, frozen=True):
     rounds: int
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """The cosines of one round, and the version of the adapter that it began with."""
+
+    version: int
+    cosines: dict[str, dict[str, float]]
+
+
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of which devices agree. `pairs[x][y]` for devices x < y; `split` is what the last rounds said, the
-    largest group first, and `rounds` how many in a row said it (0: they said none)."""
+    largest group first, and `rounds` how many in a row said it (0: they said none); `history` has the last rounds."""
 
     pairs: dict[str, dict[str, Pair]] = {}
     split: Groups = ()
     rounds: int = 0
+    history: tuple[Seen, ...] = ()
 
 
 class Cohort(msgspec.Struct, frozen=True):
-    """Devices that should learn together, apart from the others, and why."""
+    """Devices that should learn together, apart from the others, and why; `since`: the version of the adapter to begin
+    with, the last one beside which they still agreed. What came after it is a compromise that serves nobody, and a
+    policy that is sure of the wrong tool tries no other (docs/log.md)."""
 
     devices: frozenset[str]
     why: str
+    since: int = 0
 
 
-def update(evidence: Evidence, account: Account, *, settings: FederateSettings) -> Evidence:
-    """The evidence with that of one more round."""
+def update(evidence: Evidence, account: Account, *, settings: FederateSettings, version: int = 0) -> Evidence:
+    """The evidence with that of one more round, which began with adapter `version`."""
     pairs = {x: dict(known) for x, known in evidence.pairs.items()}
     for x, found in account.conflict.items():
         for y, cosine in found.items():
             pairs.setdefault(x, {})[y] = _seen(pairs.get(x, {}).get(y), cosine)
     split = split_of(pairs, settings)
-    told = {x for x in account.conflict} | {y for found in account.conflict.values() for y in found}
-    if not _bears_on(split, told) and split == evidence.split:
-        return Evidence(pairs=pairs, split=split, rounds=evidence.rounds)
-    goes_on = bool(split) and _agrees(split, evidence.split)
-    return Evidence(pairs=pairs, split=split, rounds=evidence.rounds + 1 if goes_on else int(bool(split)))
+    history = (*evidence.history, Seen(version, account.conflict))[-HISTORY:]
+    if not split:
+        return Evidence(pairs=pairs, history=history)
+    told = set(account.conflict) | {y for found in account.conflict.values() for y in found}
+    goes_on = evidence.rounds > 0 and _agrees(split, evidence.split)
+    counts = _bears_on(split, told) or split != evidence.split
+    rounds = evidence.rounds + int(counts) if goes_on else 1
+    return Evidence(pairs=pairs, split=split, rounds=rounds, history=history)
 
 
 def without(evidence: Evidence, device: str) -> Evidence:
     """The evidence without a device that has left."""
-    pairs = {x: {y: pair for y, pair in known.items() if y != device} for x, known in evidence.pairs.items()}
-    pairs.pop(device, None)
-    split = tuple(tuple(name for name in group if name != device) for group in evidence.split)
-    return Evidence(pairs={x: known for x, known in pairs.items() if known}, split=split, rounds=evidence.rounds)
+    return Evidence(
+        pairs=_leaving(evidence.pairs, device),
+        split=tuple(tuple(name for name in group if name != device) for group in evidence.split),
+        rounds=evidence.rounds,
+        history=tuple(Seen(seen.version, _leaving(seen.cosines, device)) for seen in evidence.history),
+    )
+
+
+def _leaving(pairs: Mapping[str, Mapping[str, _Value]], device: str) -> dict[str, dict[str, _Value]]:
+    found = {x: {y: value for y, value in known.items() if y != device} for x, known in pairs.items() if x != device}
+    return {x: known for x, known in found.items() if known}
 
 
 def find(evidence: Evidence, settings: FederateSettings) -> list[Cohort]:
@@ -74,8 +101,8 @@ def find(evidence: Evidence, settings: FederateSettings) -> list[Cohort]:
     """
     if settings.cohorts == "off" or evidence.rounds < settings.conflict_rounds:
         return []
-    means = _means(evidence.pairs)
-    return [Cohort(frozenset(group), _why(group, evidence, means)) for group in evidence.split]
+    means, since = _means(evidence.pairs), _last_agreement(evidence)
+    return [Cohort(frozenset(group), _why(group, evidence, means), since) for group in evidence.split]
 
 
 def split_of(pairs: Mapping[str, Mapping[str, Pair]], settings: FederateSettings) -> Groups:
@@ -132,6 +159,25 @@ def _agrees(split: Groups, before: Groups) -> bool:
     now = {device: n for n, group in enumerate(split) for device in group}
     both = sorted(was.keys() & now.keys())
     return bool(both) and all((was[x] == was[y]) == (now[x] == now[y]) for x, y in combinations(both, 2))
+
+
+def _last_agreement(evidence: Evidence) -> int:
+    """The newest version beside which devices of different groups agreed at least `AGREED` times as much as those of
+    one; the oldest that is known, if beside none."""
+    group = {device: n for n, members in enumerate(evidence.split) for device in members}
+    for seen in reversed(evidence.history):
+        found = {
+            same: [
+                cosine
+                for x, known in seen.cosines.items()
+                for y, cosine in known.items()
+                if x in group and y in group and (group[x] == group[y]) == same
+            ]
+            for same in (True, False)
+        }
+        if found[True] and found[False] and fmean(found[False]) >= AGREED * max(0.0, fmean(found[True])):
+            return seen.version
+    return min((seen.version for seen in evidence.history), default=0)
 
 
 def _why(group: Sequence[str], evidence: Evidence, means: Mapping[tuple[str, str], float]) -> str:

@@ -47,12 +47,12 @@ class FederateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     server_lr: float = 1.0
     """what part of the joined update is made"""
     robust: str = "gate"
-    """`gate`: by the cosine with the server's own update where there is one; `multi-krum`, `geometric-median`; `mean`:
-    no defence, for comparison"""
+    """`gate`: by the cosine with the server's own update, or with what most agree on where there is none; `multi-krum`,
+    `geometric-median`; `mean`: no defence, for comparison"""
     max_norm: float = 1.0
-    """an update is cut to so many times the median norm; inf: it is not"""
+    """an update is cut to so many times the median norm, one five times longer is left out; inf: neither"""
     min_cosine: float = 0.0
-    """an update whose cosine with the server's own is lower is left out, by `gate`"""
+    """an update whose cosine with that is lower is left out, by `gate`"""
     duplicate_cosine: float = 0.98
     """updates of different devices that are so much alike count as one; above 1: they do not"""
     attackers: float = 0.25
