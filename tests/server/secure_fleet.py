@@ -74,7 +74,7 @@ class Device:
             sigma=sigma,
         )
         self.seen = set[bytes]()
-        self.member = SumMember(self, self, device_key=self.key, rules=rules or SumRules())
+        self.member = SumMember(self, self, device_key=lambda: self.key, rules=rules or SumRules())
         self.tamper: Callable[[SecureRequest, SecureReply], SecureReply | None] = lambda _, reply: reply
 
     def summand(self, task_id: str) -> Summand | None:

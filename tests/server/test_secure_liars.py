@@ -290,7 +290,8 @@ def test_a_forged_signature_takes_its_device_out() -> None:
 
 def test_a_device_that_signs_with_anothers_key_is_not_that_device() -> None:
     play = Play(6)
-    stranger = SumMember(play.devices["d03"], play.devices["d03"], device_key=play.devices["d01"].key, rules=SumRules())
+    strange, key = play.devices["d03"], play.devices["d01"].key
+    stranger = SumMember(strange, strange, device_key=lambda: key, rules=SumRules())
     play.devices["d03"].member = stranger
     play.run()
     play.is_right()

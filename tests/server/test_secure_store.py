@@ -221,6 +221,30 @@ def test_a_member_that_is_revoked_after_its_values_came_is_in_the_sum(hub: Hub) 
     assert revoked in done.members
 
 
+def test_devices_of_other_cohorts_are_in_other_sums(hub: Hub, add_device: Callable[..., str]) -> None:
+    for number in range(7, 12):
+        device = Device(number)
+        hub.devices[add_device(device.key)] = device
+    apart = set(list(hub.devices)[7:])
+    with hub.vault.database.write() as database:
+        for device_id in apart:
+            database.run("UPDATE devices SET cohort = 'b' WHERE device_id = ?", [device_id])
+    hub.expect()
+    hub.run()
+    assert {frozenset(found.members) for found in hub.sums.overview()} == {
+        frozenset(apart),
+        frozenset(hub.devices) - apart,
+    }
+
+
+def test_who_was_in_a_sum_of_a_task_is_not_expected_again(hub: Hub) -> None:
+    hub.expect()
+    hub.run()
+    hub.expect()
+    hub.ask_all()
+    assert len(hub.sums.overview()) == 1
+
+
 def test_deleting_a_member_shreds_the_sum_that_waits(hub: Hub) -> None:
     hub.expect()
     hub.run()

@@ -11,10 +11,12 @@ import msgspec
 from clawloop_edge.adapters.store import kept_files
 from clawloop_edge.learn.choosing import Chooser
 from clawloop_edge.learn.desk import Desk
+from clawloop_edge.learn.masked import MaskedItems, PoolMembers
 from clawloop_edge.learn.power import power
 from clawloop_edge.learn.release import Releaser
 from clawloop_edge.learn.runs import Runs
 from clawloop_edge.learn.schedule import Place, Schedule
+from clawloop_edge.learn.sums import SumMember, SumRules
 from clawloop_edge.privacy.ledger import Ledger
 from clawloop_shared.model_line import read_shape
 from clawloop_shared.rows import Limits
@@ -47,9 +49,10 @@ class HomeLearning:
         learner: Learner,
         idle_s: Callable[[], float],
         done: Callable[[], None],
-        sums: bool = False,
+        device_key: Callable[[], bytes] | None = None,
     ) -> None:
-        """`idle_s`: how long nobody has called; `done` is called when something new may leave."""
+        """`idle_s`: how long nobody has called; `done` is called when something new may leave; `device_key`: what this
+        device signs with now; without it, it takes no part in secure sums."""
         shape, settings, runs = read_shape(model), config.learn, Runs(pool)
         ledger = Ledger(pool, epsilon=config.privacy.epsilon)
         releaser = Releaser(pool, consent, ledger, shape=shape, settings=settings, hold_ms=outbox.hold_ms)
@@ -65,6 +68,10 @@ class HomeLearning:
         )
         chooser = Chooser(pool, consent, limits=limits)
         self.schedule = Schedule(runs, consent, chooser, releaser, learner, place=place, settings=settings, done=done)
+        self.sums: SumMember | None = None
+        if device_key is not None:
+            rules = SumRules(min_members=settings.secure_min_members, max_new=settings.secure_new_members)
+            self.sums = SumMember(MaskedItems(pool, consent), PoolMembers(pool), device_key=device_key, rules=rules)
         self.desk = Desk(
             runs,
             consent,
@@ -74,7 +81,7 @@ class HomeLearning:
             served=lambda: engine.policy,
             poke=self.schedule.poke,
             state=lambda: self.schedule.status.state,
-            sums=sums,
+            sums=device_key is not None,
         )
 
     def report(self) -> dict[str, object]:

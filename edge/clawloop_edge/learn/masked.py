@@ -35,10 +35,8 @@ class MaskedItems:
     """The `Summands` of a pool's outbox."""
 
     def __init__(self, pool: Pool, consent: ConsentLog, *, clock: Callable[[], int] = wall_clock_ms) -> None:
-        """What was sent into a sum that this device has forgotten since is not waited for any more."""
-        self._pool, self._consent, self._clock = pool, consent, clock
+        self._pool, self._consent, self._clock, self._settled = pool, consent, clock, False
         self._audit, self._items = AuditLog(pool, clock=clock), Items(pool.keyring)
-        pool.submit(self._settle).result()
 
     def summand(self, task_id: str) -> Summand | None:
         """What was learned for that task, if it may leave now; None: not yet.
@@ -46,6 +44,9 @@ class MaskedItems:
         Raises:
             ConsentError: it has left, or was taken back, or is too private now.
         """
+        if not self._settled:
+            self._pool.submit(self._settle).result()
+            self._settled = True
         with self._pool.read() as database:
             item = self._of_task(database, task_id)
             if item is None:
@@ -120,6 +121,7 @@ class MaskedItems:
         )
 
     def _settle(self, database: Database) -> None:
+        """Wait no more for what was sent into sums that this device forgot when it started."""
         query = "SELECT item_id FROM outbox WHERE kind = ? AND state = ? AND body IS NOT NULL"
         for (item_id,) in database.conn.execute(query, (MASKED_KIND, ItemState.SENT)).fetchall():
             self._pool.keyring.destroy(database, item_scope(item_id))

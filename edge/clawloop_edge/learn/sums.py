@@ -12,6 +12,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -93,8 +94,10 @@ class SumRules(msgspec.Struct, frozen=True, kw_only=True):
 class SumMember:
     """The `SumMember` of the node's handlers; safe to use from any thread."""
 
-    def __init__(self, summands: Summands, known: KnownMembers, *, device_key: bytes, rules: SumRules) -> None:
-        """`device_key`: the private key that this device was enrolled with."""
+    def __init__(
+        self, summands: Summands, known: KnownMembers, *, device_key: Callable[[], bytes], rules: SumRules
+    ) -> None:
+        """`device_key`: the private key that this device is enrolled with now."""
         self._summands, self._known = summands, known
         self._device_key, self._rules = device_key, rules
         self._lock = threading.Lock()
@@ -155,15 +158,14 @@ class SumMember:
     @property
     def device_key(self) -> bytes:
         """The private key that this device signs with."""
-        return self._device_key
+        return self._device_key()
 
     def least(self, members: secure.Members) -> int:
         """How many members must be left at any moment."""
         return max(members.threshold, self._rules.min_members)
 
-    def check_known(self, members: secure.Members) -> None:
-        """Pin the devices of a roster. Raises SumError: too many of them are new."""
-        own = signing.public_key(self._device_key)
+    def check_known(self, members: secure.Members, *, own: bytes) -> None:
+        """Pin the other devices of a roster. Raises SumError: too many of them are new."""
         others = {member.device_key for member in members.members} - {own}
         known = self._known.known()
         new = others - known
@@ -189,6 +191,7 @@ class _Part:
         self._values = flatten(summand.delta.weights)
         if len(self._values) != terms.values:
             raise SumError(f"the sum is of {terms.values} values, what was learned has {len(self._values)}")
+        self._key = device.device_key
         self._mask_key, self._share_key, self._seed = (masking.new_secret() for _ in range(3))
         self._advert: secure.SignedAdvert | None = None
         self._members: secure.Members | None = None
@@ -237,18 +240,18 @@ class _Part:
             commitment=secure.commitment_of(self._seed, self._terms),
             sigma=self._summand.delta.sigma,
         )
-        self._advert = secure.sign_advert(advert, self._device.device_key)
+        self._advert = secure.sign_advert(advert, self._key)
         return wire.encode(self._advert)
 
     def _share(self, body: bytes) -> bytes:
         roster = _read(body, secure.Roster)
         members = secure.check_roster(roster, self._terms)
-        place = members.place_of(signing.public_key(self._device.device_key))
+        place = members.place_of(signing.public_key(self._key))
         if place is None or roster.adverts[place - 1] != self._advert:
             raise SumError("the roster does not have what this device signed")
         if len(members.members) < self._device.least(members):
             raise SumError(f"the roster has {len(members.members)} members, too few for this device")
-        self._device.check_known(members)
+        self._device.check_known(members, own=signing.public_key(self._key))
         self._members, self._place = members, place
         return wire.encode(self._shares(members))
 
@@ -321,7 +324,7 @@ class _Part:
         self._answered[Phase.MASKED] = asked, b""  # the server has it, or it could not say that it came
         self._device.summands.arrived(self._summand)
         return wire.encode(
-            secure.Confirmed(signature=secure.sign_survivors(self._roster(), self._survivors, self._device.device_key))
+            secure.Confirmed(signature=secure.sign_survivors(self._roster(), self._survivors, self._key))
         )
 
     def _unmask(self, body: bytes) -> bytes:

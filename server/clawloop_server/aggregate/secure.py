@@ -45,6 +45,7 @@ class SumState(msgspec.Struct, kw_only=True):
 
     terms: secure.Terms
     devices: dict[str, bytes]
+    cohort: str = ""
     phase: Phase = Phase.ADVERTISE
     status: Status = Status.RUNNING
     reason: str = ""
@@ -77,10 +78,18 @@ class SecureSum:
 
     @classmethod
     def begin(
-        cls, terms: secure.Terms, devices: Mapping[str, bytes], *, now_ms: int, phase_ms: int, patience_ms: int
+        cls,
+        terms: secure.Terms,
+        devices: Mapping[str, bytes],
+        *,
+        now_ms: int,
+        phase_ms: int,
+        patience_ms: int,
+        cohort: str = "",
     ) -> SecureSum:
-        """Ask these devices in; for `patience_ms` at most, if there are too few for so long."""
-        return cls(SumState(terms=terms, devices=dict(devices), deadline_ms=now_ms + patience_ms), phase_ms=phase_ms)
+        """Ask these devices (of one cohort) in; for `patience_ms` at most, if there are too few for so long."""
+        state = SumState(terms=terms, devices=dict(devices), cohort=cohort, deadline_ms=now_ms + patience_ms)
+        return cls(state, phase_ms=phase_ms)
 
     def add(self, device_id: str, device_key: bytes) -> None:
         """Ask another device in, if it is not too late."""

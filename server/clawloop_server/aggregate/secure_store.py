@@ -87,12 +87,13 @@ class SecureSums:
     # who is expected
 
     def expect(self, device_id: str, task: LearnTask) -> None:
-        """A device will learn this, for a sum. Raises StorageError."""
+        """A device will learn this, for a sum, unless it was in one of that task. Raises StorageError."""
         if not task.secure:
             return
         with self._database.write() as database:
             database.run(
-                "INSERT OR REPLACE INTO secure_expected VALUES (?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO secure_expected SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (SELECT 1 FROM"
+                " secure_members JOIN secure_sums USING (sum_id) WHERE task_id = ?1 AND device_id = ?2)",
                 [task.task_id, device_id, msgspec.msgpack.encode(task), self._clock_ms()],
             )
 
@@ -159,38 +160,40 @@ class SecureSums:
     # beginning
 
     def _begin(self, now_ms: int) -> None:
-        rows = self._database.rows("SELECT task_id, count(*) FROM secure_expected GROUP BY task_id")
-        for task_id, count in rows:
-            running = [each for each in self._sums.values() if each.state.terms.task_id == task_id]
-            if running:
-                self._add_late(running[0])
+        rows = self._database.rows(
+            "SELECT task_id, cohort, count(*) FROM secure_expected JOIN devices USING (device_id)"
+            " WHERE state = 'joined' GROUP BY task_id, cohort"
+        )
+        for task_id, cohort, count in rows:
+            of_these = (each for each in self._sums.values() if each.state.terms.task_id == task_id)
+            running = next((each for each in of_these if each.state.cohort == cohort), None)
+            if running is not None:
+                self._add_late(running)
             elif count >= self._settings.secure_min_devices:
-                self._begin_one(task_id, now_ms)
+                self._begin_one(task_id, cohort, now_ms=now_ms)
 
-    def _expected(self, task_id: str) -> tuple[LearnTask, dict[str, bytes]]:
+    def _expected(self, task_id: str, cohort: str) -> tuple[list[LearnTask], dict[str, bytes]]:
         """The task, and the enrolled keys of the devices that wait with it, the longest waiting first."""
         rows = self._database.rows(
             "SELECT task, device_id, device_key FROM secure_expected JOIN devices USING (device_id)"
-            " WHERE task_id = ? AND state = 'joined' ORDER BY since_ms, device_id",
-            [task_id],
+            " WHERE task_id = ? AND cohort = ? AND state = 'joined' ORDER BY since_ms, device_id",
+            [task_id, cohort],
         )
-        task = _TASK.decode(rows[0][0]) if rows else LearnTask(task_id=task_id, line_id="-", base_version=0)
-        return task, {device_id: key for _, device_id, key in rows}
+        return [_TASK.decode(row[0]) for row in rows[:1]], {device_id: key for _, device_id, key in rows}
 
     def _add_late(self, running: SecureSum) -> None:
-        if running.state.phase is not Phase.ADVERTISE:
+        state = running.state
+        if state.phase is not Phase.ADVERTISE:
             return
-        known = len(running.state.devices)
-        for device_id, key in self._expected(running.state.terms.task_id)[1].items():
+        known = len(state.devices)
+        for device_id, key in self._expected(state.terms.task_id, state.cohort)[1].items():
             running.add(device_id, key)
-        if len(running.state.devices) != known:
+        if len(state.devices) != known:
             self._keep(running)
 
-    def _begin_one(self, task_id: str, now_ms: int) -> None:
-        task, devices = self._expected(task_id)
+    def _begin_one(self, task_id: str, cohort: str, *, now_ms: int) -> None:
+        (task,), devices = self._expected(task_id, cohort)
         chosen = dict(list(devices.items())[: secure.MAX_MEMBERS])
-        if len(chosen) < self._settings.secure_min_devices:
-            return
         try:
             terms = terms_of(
                 task,
@@ -203,7 +206,9 @@ class SecureSums:
             with self._database.write() as database:
                 database.run("DELETE FROM secure_expected WHERE task_id = ?", [task_id])
             return
-        begun = SecureSum.begin(terms, chosen, now_ms=now_ms, phase_ms=self._phase_ms, patience_ms=PATIENCE_MS)
+        begun = SecureSum.begin(
+            terms, chosen, cohort=cohort, now_ms=now_ms, phase_ms=self._phase_ms, patience_ms=PATIENCE_MS
+        )
         with self._database.write() as database:
             database.run(
                 "INSERT INTO secure_sums (sum_id, task_id, line_id, status, phase, reason, began_ms, state)"

@@ -1,15 +1,16 @@
 """A delta that leaves in a secure sum: what goes out is an item of the outbox, once, and no other bytes of it ever."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from clawloop_edge.errors import ConsentError
+from clawloop_edge.learn.masked import MaskedItems, PoolMembers
 from clawloop_edge.learn.sums import SumMember, SumRules
 from clawloop_edge.privacy.audit import SENT, AuditLog
 from clawloop_edge.privacy.items import OutboxItem
-from clawloop_edge.learn.masked import MaskedItems, PoolMembers
 from clawloop_edge.privacy.schema import ItemState
 from clawloop_server.aggregate.secure import SecureSum, Status
 from clawloop_server.aggregate.secure_delivery import terms_of
@@ -69,7 +70,7 @@ def test_a_whole_sum_of_three_devices_from_their_outboxes(tmp_path: Path) -> Non
         assert summand is not None
         plain.append(flatten(summand.delta.weights))
         rules = SumRules(min_members=device.settings.secure_min_members, max_new=device.settings.secure_new_members)
-        members[name] = SumMember(items, PoolMembers(device.pool), device_key=keys[name], rules=rules)
+        members[name] = SumMember(items, PoolMembers(device.pool), device_key=partial(bytes, keys[name]), rules=rules)
     terms = terms_of(task, SHAPE, sum_id="sum", min_members=3)
     public = {name: signing.public_key(key) for name, key in keys.items()}
     done = SecureSum.begin(terms, public, now_ms=0, phase_ms=1000, patience_ms=1000)
@@ -149,7 +150,9 @@ def test_a_restart_in_mid_sum_is_a_drop_out(device: LearningDevice, task: LearnT
     summand = items.summand("task")
     assert summand is not None
     items.leaving(summand, b"masked")
-    member = SumMember(masked_items(device), PoolMembers(device.pool), device_key=signing.new_key(), rules=SumRules())
+    with pytest.raises(ConsentError):
+        masked_items(device).summand("task")
+    member = SumMember(masked_items(device), PoolMembers(device.pool), device_key=signing.new_key, rules=SumRules())
     assert "started anew" in member.asked(SecureRequest("sum", Phase.CONFIRM, b"")).refused
     assert not the_item(device).has_bytes
     assert device.outbox.waiting() == 0
