@@ -325,6 +325,7 @@ class Edge:
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
             tasks=self._learn_at_home(),
+            sums=self.learning.sums if self.learning else None,
         )
         self._transport = transport = MemberTransport(
             self._make_transport(member, node_id=node_id),
@@ -363,6 +364,7 @@ class Edge:
             learner=self.learner,
             idle_s=lambda: self.idle_s(),
             done=self._poke_node,
+            device_key=lambda: self.member.device_key if self.member else b"",
         )
         self.learning.schedule.start()
         return self.learning.desk

@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from clawloop_server.aggregate.secure_store import SecureSums
 from clawloop_server.bases import Base, find_base
 from clawloop_server.config import ServerConfig
 from clawloop_server.errors import FleetError, HomeError
@@ -46,9 +47,12 @@ from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_waiting, renew_expiring
+from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
+from clawloop_server.vault.sums import SumDeltas
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import publish_secret
+from clawloop_shared.lora import ModelShape
 from clawloop_shared.messages import SignedAnswer
 from clawloop_shared.receipts import sign_item
 
@@ -118,7 +122,8 @@ class ServerApp:
             releases=self._releases,
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
-            tasks=self._tasks(),
+            tasks=self._tasks(sums := self._sums()),
+            sums=sums,
             settings=_dispatch_settings(config),
         )
         await self._start_fleet(self._dispatcher)
@@ -129,7 +134,21 @@ class ServerApp:
         write_running(home, self.running)
         self._open.callback((home.folder / RUNNING_FILE).unlink, missing_ok=True)
 
-    def _tasks(self) -> HubTasks:
+    def _sums(self) -> SecureSums:
+        database = self._vault.database
+        return SecureSums(
+            database,
+            settings=self.config.federate,
+            shape_of=self._shape_of,
+            keep=SumDeltas(database, DeviceSeals(database, self._keys.master)),
+        )
+
+    def _shape_of(self, line_id: str) -> ModelShape:
+        if line_id != self._base.line_id:
+            raise HomeError(f"model line {line_id} is not the one that is trained here")
+        return self._base.shape
+
+    def _tasks(self, sums: SecureSums) -> HubTasks:
         return HubTasks(
             registry=self._registry,
             devices=self._members.devices,
@@ -137,6 +156,7 @@ class ServerApp:
             base=self._base,
             federate=self.config.federate,
             train=self.config.train,
+            took=sums.expect,
         )
 
     async def _start_fleet(self, dispatcher: Dispatcher) -> None:

@@ -41,7 +41,7 @@ def with_adapter(base: Any, factors: dict[str, Factors]) -> Any:
             raise AdapterInvalid(f"the model has no linear layer {name}")
         _check_size(name, linears[name], pair)
         wrapped.append((name, LoraLinear(linears[name], pair)))
-    model = _second_tree(base)
+    model = second_tree(base)
     model.update_modules(tree_unflatten(wrapped))
     model.eval()
     mx.eval([array for pair in factors.values() for array in pair])
@@ -77,7 +77,7 @@ def in_float32(model: Any) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.QuantizedEmbedding) and module.mode == "affine")
     ]
-    exact = _second_tree(model)
+    exact = second_tree(model)
     exact.update_modules(tree_unflatten(tables))
     exact.eval()
     return exact
@@ -94,15 +94,15 @@ def _check_size(name: str, linear: Any, factors: Factors) -> None:
         )
 
 
-def _second_tree(module: Any) -> Any:
+def second_tree(module: Any) -> Any:
     """The same arrays under new modules, lists and dicts."""
     if isinstance(module, nn.Module):
         twin = module.__class__.__new__(module.__class__)
         twin.__dict__.update(module.__dict__)
-        dict.update(twin, {name: _second_tree(child) for name, child in module.items()})
+        dict.update(twin, {name: second_tree(child) for name, child in module.items()})
         return twin
     if isinstance(module, dict):
-        return {name: _second_tree(child) for name, child in module.items()}
+        return {name: second_tree(child) for name, child in module.items()}
     if isinstance(module, list | tuple):
-        return type(module)(_second_tree(child) for child in module)
+        return type(module)(second_tree(child) for child in module)
     return module
