@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ from clawloop_server.vault.store import Vault
 from demoworld.stage import Part, StageError, make_edge, make_server
 
 MODEL = Path(__file__).parent / "demoworld/model"
-SERVER = {
+SERVER: Mapping[str, Mapping[str, object]] = {
     "fleet": {"upload_every_s": 0.2},
     "reward": {"settle_s": 3600.0},
     "train": {"batch_trajectories": 4096},
 }
 """devices upload all the time, and the trainer has nothing to do"""
-EDGE = {"privacy": {"hold_s": 0.0, "fill_every_s": 0.1}, "node": {"poll_s": 0.2}}
+EDGE: Mapping[str, Mapping[str, object]] = {"privacy": {"hold_s": 0.0, "fill_every_s": 0.1}, "node": {"poll_s": 0.2}}
 CHILDREN = {
     "superlink": "flower-superlink",
     "superexec": "flower-superexec",

@@ -33,6 +33,7 @@ from clawloop_edge.home import EdgeHome
 from clawloop_edge.node import leaving, rotating
 from clawloop_edge.node.deleting import ask_due
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.large import Large
 from clawloop_edge.node.standing import MemberTransport, new_instance, waiting_words
 from clawloop_edge.node.transport import Transport
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
@@ -112,6 +113,7 @@ class Edge:
         self.signals: SignalWorker | None = None
         self.node: NodeWorker | None = None
         self.member: Membership | None = None
+        self._large: Large | None = None
         self._instance = new_instance()
         self._transport: MemberTransport | None = None
         self.activator: Activator | None = None
@@ -316,6 +318,14 @@ class Edge:
         )
 
     def _make_node(self, member: Membership, activator: Activator, *, node_id: int) -> NodeWorker:
+        loop = asyncio.get_running_loop()
+        self._large = Large(
+            member,
+            self.outbox,
+            install=lambda offer: asyncio.run_coroutine_threadsafe(activator.install(offer), loop).result(),
+            folder=self.home.folder / "fetched",
+            max_adapter_bytes=self.config.adapters.max_bytes,
+        )
         handlers = Handlers(
             self.engine,
             self.outbox,
@@ -379,6 +389,8 @@ class Edge:
             await asyncio.to_thread(self.learning.schedule.stop)
             self.learning = None
         if self.node is not None:
+            if self._large is not None:
+                await asyncio.to_thread(self._large.stop)
             await asyncio.to_thread(self.node.stop, silent=silent)
             self.node = None
 

@@ -55,6 +55,18 @@ class SumMember(Protocol):
         ...
 
 
+class LargeDesk(Protocol):
+    """What is too large for a message."""
+
+    def send(self, above_bytes: int, max_bytes: int) -> None:
+        """Begin to send an item of such a size."""
+        ...
+
+    def fetch(self, offer: AdapterOffer, *, serving: int) -> AdapterReply:
+        """Begin to fetch the files of an offer, or say why not."""
+        ...
+
+
 class Handlers:
     """The edge's side of the fixed set of messages."""
 
@@ -70,12 +82,13 @@ class Handlers:
         loop: asyncio.AbstractEventLoop,
         tasks: TaskDesk | None = None,
         sums: SumMember | None = None,
+        large: LargeDesk | None = None,
     ) -> None:
         """`keep_cohort` is told how many devices the server says that it learns from; without `tasks` nothing is
         learned here, without `sums` nothing is summed."""
         self._engine, self._outbox, self._consent, self._member = engine, outbox, consent, member
         self._activator, self._keep_cohort, self._loop = activator, keep_cohort, loop
-        self._tasks, self._sums = tasks, sums
+        self._tasks, self._sums, self._large = tasks, sums, large
         self._cohort = 0
 
     def status(self, request: StatusRequest) -> StatusReply:
@@ -109,11 +122,15 @@ class Handlers:
         limit = min(request.max_bytes, MAX_PAYLOAD_BYTES - ENVELOPE_BYTES)
         items, more = self._outbox.next_items(limit)
         self._outbox.mark_sent([item.item_id for item in items])
+        if self._large is not None:
+            self._large.send(limit, request.max_blob_bytes)
         return UploadReply(items=items, more=more, adapter_version=self._engine.policy.version)
 
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         """Check and install an adapter while calls go on; a bad one is refused with its reason. Raises ConsentError."""
         self._allowed()
+        if offer.links and self._large is not None:
+            return self._large.fetch(offer, serving=self._engine.policy.version)
         return asyncio.run_coroutine_threadsafe(self._activator.install(offer), self._loop).result()
 
     def learn(self, task: LearnTask) -> LearnReply:

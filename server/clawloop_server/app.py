@@ -36,6 +36,7 @@ from clawloop_server.fleet.tasks import HubTasks
 from clawloop_server.fleet.tls import TlsFiles, client_context, ensure_tls, server_context
 from clawloop_server.home import Home, read_secret
 from clawloop_server.hub.admin import AdminPort
+from clawloop_server.hub.blobs import BlobDesk
 from clawloop_server.hub.forget import ForgetDesk
 from clawloop_server.hub.front import Front
 from clawloop_server.hub.join import JoinDesk
@@ -50,9 +51,12 @@ from clawloop_server.release.release import release_waiting, renew_expiring
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import SumDeltas
+from clawloop_shared.blobs import signed_address
+from clawloop_shared.envelope import derive_key
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import publish_secret
 from clawloop_shared.lora import ModelShape
+from clawloop_shared.manifest import SignedManifest, open_manifest
 from clawloop_shared.messages import SignedAnswer
 from clawloop_shared.receipts import sign_item
 
@@ -62,6 +66,8 @@ _LOOK_S = 0.5
 """how often the hub looks for new candidates and revoked devices"""
 _LONGEST_LOOK_S = 60.0
 """and how often at most it says that it cannot"""
+_ADDRESS_S = 86_400
+"""for how long a device may fetch an adapter's file by the address that it was given"""
 _TRAINER_WAIT_S = 300.0
 """how long at most until a trainer that keeps failing is started again"""
 
@@ -80,6 +86,7 @@ class ServerApp:
         self._keys: ServerKeys = load_keys(home)
         self._base: Base = find_base(home, config.hub.line)
         self._tls: TlsFiles = ensure_tls(home.keys, config.certificate_names)
+        self._address_key = derive_key(self._keys.master, "addresses of files")
         self._open = AsyncExitStack()
         self._fleet: Fleet | None = None
         self._registrar: Registrar | None = None
@@ -122,6 +129,7 @@ class ServerApp:
             releases=self._releases,
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
+            links=self._links,
             tasks=self._tasks(sums := self._sums()),
             sums=sums,
             settings=_dispatch_settings(config),
@@ -203,8 +211,38 @@ class ServerApp:
             nothing_for=lambda node_id: self._dispatcher is not None and self._dispatcher.nothing_for(node_id),
             stock_nodes=self.config.fleet.stock_nodes,
             members=members,
+            blobs=self._blob_desk(),
             trusted_proxies=self.config.hub.trusted_proxies,
         )
+
+    def _blob_desk(self) -> BlobDesk:
+        database, seals = self._vault.database, DeviceSeals(self._vault.database, self._keys.master)
+
+        def seal(device_id: str) -> DeviceSeal:
+            with database.write():
+                return seals.ensure(device_id)
+
+        desk = BlobDesk(
+            self.home.folder / "blobs",
+            self._vault,
+            device=self._members.devices.get,
+            seal=seal,
+            sign=lambda received: sign_item(received, self._keys.release),
+            files=self._registry.file_of,
+            address_key=self._address_key,
+            max_bytes=self.config.fleet.max_item_mib << 20,
+        )
+        desk.sweep()
+        return desk
+
+    def _links(self, signed: SignedManifest, device_id: str) -> dict[str, str]:
+        """Addresses of the files of an adapter that is too large for a message."""
+        expires_s, key = int(time.time()) + _ADDRESS_S, self._address_key
+        manifest = open_manifest(signed, self._keys.release_public)
+        return {
+            entry.name: signed_address(entry.sha256, device_id=device_id, expires_s=expires_s, key=key)
+            for entry in manifest.files
+        }
 
     def _statement(self) -> SignedAnswer:
         return self._keys.release_statement(now_ms=time.time_ns() // 1_000_000)
@@ -324,6 +362,7 @@ def _dispatch_settings(config: ServerConfig) -> DispatchSettings:
         upload_every_s=fleet.upload_every_s,
         status_every_s=fleet.status_every_s,
         exchanges_per_s=fleet.exchanges_per_s,
+        max_blob_bytes=fleet.max_item_mib << 20,
         quota=QuotaSettings(items_per_hour=fleet.items_per_hour, mib_per_hour=fleet.mib_per_hour),
     )
 

@@ -50,6 +50,8 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """how often a device is asked for what may leave"""
     status_every_s: float = 300.0
     """how often it is asked how it is"""
+    max_item_mib: int = 256
+    """the largest item that is taken of a device (in parts, if a message does not hold it)"""
     exchanges_per_s: float = 10.0
     """of these two questions, how many a second are asked in all; with many devices each has its turn more seldom"""
     items_per_hour: int = 20_000
@@ -148,6 +150,7 @@ def check_config(config: ServerConfig) -> ServerConfig:
         f"[fleet] exchanges_per_s {fleet.exchanges_per_s} is not in [0.1, 10000]": 0.1 <= fleet.exchanges_per_s <= 1e4,
         f"[fleet] items_per_hour {fleet.items_per_hour} is below 0": fleet.items_per_hour >= 0,
         f"[fleet] mib_per_hour {fleet.mib_per_hour} is below 0": 0 <= fleet.mib_per_hour < float("inf"),
+        f"[fleet] max_item_mib {fleet.max_item_mib} is not in 8..1024": 8 <= fleet.max_item_mib <= 1024,
         f"[fleet] wrong_joins_per_minute {fleet.wrong_joins_per_minute} is below 1": fleet.wrong_joins_per_minute >= 1,
         f"[fleet] wrong_joins_per_minute_total {fleet.wrong_joins_per_minute_total} is below wrong_joins_per_minute": (
             fleet.wrong_joins_per_minute_total >= fleet.wrong_joins_per_minute

@@ -6,10 +6,13 @@ import pytest
 from clawloop_server.bases import Base
 from clawloop_server.errors import ReleaseError
 from clawloop_server.home import Home
+from clawloop_server.release.keys import ServerKeys
 from clawloop_server.release.records import AdapterState, Candidate, RoundState
 from clawloop_server.release.registry import Registry
+from clawloop_server.release.release import release_waiting
 from clawloop_server.vault.store import Vault
 from clawloop_shared.errors import AdapterInvalid, StorageError
+from clawloop_shared.files import sha256_file
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe
 from clawloop_shared.records import Trajectory
@@ -103,6 +106,19 @@ def test_holding_keeps_a_candidate_from_being_released_by_itself(registry: Regis
     assert registry.candidates() == []
     with pytest.raises(ReleaseError, match="is held, not candidate"):
         registry.hold(version)
+
+
+def test_a_file_is_found_by_its_hash_once_its_adapter_is_released(
+    registry: Registry, home: Home, base: Base, keys: ServerKeys
+) -> None:
+    version = registry.record_candidate(candidate(base))
+    entry = registry.adapter(version).facts.files[-1]
+    assert registry.file_of(entry.sha256) is None
+    release_waiting(registry, keys, expires_days=1.0)
+    found = registry.file_of(entry.sha256)
+    assert found == home.adapters / str(version) / entry.name
+    assert sha256_file(found) == entry.sha256
+    assert registry.file_of("0" * 64) is None
 
 
 def test_only_a_released_adapter_is_offered_and_only_with_the_files_that_were_published(

@@ -24,6 +24,7 @@ _READY = """
         UNION ALL SELECT seq, size, item_id FROM outbox WHERE state = 'approved'
         UNION ALL SELECT seq, size, item_id FROM outbox WHERE state = 'sent' AND body IS NOT NULL
     ) WHERE size <= ?2 ORDER BY seq LIMIT ?3"""
+_READY_LARGE = _READY.replace("size <= ?2", "size > ?2 AND size <= ?4")
 _COUNT = """
     SELECT (SELECT count(*) FROM outbox WHERE state IN ('queued', 'approved')),
         (SELECT count(*) FROM outbox WHERE state = 'sent' AND body IS NOT NULL)"""
@@ -159,6 +160,13 @@ class Items:
     def ready(self, database: "Database", *, now_ms: int, max_bytes: int, limit: int) -> list[OutboxItem]:
         """The oldest items, none over `max_bytes`, that only their level may keep from leaving."""
         rows = database.conn.execute(_READY, (now_ms, max_bytes, limit)).fetchall()
+        return [self.find(database, row[0]) for row in rows]
+
+    def ready_large(
+        self, database: "Database", *, now_ms: int, above_bytes: int, max_bytes: int, limit: int
+    ) -> list[OutboxItem]:
+        """The oldest items of a size over the one and up to the other, that only their level may keep from leaving."""
+        rows = database.conn.execute(_READY_LARGE, (now_ms, above_bytes, limit, max_bytes)).fetchall()
         return [self.find(database, row[0]) for row in rows]
 
     def received(self, database: "Database", *, before_ms: int) -> list[str]:

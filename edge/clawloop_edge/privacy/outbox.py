@@ -124,6 +124,23 @@ class Outbox:
                 chosen.append(self._items.upload(database, item.item_id))
         return chosen, len(chosen) < len(ready)
 
+    def next_large(self, above_bytes: int, max_bytes: int) -> UploadItem | None:
+        """The oldest item that may leave now of those that `next_items(above_bytes)` passes by, up to `max_bytes`."""
+        with self._pool.read() as database:
+            allowance = self._consent.within(database)
+            if not allowance.state.level.sends_items:
+                return None
+            found = self._items.ready_large(
+                database,
+                now_ms=self._clock(),
+                above_bytes=above_bytes - _ITEM_OVERHEAD_BYTES,
+                max_bytes=max_bytes,
+                limit=MAX_ITEMS,
+            )
+            ready = (item for item in found if allowance.lets_out(item) and not item.goes_masked)
+            chosen = next(ready, None)
+            return self._items.upload(database, chosen.item_id) if chosen else None
+
     def mark_sent(self, item_ids: Sequence[str]) -> None:
         """Note that these items' bytes are about to go out; call it before they do. All or nothing.
 

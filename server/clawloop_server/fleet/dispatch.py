@@ -24,6 +24,7 @@ from clawloop_server.fleet.standing import Standing
 from clawloop_shared import wire
 from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import ClawloopError, StorageError, WireError
+from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
     ADAPTER,
     LEARN,
@@ -47,6 +48,7 @@ from clawloop_shared.messages import (
 _log = logging.getLogger(__name__)
 
 _MAX_BACK_OFF_S = 60.0
+_ENVELOPE_BYTES = 1 << 20
 _MAX_ORDERS = 64
 """of one exchange: the bridge hands them to Flower one by one, and hears of no answer meanwhile"""
 _LOOKUPS_PER_S = 200.0
@@ -66,6 +68,10 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     upload_every_s: float = 15.0
     status_every_s: float = 300.0
     max_upload_bytes: int = 8 << 20
+    max_blob_bytes: int = 256 << 20
+    """items over `max_upload_bytes` come in parts, up to this; 0: not at all"""
+    fetching_s: float = 30.0
+    """after a device said that it fetches an adapter's files, how long until it is offered that again"""
     ttl_s: float = 120.0
     adapter_ttl_s: float = 600.0
     refused_again_s: float = 3600.0
@@ -163,10 +169,13 @@ class Dispatcher:
         sign: Callable[[ItemReceived], ItemReceipt],
         tasks: Tasks | None = None,
         sums: Sums | None = None,
+        links: Callable[[SignedManifest, str], dict[str, str]] | None = None,
         settings: DispatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`sign`: makes the server's word of what it has on disk."""
+        """`sign`: makes the server's word of what it has on disk; `links`: the addresses under which a device may fetch
+        the files of an adapter that is too large for a message."""
+        self._links = links
         self._tasks, self._sums = tasks or NoTasks(), sums or NoTasks()
         self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
         self._settings, self._clock = settings or DispatchSettings(), clock
@@ -177,7 +186,7 @@ class Dispatcher:
         self._budget = Budget(per_s, burst=max(per_s, _MAX_ORDERS / 2), clock=clock)
         self._quota = Quota(self._settings.quota, clock=clock)
         self._released = 0
-        self._offer: tuple[int, bytes] = (0, b"")
+        self._offer: tuple[int, bytes | SignedManifest] = (0, b"")
         self._cohort, self._cohort_due_s = 0, float("-inf")
         self._trouble = ""
         self._news = asyncio.Event()
@@ -329,7 +338,9 @@ class Dispatcher:
         if not device.may_ask(UPLOAD, now_s):
             return []
         device.told = len(device.receipts)
-        request = UploadRequest(receipts=device.receipts, max_bytes=settings.max_upload_bytes)
+        request = UploadRequest(
+            receipts=device.receipts, max_bytes=settings.max_upload_bytes, max_blob_bytes=settings.max_blob_bytes
+        )
         return [self._send(node_id, UPLOAD, request)]
 
     async def _offering(self) -> list[Outgoing]:
@@ -347,7 +358,7 @@ class Dispatcher:
         else:
             for node_id in due:
                 self._devices[node_id].offered = version
-            return [self._sent(Outgoing(node_id, ADAPTER, payload, self._settings.adapter_ttl_s)) for node_id in due]
+            return [self._sent(self._offer_to(node_id, payload)) for node_id in due]
         finally:
             for node_id in due:
                 self._plan(node_id)
@@ -389,15 +400,22 @@ class Dispatcher:
         self._devices[message.node_id].under_way[message.type] = until_s
         return message
 
-    def _packed_offer(self, version: int) -> bytes:
+    def _packed_offer(self, version: int) -> bytes | SignedManifest:
+        """The message with the files, or the manifest alone if no message holds them."""
         if self._offer[0] != version:
-            payload = wire.encode(self._releases.offer(version))
-            if len(payload) > MAX_PAYLOAD_BYTES:
-                raise WireError(
-                    f"adapter {version} is a message of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}"
-                )
-            self._offer = (version, payload)
+            offer = self._releases.offer(version)
+            size = sum(map(len, offer.files.values()))
+            fits = size <= MAX_PAYLOAD_BYTES - _ENVELOPE_BYTES
+            if not fits and self._links is None:
+                raise WireError(f"adapter {version} has {size} bytes; a message holds {MAX_PAYLOAD_BYTES}")
+            self._offer = (version, wire.encode(offer) if fits else offer.manifest)
         return self._offer[1]
+
+    def _offer_to(self, node_id: int, packed: bytes | SignedManifest) -> Outgoing:
+        if isinstance(packed, SignedManifest) and self._links is not None:
+            packed = wire.encode(AdapterOffer(packed, {}, self._links(packed, self._devices[node_id].device_id)))
+        assert isinstance(packed, bytes)
+        return Outgoing(node_id, ADAPTER, packed, self._settings.adapter_ttl_s)
 
     async def _take(self, device: Standing, reply: Reply) -> None:
         if reply.type == STATUS:
@@ -439,6 +457,9 @@ class Dispatcher:
     async def _take_adapter(self, device: Standing, answer: AdapterReply) -> None:
         if answer.installed:
             await self._seen(device, answer.version)
+            return
+        if answer.fetching:
+            device.refused = {device.offered: self._clock() + self._settings.fetching_s}
             return
         device.refused = {device.offered: self._clock() + self._settings.refused_again_s}
         _log.warning("device %s refused adapter %d: %.200r", device.device_id, device.offered, answer.reason)

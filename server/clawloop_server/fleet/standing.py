@@ -28,7 +28,7 @@ class Standing:
         """when it may be asked for these kinds again"""
 
     def lost(self) -> None:
-        """What is under way will not be answered: the bridge that had asked it is gone, or the device has begun anew."""
+        """What is under way will not be answered: the bridge that asked it is gone, or the device has begun anew."""
         if STATUS in self.under_way:
             self.status_due_s = -_NEVER
         self.under_way.clear()

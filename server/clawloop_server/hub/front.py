@@ -3,6 +3,7 @@
     POST /v1/join          a device asks to be let in
     POST /v1/forget        a device asks to have deleted what it sent
     POST /v1/standing      a device asks how it stands; /v1/rotate: wants other keys; /v1/leave: says goodbye
+    PUT /v1/blobs/SHA256   a part of an item that is too large for a message; GET: a file of an adapter that is
     POST /v1/fleet/NAME    Flower's Fleet API, passed on to the SuperLink on loopback, in both directions as a stream
 
 Of the Fleet API only the calls of a node that is already known are passed: not registering (that is ours), and not
@@ -14,6 +15,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from pathlib import Path
 from typing import Protocol
 
 import aiohttp
@@ -21,6 +23,7 @@ from aiohttp import web
 
 from clawloop_server.fleet import polls
 from clawloop_server.hub.desk import DeskAnswer
+from clawloop_shared.blobs import BLOB_PATH, MAX_PART_REQUEST_BYTES
 from clawloop_shared.membership import LEAVE_PATH, MAX_MEMBER_BYTES, ROTATE_PATH, STANDING_PATH
 from clawloop_shared.messages import FORGET_PATH, JOIN_PATH, MAX_FORGET_BYTES, MAX_JOIN_BYTES
 
@@ -86,6 +89,18 @@ class Members(Protocol):
         ...
 
 
+class Blobs(Protocol):
+    """What is too large for a message."""
+
+    async def answer(self, name: str, body: bytes) -> DeskAnswer:
+        """Take a part."""
+        ...
+
+    async def find(self, name: str, query: str) -> Path | None:
+        """The file of that hash, for whoever has a good address."""
+        ...
+
+
 class Front:
     """The public server."""
 
@@ -101,11 +116,13 @@ class Front:
         nothing_for: Callable[[int], bool] = lambda _: False,
         members: Members | None = None,
         trusted_proxies: Collection[str] = (),
+        blobs: Blobs | None = None,
     ) -> None:
         # a stock SuperNode insists on the bridge's app
         self._calls = FLEET_CALLS | {CODE_CALL} if stock_nodes else FLEET_CALLS
         self._superlink, self._upstream_tls = f"https://{superlink}", upstream_tls
         self._joining, self._forgetting, self._members = joining, forgetting, members
+        self._blobs = blobs
         self._trusted = frozenset(trusted_proxies)
         self._is_open, self._nothing_for = is_open, nothing_for
         self._session: aiohttp.ClientSession | None = None
@@ -123,6 +140,9 @@ class Front:
             desk = self._members
             for path, work in ((STANDING_PATH, desk.standing), (ROTATE_PATH, desk.rotate), (LEAVE_PATH, desk.leave)):
                 app.router.add_post(path, _member_call(work))
+        if self._blobs is not None:
+            app.router.add_put(BLOB_PATH + "/{name}", self._put_blob)
+            app.router.add_get(BLOB_PATH + "/{name}", self._get_blob, allow_head=False)
         app.router.add_post("/v1/fleet/{call}", self._fleet)
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, shutdown_timeout=1.0, keepalive_timeout=_IDLE_S
@@ -146,6 +166,18 @@ class Front:
 
     async def _forget(self, request: web.Request) -> web.Response:
         return await _asked(request, self._forgetting.answer, limit=MAX_FORGET_BYTES)
+
+    async def _put_blob(self, request: web.Request) -> web.Response:
+        assert self._blobs is not None
+        desk, name = self._blobs, request.match_info["name"]
+        return await _asked(request, lambda body: desk.answer(name, body), limit=MAX_PART_REQUEST_BYTES)
+
+    async def _get_blob(self, request: web.Request) -> web.StreamResponse:
+        assert self._blobs is not None
+        path = await self._blobs.find(request.match_info["name"], request.query_string)
+        if path is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
 
     def _peer(self, request: web.Request) -> str:
         """The address of the caller: of the connection, or what a proxy that the operator named says it is. Of a

@@ -40,6 +40,8 @@ from clawloop_shared.messages import AdapterOffer
 
 MANIFEST_FILE = "manifest.bin"
 _DRAFT = ".draft-"
+_FETCHED = 16
+"""of the released adapters, how many of the newest are given out file by file"""
 
 _ADAPTER = "SELECT version, line_id, state, facts, manifest, created_ms, released_ms, cohort FROM adapters"
 _ROUND = (
@@ -333,6 +335,15 @@ class Registry:
             if sha256(found[entry.name]) != entry.sha256:
                 raise StorageError(f"{folder / entry.name} was changed after it was published; restore it")
         return found
+
+    def file_of(self, sha256: str) -> Path | None:
+        """The file with that hash of an adapter that was released, if there is one."""
+        rows = self._database.rows(f"{_ADAPTER} WHERE manifest IS NOT NULL ORDER BY version DESC LIMIT ?", [_FETCHED])
+        for record in map(adapter_of, rows):
+            for entry in record.facts.files:
+                if entry.sha256 == sha256:
+                    return self._folder / str(record.version) / entry.name
+        return None
 
     def offer(self, version: int) -> AdapterOffer:
         """What is sent to a device: the manifest and the files.

@@ -64,6 +64,25 @@ def test_below_full_nothing_is_made_and_nothing_is_given_out(
     assert not list(AuditLog(pool).entries())
 
 
+def test_an_item_that_no_message_holds_is_passed_by_and_given_out_by_itself(
+    pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept
+) -> None:
+    consent.set_level(Level.FULL)
+    pool.keep_step(make_kept()).result()
+    outbox.fill()
+    (item,) = outbox.list()
+    small = item.size_bytes
+    assert outbox.next_items(small) == ([], False)
+    found = outbox.next_large(small, MIB)
+    assert found == outbox.get(item.item_id)
+    assert outbox.next_large(MIB, 2 * MIB) is None
+    assert outbox.next_large(small, small - 1) is None
+    outbox.mark_sent([item.item_id])
+    assert outbox.next_large(small, MIB) == found
+    consent.set_level(Level.METRICS)
+    assert outbox.next_large(small, MIB) is None
+
+
 def test_the_bytes_given_out_are_the_bytes_shown(
     pool: Pool, consent: ConsentLog, outbox: Outbox, make_kept: MakeKept, make_signal: MakeSignal
 ) -> None:
