@@ -10,7 +10,7 @@ import typer
 
 from clawloop_edge.cli.context import console, count, home_of, print_json, shown
 from clawloop_shared import wire
-from clawloop_shared.deltas import MAX_DELTA_BYTES, LoraDelta
+from clawloop_shared.deltas import DELTA_KIND, MAX_DELTA_BYTES, LoraDelta
 from clawloop_shared.files import sha256
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ def show_delta(context: typer.Context, pool: Pool, item: OutboxItem, *, body: by
     """Print a delta: everything in it but the numbers themselves, and how large those are."""
     from safetensors.numpy import load
 
+    if item.kind != DELTA_KIND:
+        show_masked(item, size_bytes=len(body), fate=fate, as_json=as_json)
+        return
     delta = wire.decode(body, LoraDelta, max_bytes=MAX_DELTA_BYTES)
     factors = load(delta.weights)
     norms = {name: _norm(each) for name, each in factors.items()}
@@ -55,6 +58,17 @@ def show_delta(context: typer.Context, pool: Pool, item: OutboxItem, *, body: by
         console.print(shown(line))
     for line in picture(norms):
         console.print(shown(line))
+    console.print("--raw gives its very bytes", style="dim")
+
+
+def show_masked(item: OutboxItem, *, size_bytes: int, fate: str, as_json: bool) -> None:
+    """Print what went into a secure sum: one vector in which no number says anything without those of all others."""
+    if as_json:
+        print_json({"kind": item.kind, "delta": item.delta, "size_bytes": size_bytes, "sha256": item.sha256})
+        return
+    console.print(shown(f"item {item.item_id}: what this device gave to a secure sum", style="bold"))
+    console.print(shown(fate, style="dim"))
+    console.print(shown(f"{size_bytes:,} bytes, masked: only the sum of all devices can be read"))
     console.print("--raw gives its very bytes", style="dim")
 
 

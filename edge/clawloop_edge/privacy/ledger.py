@@ -251,13 +251,13 @@ class Ledger:
         """Count an entry of another ledger, also one that was given back here before it was known to have left."""
         update = "UPDATE ledger SET state = ? WHERE entry_id = ?"
         if not database.conn.execute(update, (EntryState.RELEASED, entry.entry_id)).rowcount:
-            self._insert(database, entry)
+            self._insert(database, entry, state=EntryState.RELEASED)
 
-    def _insert(self, database: Database, entry: Entry) -> None:
+    def _insert(self, database: Database, entry: Entry, *, state: EntryState = EntryState.RESERVED) -> None:
         scope = self._pool.keyring.find(database, POOL_SCOPE)
         body = scope.seal("ledger", entry.entry_id, column="body", plain=msgspec.msgpack.encode(entry))
         insert = "INSERT INTO ledger (entry_id, state, body) VALUES (?, ?, ?)"
-        database.conn.execute(insert, (entry.entry_id, EntryState.RESERVED, body))
+        database.conn.execute(insert, (entry.entry_id, state, body))
         append(database, self._pool.chain_key, kind=KIND, record_id=entry.entry_id, session_id="", sealed=(body,))
 
     def _check(self, database: Database, line: str, *, sigma: float, clip: float) -> Spent:

@@ -25,7 +25,7 @@ def waiting_sessions(database: "Database", *, pool: Pool, consent: ConsentLog) -
     query = (
         f"SELECT session_id FROM outbox WHERE session_id != '' AND {WAITING}"  # noqa: S608  # a clause of ours
         f" UNION SELECT o.session_id FROM outbox_sessions AS o JOIN outbox USING (item_id) WHERE {WAITING}"
-        " UNION SELECT session_id FROM learnable WHERE session_id != '' AND state IN ('new', 'ready')"
+        " UNION SELECT session_id FROM learnable WHERE session_id != '' AND (state = 'new' OR state GLOB 'ready *')"
     )
     if leaves.sends_steps:
         query += " UNION SELECT session_id FROM changes WHERE seq > ? AND session_id != ''"
