@@ -336,6 +336,7 @@ class Edge:
             loop=asyncio.get_running_loop(),
             tasks=self._learn_at_home(),
             sums=self.learning.sums if self.learning else None,
+            large=self._large,
         )
         self._transport = transport = MemberTransport(
             self._make_transport(member, node_id=node_id),
