@@ -310,7 +310,8 @@ def _lost(steps: int) -> Iterator[Finding]:
 
 def check_server(home: EdgeHome) -> Iterator[Finding]:
     """How the running edge stands with the server that was joined."""
-    name, status = "server", ask(home) if home.token_file.is_file() else {"running": False}
+    name = "server"
+    status: dict[str, Any] = ask(home) if home.token_file.is_file() else {"running": False}
     if not status["running"] or not status.get("server"):
         return  # nobody to ask, which is the service's check; or no server was joined
     state, detail = status.get("server_state", ""), status.get("server_detail", "")

@@ -94,7 +94,7 @@ def leave(context: typer.Context, forget: Forget = False, yes: Yes = False) -> N
             pool.submit(lambda database: deletions.add_in(database, server, names=[], everything=True)).result()
         consent.set_recipient(Recipient())
         state.forget_membership(pool)
-        ask_due(deletions)
+        ask_due(deletions, timeout_s=10.0)
         say_due(pool)
         untold = any(goodbye.server.device_id == member.device_id for goodbye in goodbyes(pool))
         undeleted = forget and any(each.server.device_id == member.device_id for each in deletions.waiting())

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 SKEW_MS = 300_000
 PER_MINUTE = 30.0
-"""requests of one device, and as many at once"""
+"""questions of one device how it stands, and as many at once; and the same of requests that change something"""
 _UNPROVEN = "this request is not signed by a device that this server knows"
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -73,7 +73,8 @@ class MemberDesk:
         """`release_key`: the private key for answers; `statement`: the root key's word for it."""
         self._devices, self._register = devices, register
         self._release_key, self._statement = release_key, statement
-        self._allowance = Allowance(per_minute, clock=clock)
+        self._asking = Allowance(per_minute, clock=clock)
+        self._changing = Allowance(per_minute, clock=clock)
         self._now_ms = now_ms
 
     async def standing(self, body: bytes) -> DeskAnswer:
@@ -103,7 +104,7 @@ class MemberDesk:
 
     async def _standing(self, body: bytes) -> DeskAnswer:
         device, request = await self._opened(body, STANDING_DOMAIN, StandingRequest)
-        wait_s = self._allowance.take(device.device_id, 1)
+        wait_s = self._asking.take(device.device_id, 1)
         if wait_s:
             return _too_many(wait_s)
         answer = await asyncio.to_thread(self._stand, device, request)
@@ -201,7 +202,7 @@ class MemberDesk:
         if abs(behind_ms) > SKEW_MS:
             told = f"this request was signed {behind_ms / 1000:.0f} s ago by this server's clock"
             return DeskAnswer(400, message=f"{told}, which may be {SKEW_MS // 1000}; set the clock and sign it anew")
-        wait_s = self._allowance.take(device.device_id, 1)
+        wait_s = self._changing.take(device.device_id, 1)
         return _too_many(wait_s) if wait_s else None
 
     def _signed(self, answer: msgspec.Struct, domain: str) -> DeskAnswer:
