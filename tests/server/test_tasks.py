@@ -83,10 +83,10 @@ def at(vault: Vault, add_device: AddDevice) -> Callable[..., str]:
 
 
 @pytest.fixture
-def release(registry: Registry, keys: ServerKeys, base: Base, clock: Clock) -> Callable[[], int]:
+def release(registry: Registry, keys: ServerKeys, base: Base, clock: Clock) -> Callable[..., int]:
     """Make and release an adapter; its version."""
 
-    def make() -> int:
+    def make(cohort: str = "") -> int:
         round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1)
         candidate = Candidate(
             round_id=round_id,
@@ -98,6 +98,7 @@ def release(registry: Registry, keys: ServerKeys, base: Base, clock: Clock) -> C
             probe=Probe(ids=[1], logprobs=[]),
             evaluation=Evaluation(suite="", episodes=0, reward=0.0, reward_before=0.0, standard_error=0.0),
             lineage_root="",
+            cohort=cohort,
         )
         version = registry.record_candidate(candidate)
         registry.finish_round(round_id, RoundState.PASSED, version=version)
@@ -150,7 +151,7 @@ def test_private_devices_never_learn_both_factors(open_tasks: Callable[..., HubT
 
 
 def test_phases_alternate_with_the_adapter_that_they_stand_on(
-    open_tasks: Callable[..., HubTasks], at: Any, registry: Registry, release: Callable[[], int]
+    open_tasks: Callable[..., HubTasks], at: Any, registry: Registry, release: Callable[..., int]
 ) -> None:
     tasks, device = open_tasks(method="rolora", rank=8), at("private-deltas")
     first = asked(tasks, device)
@@ -168,7 +169,7 @@ def test_phases_alternate_with_the_adapter_that_they_stand_on(
 
 
 def test_only_who_uses_the_released_adapter_is_asked(
-    open_tasks: Callable[..., HubTasks], at: Any, release: Callable[[], int]
+    open_tasks: Callable[..., HubTasks], at: Any, release: Callable[..., int]
 ) -> None:
     tasks, device = open_tasks(), at("deltas")
     version = release()
@@ -248,3 +249,17 @@ def test_a_change_of_level_makes_another_task(
     private = asked(tasks, device)
     assert private.task_id != open_task.task_id
     assert (private.method, private.clip) == (Method.FFA, 1.0)
+
+
+def test_a_cohort_learns_beside_its_own_adapter(
+    open_tasks: Callable[..., HubTasks], at: Any, vault: Vault, release: Callable[..., int]
+) -> None:
+    tasks, one, other = open_tasks(), at("deltas"), at("deltas")
+    with vault.database.write():
+        vault.database.run("UPDATE devices SET cohort = 'c' WHERE device_id = ?", [other])
+    shared = release()
+    assert asked(tasks, other, version=shared).base_version == shared, "as long as it has none of its own"
+    own = release(cohort="c")
+    assert tasks.due(other, adapter_version=shared) is None
+    assert asked(tasks, other, version=own).base_version == own
+    assert asked(tasks, one, version=shared).base_version == shared

@@ -38,8 +38,8 @@ LOOK_AGAIN_S = 5.0
 
 
 class Beside(NamedTuple):
-    """What all tasks of one moment are about: the released adapter (None: the line as it is), and how many rounds of
-    the server ended."""
+    """What all tasks of a cohort are about at one moment: its released adapter (None: the line as it is), and how many
+    rounds of the server ended."""
 
     adapter: AdapterRecord | None
     ended: int
@@ -59,6 +59,7 @@ class _Answer(NamedTuple):
 class _Quiet(NamedTuple):
     """Until when a device is to be asked nothing, unless there is other work."""
 
+    cohort: str
     stem: str
     until_s: float
 
@@ -85,33 +86,37 @@ class HubTasks:
         self._answers: dict[str, _Answer] = {}
         self._asked: dict[str, LearnTask] = {}
         self._quiet: dict[str, _Quiet] = {}
-        self._beside: tuple[float, Beside] | None = None
+        self._beside: dict[str, tuple[float, Beside]] = {}
         self._lock = threading.Lock()
 
     def due(self, device_id: str, *, adapter_version: int) -> LearnTask | None:
         """What that device should be asked to learn now; None: nothing, it has answered, or what it learned waits."""
         if not self._federate.learn_at_home:
             return None
-        beside = self._now()
-        if adapter_version != beside.version or self._is_quiet(device_id, beside):
+        if self._is_quiet(device_id):
             return None
-        task = self._task(device_id, beside)
+        device = self._devices.get(device_id)
+        beside = self._now(device.cohort)
+        if adapter_version != beside.version:
+            return None
+        task = self._task(device, beside)
         if task is None:
-            self._quiet[device_id] = _Quiet(_stem(beside), self._clock() + LOOK_AGAIN_S)
+            self._quiet[device_id] = _Quiet(device.cohort, _stem(beside), self._clock() + LOOK_AGAIN_S)
             return None
         self._asked[device_id] = task
         return task
 
-    def _is_quiet(self, device_id: str, beside: Beside) -> bool:
+    def _is_quiet(self, device_id: str) -> bool:
         quiet = self._quiet.get(device_id)
-        return quiet is not None and quiet.stem == _stem(beside) and self._clock() < quiet.until_s
+        if quiet is None or self._clock() >= quiet.until_s:
+            return False
+        return quiet.stem == _stem(self._now(quiet.cohort))
 
-    def _task(self, device_id: str, beside: Beside) -> LearnTask | None:
-        device = self._devices.get(device_id)
+    def _task(self, device: Device, beside: Beside) -> LearnTask | None:
         if not learns(device, line_id=self._base.line_id):
             return None
         task = task_for(Level(device.level), beside, base=self._base, federate=self._federate, train=self._train)
-        return None if self._has_answered(device_id, task) or self._has_sent(device, beside) else task
+        return None if self._has_answered(device.device_id, task) or self._has_sent(device, beside) else task
 
     def answered(self, device_id: str, reply: LearnReply) -> None:
         """Keep whether it will. An answer to what it was not asked is passed over."""
@@ -126,13 +131,15 @@ class HubTasks:
         else:
             _log.info("device %s does not learn %s: %.300r", device_id, reply.task_id, reply.reason)
 
-    def _now(self) -> Beside:
+    def _now(self, cohort: str) -> Beside:
         with self._lock:
-            if self._beside is None or self._clock() - self._beside[0] >= _REFRESH_S:
+            found = self._beside.get(cohort)
+            if found is None or self._clock() - found[0] >= _REFRESH_S:
                 counts = self._registry.round_counts()
                 ended = sum(number for state, number in counts.items() if state != RoundState.RUNNING)
-                self._beside = self._clock(), Beside(self._registry.current(self._base.line_id), ended)
-            return self._beside[1]
+                adapter = self._registry.current(self._base.line_id, cohort=cohort)
+                found = self._beside[cohort] = self._clock(), Beside(adapter, ended)
+            return found[1]
 
     def _has_answered(self, device_id: str, task: LearnTask) -> bool:
         answer = self._answers.get(device_id)

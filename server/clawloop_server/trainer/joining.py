@@ -194,9 +194,7 @@ class Joining:
                 left_out[facts.delta_id] = f"cannot be used: {error}"
                 continue
             devices = self._devices_of([facts])
-            weight = float(
-                min(facts.trajectories, of_task * len(devices))
-            )  # the devices' own word, which a task bounds
+            weight = float(min(facts.trajectories, of_task * len(devices)))  # their own word; a task bounds the truth
             device_id = facts.device_id if devices == {facts.device_id} else ""  # a secure sum is of no single one
             found.append(Contribution(facts.delta_id, device_id, update, weight, staleness, devices=devices))
             if delta.reward is not None:
