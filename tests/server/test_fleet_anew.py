@@ -1,11 +1,16 @@
 """A device or a bridge that began anew is asked again at once, not when what was under way has run out."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from clawloop_server.fleet.bridge import Bridge
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.dispatch import Dispatcher
 from clawloop_shared import wire
 from clawloop_shared.messages import (
+    RECORD,
     STATUS,
     UPLOAD,
     AdapterOffer,
@@ -87,3 +92,66 @@ async def test_a_rest_after_an_answer_is_kept_by_a_device_that_began_anew(world:
     await world.asked(FIRST, 1)
     await world.dispatcher.reply(Reply(7, UPLOAD, wire.encode(UploadReply([], False, 0))))
     assert await world.asked(AGAIN, 1) == []
+
+
+class Grid:
+    """Flower's grid with answers put in by hand."""
+
+    def __init__(self) -> None:
+        self.answers: list[str] = []
+        self.asked: list[str] = []
+        self._count = 0
+
+    def get_nodes(self) -> list[Any]:
+        return [SimpleNamespace(node_id=7, name="device", last_activated_at="10:00")]
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        self._count += len(messages)
+        return [f"m{self._count}"]
+
+    def pull_messages(self, ids: list[str]) -> list[Any]:
+        self.asked = ids
+        ready, self.answers = [i for i in self.answers if i in ids], []
+        return [_answer(message_id) for message_id in ready]
+
+
+def _answer(message_id: str) -> Any:
+    content = SimpleNamespace(config_records={RECORD: {RECORD: message_id.encode()}}, array_records={})
+    metadata = SimpleNamespace(reply_to_message_id=message_id)
+    return SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+
+
+class Hub:
+    """Orders what it is told to, and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.orders: list[Outgoing] = []
+        self.online: list[NodeInfo] | None = None
+        self.replies: list[bytes] = []
+
+    def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
+        self.online = online or self.online
+        self.replies += [reply.payload for reply in replies]
+        orders, self.orders = self.orders, []
+        return orders
+
+
+def test_of_two_questions_of_a_kind_the_latest_counts_and_the_other_is_fetched_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("clawloop_server.fleet.bridge._message", lambda order: order)
+    grid, hub = Grid(), Hub()
+    bridge = Bridge(grid, hub)
+    for _ in range(2):
+        hub.orders = [Outgoing(7, UPLOAD, b"")]
+        bridge.turn()
+    assert hub.online == [NodeInfo(7, "device", "10:00")]
+    bridge._pull_due_s = 0.0
+    grid.answers = ["m1", "m2"]
+    bridge.turn()
+    assert grid.asked == ["m1", "m2"]
+    bridge.turn()
+    assert hub.replies == [b"m2"]
+    bridge._pull_due_s, grid.asked = 0.0, []
+    bridge.turn()
+    assert grid.asked == [], "nothing is under way any more"

@@ -97,18 +97,20 @@ class Bridge:
         for message_id, order in zip(ids, orders, strict=True):
             if message_id:
                 sent = _Sent(order.node_id, order.type)
-                self._sent.pop(self._latest.get(sent, ""), None)  # given up: the device has begun anew
                 self._sent[message_id], self._latest[sent] = sent, message_id
             else:
                 self._replies.append(Reply(order.node_id, order.type, error="the SuperLink did not take the message"))
 
     def _pull(self) -> None:
-        """Ask for answers. Those asked for that have none go to the end of the line."""
+        """Ask for answers. Those asked for that have none go to the end of the line. Of several questions of a kind to
+        a device only the latest counts: it began anew since the others. Those are asked for until they run out, for
+        what nobody fetches stays in the SuperLink's memory."""
         began_s = time.monotonic()
         asked = list(islice(self._sent, _MAX_PULL))
         for message in self._grid.pull_messages(asked):
-            sent = self._sent.pop(message.metadata.reply_to_message_id, None)
-            if sent is not None:
+            message_id = message.metadata.reply_to_message_id
+            sent = self._sent.pop(message_id, None)
+            if sent is not None and self._latest.get(sent) == message_id:
                 self._replies.append(_reply(sent, message))
         if len(self._sent) > _MAX_PULL:
             for message_id in asked:
