@@ -96,6 +96,15 @@ def test_a_member_connects_and_asks_again_now_and_then(hub: MembersHub, member: 
     assert edge.inner.done[-1] == "goodbye"
 
 
+def test_once_it_was_cut_nothing_more_is_asked(hub: MembersHub, member: Membership) -> None:
+    edge = Edge(member)
+    edge.transport.connect()
+    edge.transport.cut()
+    edge.now_s += 61
+    edge.transport.receive()
+    assert len(edge.told) == 1
+
+
 def test_a_device_waits_until_it_is_approved_and_both_sides_show_the_same_words(tmp_path: Path) -> None:
     with serving(tmp_path, approve=True) as hub:
         member = join(hub.invite(), line=LINE)

@@ -13,8 +13,9 @@ from clawloop_server.hub.invitations import Invitations, InvitationState, invita
 from clawloop_server.hub.members import HubMembers
 from clawloop_server.hub.registrar import Registrar
 from clawloop_server.vault.store import Vault
-from clawloop_shared import signing
-from clawloop_shared.messages import JoinRequest
+from clawloop_shared import signing, wire
+from clawloop_shared.messages import JoinRequest, UploadItem
+from clawloop_shared.records import Step, StepBatch
 
 
 def request(code: str, base: Base) -> JoinRequest:
@@ -168,3 +169,32 @@ async def test_after_a_rotation_flower_has_the_new_key_alone(
     found = members.devices.get(device)
     assert found.node_id is not None
     assert members.device_of(found.node_id) == device
+
+
+def item(step: Step, item_id: str) -> UploadItem:
+    return UploadItem(item_id=item_id, receipt_id="r", kind="steps", body=wire.encode(StepBatch([step], [])))
+
+
+def test_an_item_under_the_id_of_anothers_is_ones_own(
+    vault: Vault, add_device: Callable[..., str], make_step: Callable[..., Step]
+) -> None:
+    owner, thief, step = add_device(), add_device(), make_step(run_id="run")
+    vault.receive(owner, [item(step, "the same")])
+    for _ in range(2):
+        (said,) = vault.receive(thief, [item(make_step(step_id=step.step_id, response_ids=[7]), "the same")])
+        assert said.device_id == thief
+    assert vault.stats().steps == 2
+    vault.delete_device(thief)
+    assert vault.stats().steps == 1, "and what becomes of it is the owner's no matter"
+
+
+@pytest.mark.parametrize("end", ["waits", "leave", "reject"])
+def test_nothing_is_taken_of_who_waits_left_or_was_rejected(
+    vault: Vault, invitations: Invitations, members: HubMembers, base: Base, make_step: Callable[..., Step], end: str
+) -> None:
+    device = join(members, invitations, base).device_id
+    if end != "waits":
+        getattr(members.devices, end)(device)
+    with pytest.raises(DeviceError, match=members.devices.get(device).state):
+        vault.receive(device, [item(make_step(), "item")])
+    assert vault.stats().steps == 0

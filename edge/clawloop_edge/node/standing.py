@@ -109,7 +109,7 @@ class MemberTransport:
         """`instance` names the running edge; `note` is told what the server says."""
         self._inner, self._member, self._instance, self._note = inner, member, instance, note
         self._every_s, self._clock, self._now_ms = every_s, clock, now_ms
-        self._took = self._taken = False
+        self._took = self._taken = self._was_cut = False
         self._due_s = float("-inf")
         self._lock = threading.Lock()
         self._warning = ""
@@ -122,6 +122,7 @@ class MemberTransport:
 
     def connect(self) -> None:
         """Ask, then become reachable. Raises what `Transport.connect` does, and Waiting, Taken, ClockOff."""
+        self._was_cut = False
         self._ask()
         try:
             self._inner.connect()
@@ -130,7 +131,7 @@ class MemberTransport:
 
     def receive(self) -> Incoming | None:
         """The next message, or None."""
-        if self._clock() >= self._due_s:
+        if self._clock() >= self._due_s and not self._was_cut:
             self._ask()
         return self._inner.receive()
 
@@ -139,7 +140,8 @@ class MemberTransport:
         self._inner.send(incoming, answer, permit=permit)
 
     def cut(self) -> None:
-        """Break off whatever is being sent."""
+        """Break off whatever is being sent; nothing more is asked either."""
+        self._was_cut = True
         self._inner.cut()
 
     def close(self, *, goodbye: bool = True) -> None:

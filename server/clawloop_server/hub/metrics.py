@@ -39,7 +39,8 @@ class _Snapshot(Collector):
 
 def _server(status: ServerStatus) -> Iterable[Metric]:
     devices = status.devices
-    counts = {"joined": devices.joined, "online": devices.online, "revoked": devices.revoked}
+    names = ("joined", "online", "revoked", "waiting", "left", "doubled")
+    counts = {name: getattr(devices, name) for name in names}
     yield _by("clawloop_devices", "Devices by how they are.", "state", counts)
     yield _by("clawloop_part_up", "1 while a child process runs.", "part", {p.name: bool(p.pid) for p in status.parts})
     restarts = CounterMetricFamily("clawloop_part_restarts", "Since the start.", labels=["part"])
