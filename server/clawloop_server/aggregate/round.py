@@ -133,7 +133,7 @@ def _shape_of(factors: Factors) -> tuple[int, int]:
 
 
 def _unusable(factors: Factors, shape: tuple[int, int], path: str) -> str:
-    if factors.b.dim() != 2 or factors.a.dim() != 2 or factors.b.shape[1] != factors.a.shape[0]:
+    if factors.b.dim() != 2 or factors.a.dim() != 2 or not 0 < factors.b.shape[1] == factors.a.shape[0]:
         return f"the factors of {path} do not fit: {tuple(factors.b.shape)} and {tuple(factors.a.shape)}"
     if _shape_of(factors) != shape:
         return f"{path} is {_shape_of(factors)}, the others' {shape}"

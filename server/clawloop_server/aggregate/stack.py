@@ -43,10 +43,10 @@ def stacked(terms: Sequence[tuple[float, Factors]]) -> Factors:
     by_b: dict[tuple[object, ...], list[_Term]] = {}
     for weight, factors in terms:
         of_a, of_b = by_a.setdefault(_glimpse(factors.a), []), by_b.setdefault(_glimpse(factors.b), [])
-        if same := next((term for term in of_a if term.adds_b and torch.equal(term.first.a, factors.a)), None):
+        if same := next((term for term in of_a if term.adds_b and _same(term.first.a, factors.a)), None):
             same.b, same.adds_a = same.b + weight * factors.b.double(), False
         elif same := next(
-            (term for term in of_b if term.adds_a and term.weight and torch.equal(term.first.b, factors.b)), None
+            (term for term in of_b if term.adds_a and term.weight and _same(term.first.b, factors.b)), None
         ):
             same.a, same.adds_b = same.a + weight / same.weight * factors.a.double(), False
         else:
@@ -67,6 +67,10 @@ class _Term:
     a: Tensor
     adds_a: bool = True
     adds_b: bool = True
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.double(), y.double())
 
 
 def _glimpse(factor: Tensor) -> tuple[object, ...]:

@@ -62,6 +62,11 @@ class Member:
         return (self.contribution.devices | {self.contribution.device_id}) - {""}
 
     @property
+    def size(self) -> int:
+        """How many devices it is of: a secure sum is of several."""
+        return max(1, len(self.devices))
+
+    @property
     def share(self) -> Share:
         """What became of it."""
         return Share(
@@ -160,12 +165,12 @@ def _merge_copies(members: Sequence[Member], cosines: Tensor, settings: Federate
 
 
 def _bound_weights(members: Sequence[Member]) -> None:
-    """No device's update has more than `MOST_TIMES` the usual weight of all that count."""
-    counted = [m.weight for m in members if m.counts]
+    """No update has more than `MOST_TIMES` the usual weight of a device for each device that it is of."""
+    counted = [m.weight / m.size for m in members if m.counts]
     most = MOST_TIMES * robust.usual(counted) if counted else 0.0
     for member in members:
         if member.counts and not member.is_own:
-            member.weight = min(member.weight, most)
+            member.weight = min(member.weight, most * member.size)
 
 
 def _clip(members: Sequence[Member], settings: FederateSettings) -> None:

@@ -96,6 +96,27 @@ def test_updates_that_share_a_factor_are_joined_linearly_without_error(shared: s
     assert account.rho < 1e-6
 
 
+@pytest.mark.parametrize("shared", ["a", "b"])
+def test_an_update_that_shares_a_factor_with_the_base_loses_nothing_at_its_rank(shared: str) -> None:
+    base = factors(99, 24, 16, 4)
+    members = [
+        sent(f"d{n}", {"q": Factors(own.b, base.a) if shared == "a" else Factors(base.b, own.a)})
+        for n, own in enumerate(factors(n, 24, 16, 4) for n in range(5))
+    ]
+    joined = join({"q": base}, members, settings=MEAN, rank=4)
+    mean = sum((dense(c.update["q"]) for c in members), torch.zeros(24, 16).double()) / 5
+    torch.testing.assert_close(dense(joined.factors["q"]), dense(base) + mean, atol=1e-4, rtol=1e-5)
+    assert joined.account.tail < 1e-9
+
+
+def test_a_sum_of_many_devices_counts_for_as_many() -> None:
+    summed = Contribution("sum", "", near(TRUTH, 9, noise=1.0), weight=500.0, devices=frozenset("uvwxyz"))
+    members = [*(sent(f"d{n}", near(TRUTH, n, noise=1.0), weight=10.0) for n in range(4)), summed]
+    account = join(None, members, settings=MEAN, rank=4).account
+    assert [share.weight for share in account.shares] == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.6])
+    assert len(account.devices) == 10
+
+
 def test_averaging_factors_is_a_choice_where_ranks_agree_and_is_told_where_not() -> None:
     fedavg = msgspec.structs.replace(MEAN, aggregation="fedavg")
     members = [sent(f"d{n}", {"q": factors(n, 24, 16, 3)}) for n in range(3)]
@@ -127,11 +148,13 @@ def test_a_device_counts_once_with_its_newest() -> None:
 def test_what_does_not_fit_is_left_out_with_the_reason() -> None:
     misfit = {"q": Factors(torch.ones(23, 2), torch.ones(2, 16))}
     crooked = {"q": Factors(torch.ones(24, 2), torch.ones(3, 16))}
-    members = [sent("x", misfit), sent("y", crooked), sent("a", TRUTH), sent("b", TRUTH)]
+    empty = {"q": Factors(torch.ones(24, 0), torch.ones(0, 16))}
+    members = [sent("x", misfit), sent("y", crooked), sent("z", empty), sent("a", TRUTH), sent("b", TRUTH)]
     shares = join({"q": factors(3, 24, 16, 2)}, members, settings=MEAN, rank=4).account.shares
     assert "q is (23, 16), the others' (24, 16)" in shares[0].left_out
     assert "do not fit" in shares[1].left_out
-    assert not shares[2].left_out
+    assert "do not fit" in shares[2].left_out
+    assert not shares[3].left_out
 
 
 def test_too_few_devices_make_no_round_but_the_servers_own_update_does() -> None:
