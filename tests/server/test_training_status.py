@@ -1,5 +1,6 @@
 """What the hub makes of what its trainer says: the round under way, the page for Prometheus, a line a round."""
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
+from clawloop_server.cli import watching
 from clawloop_server.hub.metrics import metrics_page
 from clawloop_server.hub.status import CurrentAdapter, DeviceCounts, Part, RoundCounts, ServerStatus
 from clawloop_server.hub.training import KEPT_EVENTS, TrainerEar, duration
@@ -203,3 +206,23 @@ def test_a_server_that_never_trained_has_a_page_too() -> None:
     found = samples(metrics_page(STATUS, TrainerEar()))
     assert (found["clawloop_adapter_version"], found["clawloop_round_running"]) == (0, 0)
     assert not any(name.startswith("clawloop_last") for name in found)
+
+
+def test_a_round_of_deltas_alone_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    began = BEGAN | {"trajectories": 0, "updates": 0, "deltas": 3}
+    ear = TrainerEar()
+    tell(ear, began)
+    training = ear.training
+    assert training is not None
+    assert training.summary == "r1: joins 3 deltas, the gate judges"
+    assert "joined and judged" in watching.guards_line(training)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(watching.picture(training, console))
+    assert "joins 3 deltas" in console.file.getvalue()  # type: ignore[attr-defined]
+    tell(ear, {"event": "round", "round_id": "r1", "state": "passed", "version": 4, "deltas": 3, "seconds": 2.0})
+    assert caplog.messages == [
+        "round r1 begins with 0 trajectories, 3 deltas",
+        "round r1 passed: 0 trajectories in 0 updates, 2.0 s, 3 deltas joined, adapter 4",
+    ]
+    assert watching.event_line(began).endswith("begins with 0 trajectories, 3 deltas")

@@ -85,7 +85,8 @@ class Listener:
             return f"no round is under way; the trainer is {trainer.summary}"
         if not heard.ready:
             return "no round is under way; the trainer loads the model"
-        return f"no round is under way: {ready:,} of {needed:,} trajectories are ready for the next"
+        deltas = f", and deltas: {status.deltas.summary}" if status.deltas.waiting else ""
+        return f"no round is under way: {ready:,} of {needed:,} trajectories are ready for the next{deltas}"
 
 
 def _stream(listener: Listener, *, rounds: int, as_json: bool) -> None:
@@ -133,7 +134,7 @@ def _bar(training: Training, *, narrow: bool) -> Progress:
 
     speed = training.metrics.get("tokens_per_s")
     told = [
-        f"{training.done}/{training.updates} updates",
+        f"joins {training.deltas} deltas" if training.deltas_alone else f"{training.done}/{training.updates} updates",
         f"{speed:,.0f} tokens/s" if speed is not None else "",
         _left(training),
     ]
@@ -152,6 +153,8 @@ def _left(training: Training) -> str:
 
 def guards_line(training: Training) -> str:
     """The numbers by which a round is judged, of the latest update, as far as it has them."""
+    if training.deltas_alone:
+        return f"{duration(training.elapsed_s)}  what devices learned at home is joined and judged"
     if not training.metrics:
         return f"{duration(training.elapsed_s)}  the first update is being made"
     numbers = {name: training.metrics.get(name) for name in _GUARDS}
@@ -167,7 +170,8 @@ def event_line(event: Event) -> str:
         return "the trainer has loaded the model"
     numbers = numbers_of(event)
     if event["event"] == "began":
-        return f"round {event['round_id']} begins with {numbers.get('trajectories') or 0:.0f} trajectories"
+        deltas = f", {event['deltas']} deltas" if event.get("deltas") else ""
+        return f"round {event['round_id']} begins with {numbers.get('trajectories') or 0:.0f} trajectories{deltas}"
     place = f"update {numbers.get('round_update') or 0:.0f} of {numbers.get('round_updates') or 0:.0f}"
     names = (*_GUARDS, "tokens_per_s")
     told = [f"{name}={value:.4g}" for name in names if (value := numbers.get(name)) is not None]

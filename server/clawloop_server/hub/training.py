@@ -40,6 +40,11 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Numbers = {}
 
     @property
+    def deltas_alone(self) -> bool:
+        """Whether it makes no update of its own, and joins what devices learned."""
+        return not self.updates and not self.trajectories and self.deltas > 0
+
+    @property
     def judging(self) -> bool:
         """Whether every update was made, so that what is left is the gate."""
         return 0 < self.updates <= self.done
@@ -47,7 +52,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """The round in one line."""
-        if not self.updates and self.deltas:
+        if self.deltas_alone:
             return f"{self.round_id}: joins {self.deltas} deltas, the gate judges"
         if self.judging:
             return f"{self.round_id}: {counted_updates(self.updates)} made, the gate judges"

@@ -27,6 +27,7 @@ from clawloop_server.trainer.reports import RoundBegan
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.store import Vault, lineage_root
+from clawloop_server.vault.sums import SumDeltas
 from clawloop_shared.deltas import A, B, LoraDelta, Method
 from clawloop_shared.frozen_factors import frozen_a
 from clawloop_shared.ids import new_id
@@ -513,3 +514,31 @@ def test_what_a_refused_round_had_joined_is_refused_with_it(
     assert [d.state for d in found] == [DeltaState.REFUSED] * 2
     assert all("reward is worse" in d.reason for d in found)
     assert worker.missing == PER_ROUND
+
+
+def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
+    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str]
+) -> None:
+    members = [add_device() for _ in range(3)]
+    delta = make_delta(base.shape, base.line_id, seed=1, targets=TARGETS, method=Method.FFA, trajectories=9)
+    sum_id = new_id()
+    with vault.database.write() as database:
+        fields = [sum_id, "task", base.line_id, "done", "", "", 1]
+        database.run(
+            "INSERT INTO secure_sums (sum_id, task_id, line_id, status, phase, reason, began_ms)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            fields,
+        )
+        for member in members:
+            sql = "INSERT INTO secure_members (sum_id, device_id) VALUES (?, ?)"
+            database.run(sql, [sum_id, member])
+        assert SumDeltas(database, vault._seals)(sum_id, delta, dict.fromkeys(members, "item")) == ""
+    worker = opened()
+    make_ready(worker)
+    report = worker.run()
+    assert (report.state, report.deltas) == (RoundState.PASSED, 1)
+    account = worker._registry.round(report.round_id).metrics["joined"]
+    assert account["devices"] == sorted(members)
+    assert [share["device_id"] for share in account["shares"]] == [""], "it is of no single device"
+    assert vault.delete_device(members[1]).adapters == [1]
+    assert [d.state for d in vault.deltas.of_round(report.round_id)] == [DeltaState.SHREDDED]
