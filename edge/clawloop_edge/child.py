@@ -90,12 +90,32 @@ class Child:
         finally:
             timer.cancel()
 
+    def send(self, data: bytes) -> None:
+        """Tell it something. Raises EOFError, OSError: it is gone."""
+        if self._connection is None:
+            raise EOFError
+        self._connection.send_bytes(data)
+
+    def receive(self, most_bytes: int) -> bytes:
+        """What it says next, however long that takes. Raises EOFError, OSError: it is gone."""
+        if self._connection is None:
+            raise EOFError
+        return self._connection.recv_bytes(most_bytes)
+
     def kill(self) -> None:
         """End it and all that it has started, at once; who waits for its answer gets EOFError. From any thread."""
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a zombie's group is not ours
                 os.killpg(process.pid, signal.SIGKILL)
+
+    def wait(self, within_s: float) -> int | None:
+        """How it ended: its exit status, or minus the signal; None if it runs still."""
+        if self._process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        return self._process.returncode
 
     def end(self) -> None:
         """Let it go: by closing the pipe, and by force if it does not heed that."""
@@ -118,11 +138,14 @@ def connect() -> Connection:
     return Connection(int(sys.argv[1]))
 
 
-def behave(memory_bytes: int) -> None:
-    """Have little claim to the CPU, a bounded address space, no core dump, and leave Ctrl-C to the parent."""
+def behave(memory_bytes: int = 0) -> None:
+    """Have little claim to the CPU, a bounded address space (0: as it is), no core dump, and leave Ctrl-C to the
+    parent."""
     os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not memory_bytes:
+        return
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; there, look at `held_bytes` now and then
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 

@@ -33,7 +33,9 @@ def in_blocks(model: Any) -> Iterator[None]:
         yield
         return
 
-    def blocked(queries: Any, keys: Any, values: Any, cache: Any = None, *, scale: float, mask: Any, **more: Any) -> Any:
+    def blocked(
+        queries: Any, keys: Any, values: Any, cache: Any = None, *, scale: float, mask: Any, **more: Any
+    ) -> Any:
         tokens = queries.shape[2]
         rows = block_rows(queries.shape[1], tokens)
         if cache is not None or more or rows >= tokens or tokens != keys.shape[2] or not _is_plain(mask):
@@ -63,7 +65,7 @@ def _blocks(queries: Any, keys: Any, values: Any, *, scale: float, mask: Any, ro
         own = mask if isinstance(mask, str) else mask[..., start:end, :end]
         return mx.fast.scaled_dot_product_attention(block, keys, values, scale=scale, mask=own)
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
+    @mx.custom_function
     def attention(queries: Any, keys: Any, values: Any) -> Any:
         found: list[Any] = []
         for start, end in blocks:
@@ -71,7 +73,7 @@ def _blocks(queries: Any, keys: Any, values: Any, *, scale: float, mask: Any, ro
             found.append(attend(block, keys[:, :, :end], values[:, :, :end], start))
         return mx.concatenate(found, axis=2)
 
-    @attention.vjp  # type: ignore[untyped-decorator]
+    @attention.vjp
     def backward(primals: Any, cotangent: Any, _: Any) -> Any:
         queries, keys, values = primals
         of_queries: list[Any] = []

@@ -195,6 +195,6 @@ def to_file(arrays: Arrays, *, metadata: dict[str, str] | None = None) -> bytes:
 
 def from_file(data: bytes) -> Arrays:
     """The arrays of a safetensors file of ours, evaluated."""
-    arrays: Arrays = mx.load(BytesIO(data), format="safetensors")
+    arrays: Any = mx.load(BytesIO(data), format="safetensors")
     mx.eval(list(arrays.values()))
-    return arrays
+    return dict(arrays)

@@ -5,7 +5,7 @@ that the logits of all of them never exist together; the layers keep their input
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -42,8 +42,10 @@ class LearningModel:
         """Of each trained token at the sample's temperature, under what is learned or the bare base; and the sum of the
         policy's entropies there."""
         model = self._base if base else self._learner.model
-        head, hidden_PD = _head(model), _hidden(model, sample)
-        mx.eval(hidden_PD)
+        head = _head(model)
+        with in_blocks(model):
+            hidden_PD = _hidden(model, sample)
+            mx.eval(hidden_PD)
         target_P = _targets(sample)
         found, entropy = list[float](), 0.0
         for at in range(0, len(sample.trained), self._rows):
@@ -53,7 +55,7 @@ class LearningModel:
             chosen_C = mx.take_along_axis(scores_CV, target_P[part, None], axis=-1)[:, 0]
             entropy_C = total_C - (mx.softmax(scores_CV, axis=-1) * scores_CV).sum(-1)
             mx.eval(logprobs_C := chosen_C - total_C, entropies := entropy_C.sum())
-            found += logprobs_C.tolist()
+            found += [float(logprob) for logprob in cast("list[float]", logprobs_C.tolist())]
             entropy += float(entropies.item())
         return found, entropy
 
@@ -112,11 +114,11 @@ def _weighted(head: Any, sample: Sample, slope_P: Any, *, rows: int) -> Any:
         chosen_C = mx.take_along_axis(scores_CV, target_P[part, None], axis=-1)[:, 0]
         return (slope_P[part] * (chosen_C - mx.logsumexp(scores_CV, axis=-1))).sum()
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
+    @mx.custom_function
     def weighted(hidden_PD: Any) -> Any:
         return sum(of_chunk(hidden_PD[part], part) for part in parts)
 
-    @weighted.vjp  # type: ignore[untyped-decorator]
+    @weighted.vjp
     def backward(hidden_PD: Any, cotangent: Any, _: Any) -> Any:
         found: list[Any] = []
         for part in parts:

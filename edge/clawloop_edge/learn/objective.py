@@ -110,7 +110,8 @@ def slopes(logprobs: Sequence[Sequence[float]], inputs: LossInputs, settings: Lo
     values_P = _flat(logprobs)
     loss, slope_P = mx.value_and_grad(lambda logprobs_P: _loss(logprobs_P, inputs, settings)[0])(values_P)
     _, found = _loss(values_P, inputs, settings)
-    numbers = mx.stack([mx.array(number, dtype=mx.float32) for number in (loss, *found.values())]).tolist()
+    stacked: Any = mx.stack([mx.array(number, dtype=mx.float32) for number in (loss, *found.values())])
+    numbers: list[float] = stacked.tolist()
     return slope_P, Sums(tokens=float(values_P.size), **dict(zip(("loss", *found), numbers, strict=True)))
 
 

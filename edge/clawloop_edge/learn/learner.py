@@ -1,0 +1,178 @@
+"""Learning in a process of its own: started for a job, fed, watched, and ended within a second when it must stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from clawloop_edge.child import Child
+from clawloop_edge.engine.memory import ram_bytes
+from clawloop_edge.errors import LearnFailed
+from clawloop_edge.learn.child import MOST_BYTES, Begin, Done, Held, Kept, Message, Trouble, decode, encode
+from clawloop_edge.learn.job import Job, Learned
+
+ASK_S = 0.25
+"""how often it is asked whether to go on"""
+SILENT_S = 120.0
+"""without a sign of life, after which the process is ended"""
+UPDATE_S = 4 * 3600.0
+"""for one update"""
+LEAST_BYTES = 256 << 20
+_MODULE = "clawloop_edge.learn.child"
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
+"""of the environment; the rest may hold secrets"""
+_ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class MlxLearner:
+    """A `Learner` in MLX. One job at a time."""
+
+    def __init__(self, own_seed: bytes, *, silent_s: float = SILENT_S, update_s: float = UPDATE_S) -> None:
+        """`own_seed` is this device's, always the same: what `lora` begins with is drawn from it."""
+        self._own_seed, self._silent_s, self._update_s = own_seed, silent_s, update_s
+        self._child: Child | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process that learns, if there is one."""
+        return self._child.pid if self._child else None
+
+    def learn(
+        self, job: Job, *, go_on: Callable[[], bool], kept: bytes = b"", keep: Callable[[bytes], None] = lambda _: None
+    ) -> Learned | None:
+        """What came of the job; None if `go_on` said no before it was done. See `Learner`.
+
+        Raises:
+            LearnFailed: it cannot be done, it took more memory than it may, or its process ended or hung; what was
+                kept before stays good.
+        """
+        limit = job.max_memory_bytes or max(LEAST_BYTES, free_bytes() // 2)
+        environment = {key: os.environ[key] for key in _KEPT if key in os.environ} | _ALONE
+        child = Child(_MODULE, environment=environment, silent=True)
+        try:
+            child.start()
+        except OSError as error:
+            child.end()
+            raise LearnFailed(f"the process that learns does not start: {error.strerror}; try again") from error
+        self._child = child
+        heard: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        begin = encode(Begin(job, kept, self._own_seed, limit))
+        talk = threading.Thread(target=_talk, args=(child, begin, heard), name="clawloop-learn", daemon=True)
+        talk.start()
+        try:
+            return self._follow(child, heard, limit=limit, go_on=go_on, keep=keep)
+        finally:
+            child.kill()
+            talk.join()
+            child.end()
+            self._child = None
+
+    def _follow(
+        self,
+        child: Child,
+        heard: queue.SimpleQueue[Message | None],
+        *,
+        limit: int,
+        go_on: Callable[[], bool],
+        keep: Callable[[bytes], None],
+    ) -> Learned | None:
+        now = time.monotonic()
+        watch = _Watch(limit, silent_s=self._silent_s, update_s=self._update_s, heard_at=now, moved_at=now)
+        while go_on():
+            watch.check(child, time.monotonic())
+            try:
+                message = heard.get(timeout=ASK_S)
+            except queue.Empty:
+                continue
+            if message is None:
+                raise LearnFailed(f"the process that learns {_end_of(child)} in update {watch.updates + 1}; try again")
+            watch.heard(message, time.monotonic())
+            if isinstance(message, Kept):
+                keep(message.state)
+            elif isinstance(message, Done):
+                return message.learned
+            elif isinstance(message, Trouble):
+                raise LearnFailed(message.reason)
+        return None
+
+
+class _Watch:
+    """Whether the process lives, gets on, and keeps to its memory."""
+
+    def __init__(self, limit: int, *, silent_s: float, update_s: float, heard_at: float, moved_at: float) -> None:
+        self._limit, self._silent_s, self._update_s = limit, silent_s, update_s
+        self._heard_at, self._moved_at, self._told = heard_at, moved_at, 0
+        self.updates = 0
+
+    def heard(self, message: Message, now: float) -> None:
+        self._heard_at = now
+        if isinstance(message, Held):
+            self._told, self.updates = message.memory_bytes, message.updates
+        else:
+            self._moved_at = now
+
+    def check(self, child: Child, now: float) -> None:
+        """Raises LearnFailed."""
+        held = max(self._told, resident_bytes(child.pid))
+        if held > self._limit:
+            raise LearnFailed(
+                f"learning held {held} bytes, over its limit of {self._limit}, and was ended; raise [learn]"
+                " max_memory_bytes, or lower max_sample_tokens"
+            )
+        if now - self._heard_at > self._silent_s:
+            raise LearnFailed(f"the process that learns gave no sign for {self._silent_s:g} s and was ended; try again")
+        if now - self._moved_at > self._update_s:
+            raise LearnFailed(f"an update took more than {self._update_s:g} s and was ended; lower max_sample_tokens")
+
+
+def _talk(child: Child, begin: bytes, heard: queue.SimpleQueue[Message | None]) -> None:
+    """Give the process its job, and pass on what it says; None when it is gone, or says what cannot be read."""
+    with contextlib.suppress(EOFError, OSError, msgspec.DecodeError):
+        child.send(begin)
+        while True:
+            heard.put(decode(child.receive(MOST_BYTES)))
+    heard.put(None)
+
+
+def _end_of(child: Child) -> str:
+    """How it ended."""
+    code = child.wait(1.0)
+    if code is None:
+        return "closed its pipe"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+
+def resident_bytes(pid: int | None) -> int:
+    """What a process holds in memory; 0 where that is not known (then its own word counts)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if sys.platform == "linux" and pid is not None:
+            return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process(pid).memory_info().rss)
+    return 0
+
+
+def free_bytes() -> int:
+    """What is free on this machine; a quarter of all where that is not known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import psutil
+    except ImportError:
+        return ram_bytes() // 4
+    return int(psutil.virtual_memory().available)
