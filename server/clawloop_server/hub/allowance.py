@@ -18,15 +18,18 @@ class Allowance:
 
     def take(self, name: str, cost: float) -> int:
         """Take `cost`; 0, or how many seconds to wait until there is enough."""
-        left, now_s = self._now(name)
-        missing = cost - left
-        self._keep(name, left if missing > 0 else left - cost, now_s)
-        return int(missing * 60 / self._per_minute) + 1 if missing > 0 else 0
+        wait_s = self.wait_s(name, cost)
+        if not wait_s:
+            left, now_s = self._now(name)
+            self._keep(name, left - cost, now_s)
+        return wait_s
 
-    def give_back(self, name: str, cost: float) -> None:
-        """What was taken was not used."""
+    def wait_s(self, name: str, cost: float) -> int:
+        """What `take` would say; nothing is taken."""
         left, now_s = self._now(name)
-        self._keep(name, min(self._per_minute, left + cost), now_s)
+        self._keep(name, left, now_s)
+        missing = cost - left
+        return int(missing * 60 / self._per_minute) + 1 if missing > 0 else 0
 
     def _now(self, name: str) -> tuple[float, float]:
         now_s = self._clock()
@@ -47,21 +50,15 @@ class WrongCodes:
         self._each = Allowance(max(per_minute, 1), clock=clock)
         self._all = Allowance(max(total_per_minute, 1), clock=clock)
 
-    def take(self, peer: str) -> int:
-        """Count a try of a caller as wrong, before it is looked at: so that many at once are not all let through.
-        0, or how many seconds to wait before the next."""
-        wait_s = self._each.take(_caller(peer), 1)
-        if wait_s:
-            return wait_s
-        wait_s = self._all.take("", 1)
-        if wait_s:
-            self._each.give_back(_caller(peer), 1)
-        return wait_s
+    def wait_s(self, peer: str) -> int:
+        """0, or how many seconds until a caller may try again."""
+        return self._each.wait_s(_caller(peer), 1) or self._all.wait_s("", 1)
 
-    def give_back(self, peer: str) -> None:
-        """The try was not a wrong code."""
-        self._each.give_back(_caller(peer), 1)
-        self._all.give_back("", 1)
+    def count(self, peer: str) -> None:
+        """A caller gave a wrong code. Those that were tried at the same time may be a few more than allowed: so many
+        honest devices can join at once from one address."""
+        self._each.take(_caller(peer), 1)
+        self._all.take("", 1)
 
 
 def _caller(peer: str) -> str:

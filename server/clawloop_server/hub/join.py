@@ -78,12 +78,12 @@ class JoinDesk:
 
     async def answer(self, body: bytes, *, peer: str = "") -> DeskAnswer:
         """The answer to one request; `peer` is the address that it came from."""
-        wait_s = self._wrong.take(peer)
+        wait_s = self._wrong.wait_s(peer)
         if wait_s:
             return DeskAnswer(429, message="too many wrong invitations; try again later", retry_after_s=wait_s)
         answer = await self._answer(body)
-        if answer.status != 403:
-            self._wrong.give_back(peer)
+        if answer.status == 403:
+            self._wrong.count(peer)
         return answer
 
     async def _answer(self, body: bytes) -> DeskAnswer:
