@@ -1,6 +1,6 @@
 """`python -m fleet_chaos`: a real server and real edges under a constant stream of calls, and kill -9 at random: of
 SuperLink, superexec, bridge and trainer, of the server itself, and of each edge. What supervises the last two on a real
-machine (systemd, launchd) is played here: they are started again.
+machine (systemd, launchd) is played here: they are started again. Now and then the server's database is locked for 8 s.
 
 At the end: every step whose call was acknowledged to its client is in the vault exactly once, under its own device, and
 nothing else is; each item has its receipt; audit logs and pools verify. Exit code 1 if not.
@@ -26,6 +26,7 @@ import psutil
 
 from clawloop_server.home import Home
 from clawloop_server.release.keys import load_master_key
+from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
 from demoworld.stage import Part, StageError, make_edge, make_server
@@ -44,6 +45,9 @@ CHILDREN = {
     "bridge": "flwr-serverapp",
     "trainer": "clawloop_server.trainer.process",
 }
+DATABASE = "database"
+"""a victim of another kind: for so long nobody but us can write to the server's"""
+LOCKED_S = 8.0
 HEALED_S = 60.0
 PAUSE_S = (0.3, 4.0)
 WAITS = 0.7
@@ -152,6 +156,8 @@ class Stage:
 
     def pid(self, victim: str) -> int:
         """The process of a part or child; 0 if it does not run now."""
+        if victim == DATABASE:
+            return int(time.monotonic())
         if victim in CHILDREN:
             found = self.child(victim)
             return found.pid if found else 0
@@ -173,6 +179,9 @@ class Stage:
 
     def kill(self, victim: str) -> bool:
         """kill -9; what no supervisor of ours watches is started again. False: it was down already."""
+        if victim == DATABASE:
+            self._lock()
+            return True
         if victim in CHILDREN:
             found = self.child(victim)
             if found is None:
@@ -186,6 +195,15 @@ class Stage:
         part.kill()
         _start_again(part)
         return True
+
+    def _lock(self) -> None:
+        home = Home(self.server.home)
+        database = ServerDatabase.open(home.database, load_master_key(home))
+        try:
+            with database.write():
+                time.sleep(LOCKED_S)
+        finally:
+            database.close()
 
     def _part(self, name: str) -> Part:
         return next(part for part in (self.server, *self.edges) if part.name == name)
@@ -213,7 +231,7 @@ def rampage(stage: Stage, report: Report, *, draw: random.Random, say: Callable[
     until = time.monotonic() + report.seconds
     while time.monotonic() < until:
         if not deck:
-            deck = [*CHILDREN, "server", *(edge.name for edge in stage.edges)]
+            deck = [*CHILDREN, "server", DATABASE, *(edge.name for edge in stage.edges)]
             draw.shuffle(deck)
         victim = deck.pop()
         before, pid, began = stage.acknowledged(), stage.pid(victim), time.monotonic()

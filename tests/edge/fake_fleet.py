@@ -45,6 +45,8 @@ class FakeFleet:
 
     def __init__(self, folder: Path) -> None:
         self.bytes_per_s = 0
+        self.refuses: set[str] = set()
+        """calls that are answered 403, as those of a run that has ended are"""
         self.heard: list[Heard] = []
         self.answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.connections = 0
@@ -127,8 +129,10 @@ class FakeFleet:
                 self.heard.append(heard)
                 if not self._take(stream, heard):
                     return
-                answer = self._answer(path, bytes(heard.body))
-                tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\n")
+                refused = path.rpartition("/")[2] in self.refuses
+                answer = b"" if refused else self._answer(path, bytes(heard.body))
+                status = b"403 Forbidden" if refused else b"200 OK"
+                tls.sendall(b"HTTP/1.1 %s\r\nContent-Type: application/x-protobuf\r\n" % status)
                 tls.sendall(b"Content-Length: %d\r\n\r\n" % len(answer) + answer)
 
     def _take(self, stream: Any, heard: Heard) -> bool:

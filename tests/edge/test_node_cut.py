@@ -14,7 +14,7 @@ import pytest
 
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.node.flower import FlowerTransport
-from clawloop_edge.node.transport import Answer, Withdrawn
+from clawloop_edge.node.transport import Answer, NodeRefused, Withdrawn
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
@@ -231,3 +231,15 @@ def test_after_a_cut_nothing_is_sent_until_it_connects_again(fleet: FakeFleet) -
     transport.connect()
     transport.close()
     assert fleet.paths[-2:] == ["activate-node", "deactivate-node"]
+
+
+def test_a_message_of_a_run_that_has_ended_is_dropped_and_the_node_stays(fleet: FakeFleet) -> None:
+    transport = FlowerTransport(fleet.membership())
+    transport.connect()
+    fleet.refuses = {"confirm-message-received"}
+    fleet.ask(UPLOAD, UploadRequest([], MIB))
+    assert transport.receive() is None
+    fleet.refuses = {"pull-messages"}
+    with pytest.raises(NodeRefused):
+        transport.receive()
+    transport.close()

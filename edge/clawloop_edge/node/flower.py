@@ -133,7 +133,11 @@ class FlowerTransport:
         if not response.messages_list:
             return None
         head = self._flwr.message_from_proto(response.messages_list[0])
-        message = self._pull(head.metadata.run_id, response.message_object_trees[0])
+        try:
+            message = self._pull(head.metadata.run_id, response.message_object_trees[0])
+        except NodeRefused as refused:  # if it is us who are refused, the next question tells
+            _log.info("a message of a run that has ended was dropped: %s", refused)
+            return None
         message.metadata.__dict__["_message_id"] = head.metadata.message_id
         return Incoming(head.metadata.message_type, payload_of(message), message)
 

@@ -47,6 +47,8 @@ _BRIDGE_STEADY_S = 20.0
 _BRIDGE_SILENT_S = 120.0
 _BRIDGE_BACK_OFF_S = (0.1, 5.0)
 _POLL = "0.5"
+_PATIENT_S = 15.0
+"""for so long a superexec looks for its SuperLink often enough"""
 _GRACE_S = 1.5
 """they hold nothing, and superexec alone takes three seconds to say goodbye"""
 
@@ -90,6 +92,7 @@ class Fleet:
         self._keeper: asyncio.Task[None] | None = None
         self._bridge_starts, self._superexec_deaths = 0, 0
         self._superexec_died_now = asyncio.Event()
+        self._died_s = 0.0
         self._open = False
 
     @property
@@ -192,8 +195,10 @@ class Fleet:
         self._open = True
 
     def _superlink_died(self) -> None:
-        self._open = False
+        """The superexec is started anew beside it: both take seconds, and the old one would look seldom by then."""
+        self._open, self._died_s = False, time.monotonic()
         self._channel.drop()
+        self._supervisor.restart("superexec")
 
     def _superexec_died(self) -> None:
         """With it die the programs that it was starting. Flower waits half a minute for such a task; we do not."""
@@ -219,7 +224,8 @@ class Fleet:
     async def _run_bridge(self) -> None:
         if not self._open:
             await self._until_open()
-            await self._restart_superexec()  # by now it may wait up to 20 s before it looks again
+            if time.monotonic() - self._died_s > _PATIENT_S:
+                await self._restart_superexec()  # by now it may wait up to 20 s before it looks again
         await self.control.stop_runs()
         self._bridge_starts, deaths = self._bridge_starts + 1, self._superexec_deaths
         run_id = await self.control.start_run(_APP)
