@@ -42,6 +42,8 @@ _KINDS = {
     "received": "received",
     "forget": "forgotten here",
     "forgotten": "deleted there",
+    "rotated": "new keys",
+    "left": "left the server",
     "restored": "restored",
     "rolled-back": "restored",
     "asked": "asked a model",
