@@ -7,10 +7,14 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from clawloop_server.aggregate.secure import Status
 from clawloop_server.aggregate.secure_store import ATTEMPTS, SecureSums
 from clawloop_server.aggregate.settings import FederateSettings
+from clawloop_server.bases import Base
+from clawloop_server.cli.commands import app
+from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
 from clawloop_server.release.keys import ServerKeys
 from clawloop_server.vault.deltas import Deltas
@@ -300,3 +304,19 @@ def test_a_task_without_a_sum_is_not_expected_and_one_that_is_too_large_is_given
     hub.sums.tick()
     assert not hub.sums.overview()
     assert not hub.vault.database.count("SELECT count(*) FROM secure_expected")
+
+
+def test_the_command_line_tells_of_sums(hub: Hub, home: Home, base: Base) -> None:
+    def told(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["data", "sums", "--home", str(home.folder), *arguments]).stdout
+
+    assert "(none)" in told()
+    hub.expect()
+    hub.until(Phase.SHARE)
+    assert "phase share" in told()
+    hub.silent = set(hub.devices)
+    hub.now_ms += 100_000
+    hub.sums.tick()
+    _, found = msgspec.json.decode(told("--json"))
+    assert (found["status"], found["phase"]) == ("failed", "share")
+    assert "silent: " in found["reason"]

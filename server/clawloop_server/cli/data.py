@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from clawloop_server.cli.common import HomeOption, JsonOption, group, open_server, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from clawloop_server.aggregate.secure_store import SumFacts
 
 app = group("What devices sent.")
 
@@ -37,3 +42,21 @@ def stats(home: HomeOption = None, as_json: JsonOption = False) -> None:
     if found.set_aside:
         typer.echo()
         print_table("set aside", ("reason", "records"), rows=found.set_aside.items())
+
+
+@app.command()
+def sums(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Secure sums, the latest first: of which task, how far, of how many devices, and why one failed."""
+    from clawloop_server.aggregate.secure_store import overview
+
+    with open_server(home) as server:
+        found = overview(server.vault.database)
+    if as_json:
+        print_json(found)
+        return
+    rows = ((each.sum_id, each.task_id, _stage(each), len(each.members), each.reason) for each in found)
+    print_table("secure sums", ("sum", "task", "stage", "devices", "reason"), rows=rows)
+
+
+def _stage(found: SumFacts) -> str:
+    return f"phase {found.phase}" if found.status == "running" else str(found.status)
