@@ -37,7 +37,7 @@ from clawloop_edge.node.large import Large
 from clawloop_edge.node.standing import MemberTransport, new_instance, waiting_words
 from clawloop_edge.node.transport import Transport
 from clawloop_edge.node.worker import NodeSettings, NodeWorker
-from clawloop_edge.opening import model_folder, open_engine, open_pool, open_redactor
+from clawloop_edge.opening import model_folder, open_engine, open_pool, open_redactor, own_learner
 from clawloop_edge.pool import finishing
 from clawloop_edge.pool.crypt import encryption
 from clawloop_edge.pool.retention import Retention
@@ -334,7 +334,7 @@ class Edge:
             activator=activator,
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
-            tasks=self._learn_at_home(),
+            tasks=self._learn_at_home(member),
             sums=self.learning.sums if self.learning else None,
             large=self._large,
         )
@@ -358,7 +358,7 @@ class Edge:
 
         return FlowerTransport(member, node_id=node_id, remember=remember)
 
-    def _learn_at_home(self) -> Desk | None:
+    def _learn_at_home(self, member: Membership) -> Desk | None:
         """Begin to learn when it is time; None if nothing can be learned here."""
         from clawloop_edge.learn.home import HomeLearning
 
@@ -376,6 +376,7 @@ class Edge:
             idle_s=lambda: self.idle_s(),
             done=self._poke_node,
             device_key=lambda: self.member.device_key if self.member else b"",
+            server=member.root_key,
         )
         self.learning.schedule.start()
         return self.learning.desk
@@ -439,7 +440,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     edge.signals = open_worker(pool, deps, busy=lambda: app[DRAIN].in_flight)
     app[METRICS].watch(edge.signals.counts)
     edge.drop_forgotten = app[DROPPER]
-    edge.idle_s = lambda: app[DRAIN].idle_s
+    edge.learner, edge.idle_s = own_learner(pool), lambda: app[DRAIN].idle_s
     app[METRICS].watch(edge.health)
     runner = make_runner(app)
     try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from clawloop_edge.config import EdgeConfig, PoolConfig
     from clawloop_edge.engine.protocol import Engine, TextEngine
+    from clawloop_edge.learn.job import Learner
     from clawloop_edge.pool.keys import KeyStore
     from clawloop_edge.pool.store import Pool
     from clawloop_edge.privacy.redacting import Redactor
@@ -174,6 +175,16 @@ def open_redactor(
     )
     opinion = SecondOpinion(engine, loop) if settings.second_opinion else None
     return Redactor(RedactWorker(plan), rescore=rescore_with(engine, loop), opinion=opinion)
+
+
+def own_learner(pool: Pool) -> Learner:
+    """What learns at home: in MLX, in a process of its own, which is started for each task.
+
+    What it draws at random comes from a seed that this pool alone has.
+    """
+    from clawloop_edge.learn.learner import MlxLearner
+
+    return MlxLearner(pool.tag("learn.seed", b""))
 
 
 def read_script(path: Path) -> list[str]:

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from clawloop_edge.privacy.consent import Allowance
 
 CURSOR = "learn.cursor"
-BITE = 2000
-"""changes, or rows of the index, of one look"""
+BITE, LOOKED_AT = 2000, 200
+"""changes that are followed at once, and rows of the index that are looked at: about 0.2 s"""
+MAX_TOKENS = 4 << 20
+"""of all trajectories of one run together, which are in memory at once; beyond the least number of them"""
 MAX_STEPS = 1024
 """of one trajectory; a longer one is not learned from at home"""
 MAX_HELD_OUT = 256
@@ -99,8 +101,11 @@ class Chooser:
         """How many sources wait to be learned from, by their level, as far as the index knows. Opens nothing."""
         return ready_in(self._pool)
 
-    def choose(self, level: Level, *, at_most: int, version: int = 0, weights_sha256: str = "") -> Chosen:
-        """The latest trajectories of a level that were not learned from before; none if there are none.
+    def choose(
+        self, level: Level, *, at_most: int, at_least: int = 1, version: int = 0, weights_sha256: str = ""
+    ) -> Chosen:
+        """The latest trajectories of a level that were not learned from before; none if there are none. More than
+        `at_least` only as long as they are not too much for memory.
 
         At `deltas` with the mean reward of what is held out, under the adapter of that version and hash.
         """
@@ -108,14 +113,15 @@ class Chooser:
             looker = _Looker(reading, self._consent.within(reading.database), self._limits)
             refused = Counter[str]()
             given: list[tuple[Source, Trajectory]] = []
-            useless = list[Source]()
+            useless, tokens = list[Source](), 0
             for source in _rows(reading.database, f"{READY} {level}"):
-                if len(given) >= at_most:
+                if len(given) >= at_most or (len(given) >= at_least and tokens > MAX_TOKENS):
                     break
                 before = len(given)
                 found = (one for each in looker.look(source) if _is_of(each, level) for one in looker.read(each))
                 given += [(source, one) for one in found if _fits(one, self._limits, refused)]
                 useless += [source] if len(given) == before else []
+                tokens += sum(len(step.token_ids) for _, one in given[before:] for step in one.steps)
             held_out = None
             if level is Level.DELTAS:
                 held_out = _mean(looker.held_out(version=version, weights_sha256=weights_sha256))
@@ -178,7 +184,7 @@ class Chooser:
         """Look at the rows that something was said of."""
         query = "SELECT trajectory_id, run_id, session_id, seq FROM learnable WHERE state = ? ORDER BY seq LIMIT ?"
         with self._pool.reading() as reading:
-            rows = reading.database.conn.execute(query, (NEW, BITE)).fetchall()
+            rows = reading.database.conn.execute(query, (NEW, LOOKED_AT)).fetchall()
             looker = _Looker(reading, self._consent.within(reading.database), self._limits)
             states = [(looker.state(Source(*row[:3])), *row) for row in rows]
         kept = [row for row in states if row[0]]

@@ -50,10 +50,12 @@ class HomeLearning:
         idle_s: Callable[[], float],
         done: Callable[[], None],
         device_key: Callable[[], bytes] | None = None,
+        server: bytes = b"",
     ) -> None:
         """`idle_s`: how long nobody has called; `done` is called when something new may leave; `device_key`: what this
-        device signs with now; without it, it takes no part in secure sums."""
+        device signs with now; without it, it takes no part in secure sums; `server`: the key of the one it answers."""
         shape, settings, runs = read_shape(model), config.learn, Runs(pool)
+        runs.belong_to(server)
         ledger = Ledger(pool, epsilon=config.privacy.epsilon)
         releaser = Releaser(pool, consent, ledger, shape=shape, settings=settings, hold_ms=outbox.hold_ms)
         limits = Limits(engine.line.line_id, shape.vocab_size, settings.max_sample_tokens, rules=config.reward)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from clawloop_edge.pool.crypt import Scope
 
-TASK, RUN, HISTORY, NOW = "learn.task", "learn.run", "learn.history", "learn.now"
-"""states: the newest task, the run under way, what came of runs, and when its owner asked to learn at once"""
+TASK, RUN, HISTORY, NOW, SERVER = "learn.task", "learn.run", "learn.history", "learn.now", "learn.server"
+"""states: the newest task, the run under way, what came of runs, when its owner asked to learn at once, and the key of
+the server that asked"""
 FOLDER = "learning"
 """of a home: what a run under way needs, sealed"""
 HISTORY_LENGTH = 50
@@ -100,6 +101,17 @@ class Runs:
     def keep_task(self, task: LearnTask) -> None:
         """Take on a task in the place of the one before."""
         self._pool.set_state(TASK, msgspec.msgpack.encode(task)).result()
+
+    def belong_to(self, server: bytes) -> None:
+        """Be of the server with this key: what another one asked for is forgotten, and its run given up."""
+
+        def operation(database: "Database") -> None:
+            if read_state(database, self._pool.keyring, name=SERVER) != server:
+                drop_run(database, self._pool)
+                write_state(database, self._pool.keyring, name=TASK, value=b"")
+                write_state(database, self._pool.keyring, name=SERVER, value=server)
+
+        self._pool.submit(operation).result()
 
     # The run
 

@@ -38,7 +38,7 @@ _ASKED_EVERY_S = 0.5
 _POWER_EVERY_S = 5.0
 _MAX_BITES = 100
 _MAX_FAILURES = 3
-"""of one kind that nobody foresaw, in a row; then the run is given up"""
+"""of a run, or in a row of a kind that nobody foresaw; then the run is given up"""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +92,7 @@ class Schedule:
         self._stopping, self._poked = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._status = LearnStatus(wanted=settings.min_trajectories)
-        self._failures = 0
+        self._failures, self._tries = 0, dict[str, int]()
 
     @property
     def status(self) -> LearnStatus:
@@ -148,8 +148,9 @@ class Schedule:
     # Whether to learn
 
     def _catch_up(self) -> None:
+        """Follow what is new, a bite at a time, and only as long as nobody is being answered."""
         for _ in range(_MAX_BITES):
-            if self._stopping.is_set() or not self._chooser.catch_up():
+            if self._stopping.is_set() or not self._place.idle_s() or not self._chooser.catch_up():
                 return
 
     def _current_run(self) -> Run | None:
@@ -213,7 +214,11 @@ class Schedule:
         task, rank = lowered(task, self._settings)
         at_most = max(self._settings.min_trajectories, task.updates * task.batch_trajectories)
         chosen = self._chooser.choose(
-            level, at_most=at_most, version=task.base_version, weights_sha256=task.weights_sha256
+            level,
+            at_most=at_most,
+            at_least=self._settings.min_trajectories,
+            version=task.base_version,
+            weights_sha256=task.weights_sha256,
         )
         self._chooser.pass_by(chosen.useless)
         try:
@@ -237,7 +242,7 @@ class Schedule:
                 return
             outcome = self._released(run, learned)
         except LearnFailed as error:
-            self._end(run, str(error), done=True)
+            self._came_to_nothing(run, str(error))
             return
         if outcome is not None:
             _log.info("what was learned is in the outbox as item %s", outcome.item_id)
@@ -273,6 +278,15 @@ class Schedule:
                 self._chooser.pass_by(gone)
             return None
 
+    def _came_to_nothing(self, run: Run, reason: str) -> None:
+        """Try again from where it was, a few times: a process may be ended by whoever needs its memory more."""
+        self._tries[run.run_id] = self._tries.get(run.run_id, 0) + 1
+        if self._tries[run.run_id] >= _MAX_FAILURES:
+            self._end(run, reason, done=True)
+            return
+        _log.warning("learning at home: %s; trying again", reason)
+        self._tell(state=WAITING, missing=[f"it failed: {reason}"], problem=reason)
+
     def _end(self, run: Run, reason: str, *, done: bool) -> None:
         _log.warning("nothing was learned of task %s: %s", run.task.task_id, reason)
         now_ms = self._clock()
@@ -287,6 +301,7 @@ class Schedule:
             reason=reason,
             done=done,
         )
+        self._tries.pop(run.run_id, None)
         self._runs.end(run, outcome)
         self._tell(state=WAITING, missing=[reason], problem=reason)
 

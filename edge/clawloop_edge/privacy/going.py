@@ -127,19 +127,24 @@ def take_over_left(pool: Pool, other: Pool) -> None:
     columns = "item_id, session_id, level, state, kind, receipt_id, release_ms, received_ms, size, facts"
     left = f"SELECT {columns} FROM outbox WHERE state IN ('sent', 'received') ORDER BY seq"  # noqa: S608  # names of ours
     names = "SELECT record_id, item_id, sent_as FROM outbox_records WHERE item_id = ?"
+    whose = "SELECT session_id, item_id FROM outbox_sessions WHERE item_id = ?"
     with other.read() as database:
         found = [
             (
                 row[:-1],
                 _facts(database, other.keyring, item_id=row[0], sealed=row[-1]),
                 database.conn.execute(names, row[:1]).fetchall(),
+                database.conn.execute(whose, row[:1]).fetchall(),
             )
             for row in database.conn.execute(left).fetchall()
         ]
 
     def operation(database: "Database") -> None:
-        for row, facts, records in found:
+        for row, facts, records, sessions in found:
             _put_left(database, row, pool=pool, facts=facts, records=records)
+            forgotten = pool.tombstones.forgotten_sessions(database, {session_id for session_id, _ in sessions})
+            insert = "INSERT OR IGNORE INTO outbox_sessions (session_id, item_id) VALUES (?, ?)"
+            database.conn.executemany(insert, [each for each in sessions if each[0] not in forgotten])
 
     pool.submit(operation).result()
 

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from clawloop_edge.learn import power
+from clawloop_edge.learn import choosing, power
 from clawloop_edge.learn.power import Power
 from clawloop_edge.learn.runs import FOLDER
 from clawloop_edge.privacy.ledger import EntryState
@@ -37,7 +37,7 @@ def ledger_states(device: LearningDevice) -> list[str]:
 
 
 def call(device: LearningDevice) -> None:
-    device.idle_s = 0.0
+    device.idle_s = 1.0
 
 
 def pull_the_plug(device: LearningDevice) -> None:
@@ -164,10 +164,16 @@ def test_a_level_lowered_while_it_learns_ends_it_without_an_item(device: Learnin
     assert ledger_states(device) == [EntryState.RETURNED]
 
 
-def test_a_learner_that_cannot_ends_the_task_and_gives_its_release_back(device: LearningDevice) -> None:
+def test_a_learner_that_fails_is_tried_again_and_then_ends_the_task_and_gives_its_release_back(
+    device: LearningDevice,
+) -> None:
     device.keep_many(2)
     device.learner.fails = "not enough memory"
     task = device.learn()
+    assert device.schedule.status.missing == ["it failed: not enough memory"]
+    assert ledger_states(device) == [EntryState.RESERVED]
+    device.schedule.tick()
+    device.schedule.tick()
     assert ledger_states(device) == [EntryState.RETURNED]
     assert device.runs.history()[-1].reason == "not enough memory"
     reply = device.desk.offered(task)
@@ -273,3 +279,28 @@ def test_power_is_told_as_far_as_the_system_knows(monkeypatch: pytest.MonkeyPatc
     assert power.power() is Power.MAINS
     monkeypatch.delattr(psutil, "sensors_battery")
     assert power.power() is Power.UNKNOWN
+
+
+def test_what_one_server_asked_for_is_not_done_for_another(device: LearningDevice) -> None:
+    device.keep_many(2)
+    device.runs.belong_to(b"one")
+    device.desk.offered(learn_task())
+    device.learner.wait = lambda update: setattr(device, "idle_s", 0.0) if update == 1 else None
+    device.schedule.tick()
+    device.runs.belong_to(b"one")
+    assert device.runs.run() is not None
+    device.runs.belong_to(b"another")
+    assert (device.runs.run(), device.runs.task()) == (None, None)
+    assert ledger_states(device) == [EntryState.RETURNED]
+
+
+def test_what_is_learned_from_at_once_is_bounded_but_for_the_least_number(
+    device: LearningDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.keep_many(6)
+    device.catch_up()
+    monkeypatch.setattr(choosing, "MAX_TOKENS", 30)
+    level = Level.PRIVATE_DELTAS
+    assert len(device.chooser.choose(level, at_most=9).trajectories) == 3
+    assert len(device.chooser.choose(level, at_most=9, at_least=5).trajectories) == 5
+    assert len(device.chooser.choose(level, at_most=2, at_least=5).trajectories) == 2
