@@ -48,6 +48,7 @@ from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_waiting, renew_expiring
+from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import SumDeltas
@@ -123,7 +124,7 @@ class ServerApp:
         self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
         self._members = HubMembers(self._vault.database, line_id=self._base.line_id, approve=config.hub.approve)
-        self._releases = HubReleases(self._registry, line_id=self._base.line_id)
+        self._releases = HubReleases(self._registry, self._members.devices, line_id=self._base.line_id)
         self._dispatcher = Dispatcher(
             vault=self._vault,
             releases=self._releases,
@@ -132,6 +133,7 @@ class ServerApp:
             links=self._links,
             tasks=self._tasks(sums := self._sums()),
             sums=sums,
+            apart=self._releases.apart,
             settings=_dispatch_settings(config),
         )
         await self._start_fleet(self._dispatcher)
@@ -293,14 +295,15 @@ class ServerApp:
 
     async def _look(self) -> None:
         """Release what passed, renew what expires, tell of it, and keep Flower's list of who may sync."""
-        known, wait_s = await asyncio.to_thread(self._releases.current_version), _LOOK_S
+        known, wait_s = await asyncio.to_thread(self._releases.versions), _LOOK_S
         scrubbed = False  # a server that was killed may have deleted without emptying the log
         while True:
             try:
                 await asyncio.to_thread(self._release)
-                current = await asyncio.to_thread(self._releases.current_version)
+                current = await asyncio.to_thread(self._releases.versions)
                 if current != known and self._dispatcher is not None:
-                    _log.info("adapter %d is released", current)
+                    for cohort in [name for name, version in current.items() if known.get(name) != version]:
+                        _log.info("adapter %d is released%s", current[cohort], f" for {cohort}" if cohort else "")
                     self._dispatcher.notify()
                     known = current
                 if self._registrar is not None:
@@ -318,7 +321,9 @@ class ServerApp:
         days = self.config.release.expires_days
         if self.config.release.auto:
             release_waiting(self._registry, self._keys, expires_days=days)
-        renew_expiring(self._registry, self._keys, line_id=self._base.line_id, expires_days=days)
+        line_id = self._base.line_id
+        for cohort in {"", *self._registry.cohorts(line_id)}:
+            renew_expiring(self._registry, self._keys, line_id=line_id, cohort=cohort, expires_days=days)
 
 
 async def serve(app: ServerApp, *, started: Callable[[Running], None]) -> None:

@@ -40,11 +40,13 @@ class World:
         self.members = {7: "device"}
         self.seen_versions: list[int] = []
         self.broken_offer = False
+        self.apart: dict[str, int] = {}
         self.dispatcher = Dispatcher(
             vault=self,
             releases=self,
             members=self,
             sign=lambda received: ItemReceipt(received.item_id.encode(), b"signed"),
+            apart=lambda: dict(self.apart),
             settings=DispatchSettings(upload_every_s=10, refused_again_s=1000),
             clock=lambda: self.now_s,
         )
@@ -299,3 +301,18 @@ async def test_an_answer_that_is_nested_too_deeply_is_that_devices_failure_alone
     await world.dispatcher.reply(Reply(7, UPLOAD, b"CLW\x01\x09upload.v1" + packed))
     world.now_s += 100
     assert await world.asked() == [UPLOAD]
+
+
+async def test_a_device_of_a_cohort_is_offered_that_cohorts_version_and_no_other(world: World) -> None:
+    world.version, world.apart = 5, {"device": 3}
+    await greeted(world, version=3)
+    assert await world.asked() == [UPLOAD], "the version of the others is not its own"
+    world.apart = {"device": 6}
+    assert await world.asked() == [], "it is looked at again in a moment, or when something was released"
+    world.dispatcher.notify()
+    (offered,) = [out for out in await world.work() if out.type == ADAPTER]
+    assert wire.decode(offered.payload, AdapterOffer).manifest.body == b"6"
+    await world.says(ADAPTER, AdapterReply(6, installed=True))
+    world.apart = {}
+    world.dispatcher.notify()
+    assert ADAPTER not in await world.asked(), "versions only grow on a device"

@@ -33,6 +33,7 @@ def _facts(record: AdapterRecord) -> dict[str, object]:
         "version": record.version,
         "state": record.state.value,
         "line_id": record.line_id,
+        "cohort": record.cohort,
         "round_id": facts.round_id,
         "rank": facts.rank,
         "alpha": facts.alpha,
@@ -63,7 +64,7 @@ def list_adapters(home: HomeOption = None, as_json: JsonOption = False) -> None:
             played = counted(measured.episodes, "episode")
         released = f"released {when(record.released_ms)}" if record.released_ms else "not released"
         rows.append((str(record.version), record.state.value, scores, record.facts.round_id))
-        rows.append(("", "", f"{played}, {rank}", released))
+        rows.append(("", record.cohort, f"{played}, {rank}", released))
     print_table("adapters", ("version", "state", "reward before → after", "round"), rows=rows)
 
 
@@ -116,6 +117,9 @@ def hold(version: VersionArgument, home: HomeOption = None) -> None:
 @app.command()
 def rollback(
     to: Annotated[int, typer.Option(min=1, help="The older version to go back to.")],
+    cohort: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For that cohort; without, for whom the older one was.")
+    ] = None,
     home: HomeOption = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
@@ -125,10 +129,12 @@ def rollback(
     from clawloop_server.release.release import roll_back
 
     with open_server(home) as server:
-        server.registry.adapter(to)
-        confirm(f"Take back every adapter after {to} on all devices?", yes=yes)
+        whose = server.registry.adapter(to).cohort if cohort is None else cohort
+        devices = f"all devices of cohort {whose}" if whose else "all devices that are in no cohort"
+        confirm(f"Take back every adapter after {to} on {devices}?", yes=yes)
         days = server.config.release.expires_days
-        version = roll_back(server.registry, load_keys(server.home), to_version=to, expires_days=days)
+        keys = load_keys(server.home)
+        version = roll_back(server.registry, keys, to_version=to, cohort=cohort, expires_days=days)
     if as_json:
         print_json({"version": version, "files_of": to})
         return

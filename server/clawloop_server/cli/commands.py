@@ -2,7 +2,7 @@
 
 import typer
 
-from clawloop_server.cli import adapters, bases, data, devices, invitations, keys, rounds, run, setup, simulate
+from clawloop_server.cli import adapters, bases, cohorts, data, devices, invitations, keys, rounds, run, setup, simulate
 from clawloop_server.cli.common import HomeOption, group
 
 app = group("The clawloop server: lets devices in, learns from what they let out, and gives back better adapters.")
@@ -21,6 +21,7 @@ app.command("simulate")(simulate.simulate)
 app.command("keys")(keys.keys)
 app.add_typer(invitations.app, name="invitations")
 app.add_typer(devices.app, name="devices")
+app.add_typer(cohorts.app, name="cohorts")
 app.add_typer(bases.app, name="base")
 app.add_typer(rounds.train, name="train")
 app.add_typer(rounds.app, name="rounds")

@@ -81,6 +81,7 @@ def round_facts(found: Explained) -> dict[str, object]:
         "state": round_.state.value,
         "verdict": round_.metrics.get("verdict", "none yet" if round_.finished_ms is None else "none"),
         "why": round_.reason,
+        "cohort": round_.cohort or "all devices that are in none",
         "built on": _adapter(found.built_on, otherwise="the model line as it is"),
         "made": _adapter(found.made, otherwise="no adapter"),
         "took": learned_from(round_),

@@ -82,9 +82,19 @@ def account_facts(metrics: Metrics) -> dict[str, object]:
     return facts | ({"notes": "; ".join(notes)} if notes else {})
 
 
+def split_lines(metrics: Metrics) -> list[str]:
+    """The cohorts that came of a round, and why."""
+    splits = _list(metrics, "split")
+    return [
+        f"{len(_list(split, 'devices'))} devices learn apart from now on, as {split.get('cohort')}: {split.get('why')}"
+        for split in splits
+    ]
+
+
 def conflict_rows(metrics: Metrics) -> list[Row]:
-    """The pairs of devices whose updates pull apart, the worst first."""
-    pairs = sorted((cosine, one, other) for one, other, cosine in _pairs(_account(metrics)) if cosine < 0)
+    """The pairs of devices that pull apart, by their deltas or by the gradients of what they sent, the worst first."""
+    both = [*_pairs(_account(metrics)), *_pairs(metrics)]
+    pairs = sorted((cosine, one, other) for one, other, cosine in both if cosine < 0)
     return [(one[-8:], other[-8:], f"{cosine:+.3f}") for cosine, one, other in pairs[:MOST_PAIRS]]
 
 

@@ -144,15 +144,17 @@ def _explained(home: Path | None, round_id: str) -> tuple[explaining.Explained, 
 
 def _print_joined(found: explaining.Explained) -> None:
     """What became of each delta, and what joining them cost."""
-    rows = joined.share_rows(found.round.metrics, found.deltas)
-    if not rows:
-        return
-    typer.echo()
-    print_table("joined", joined.SHARE_COLUMNS, rows=rows)
-    print_facts("joining", joined.account_facts(found.round.metrics))
-    pairs = joined.conflict_rows(found.round.metrics)
+    metrics = found.round.metrics
+    rows = joined.share_rows(metrics, found.deltas)
+    if rows:
+        typer.echo()
+        print_table("joined", joined.SHARE_COLUMNS, rows=rows)
+        print_facts("joining", joined.account_facts(metrics))
+    pairs = joined.conflict_rows(metrics)
     if pairs:
         print_table("devices that pull apart most", ("device", "and device", "cosine"), rows=pairs)
+    for line in joined.split_lines(metrics):
+        typer.echo(line)
 
 
 def _print_updates(found: explaining.Explained) -> None:
@@ -181,4 +183,6 @@ def _as_facts(found: explaining.Explained) -> dict[str, object]:
         "trajectories": found.trajectories,
         "deltas": found.deltas,
         "joined": found.round.metrics.get("joined"),
+        "conflict": found.round.metrics.get("conflict"),
+        "split": found.round.metrics.get("split"),
     }

@@ -12,12 +12,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.pacing import Budget, Due
+from clawloop_server.fleet.ports import Members, NoTasks, Releases, Sums, Tasks, Vault
 from clawloop_server.fleet.quota import Quota, QuotaSettings
 from clawloop_server.fleet.roster import Roster
 from clawloop_server.fleet.standing import Standing
@@ -56,6 +56,8 @@ _LOOKUPS_PER_S = 200.0
 _MAX_LOOKUPS = 256
 _COHORT_S = 5.0
 _OVERDUE_S = 30.0
+_MAX_PACKED = 4
+"""offers that are kept ready: one a cohort, mostly"""
 _MAX_ITEMS = 1024
 """of one answer that are taken: their receipts fit one small message. The others come again, as long as they wait"""
 _MAX_VERSION = 1 << 31
@@ -83,80 +85,6 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     quota: QuotaSettings = QuotaSettings()
 
 
-class Vault(Protocol):
-    """Where what devices send is kept."""
-
-    def receive(self, device_id: str, items: list[UploadItem]) -> list[ItemReceived]:
-        """Keep the items; what can be said of each that is on disk now."""
-        ...
-
-
-class Releases(Protocol):
-    """Which adapter devices should have."""
-
-    def current_version(self) -> int:
-        """The released version; 0 if there is none."""
-        ...
-
-    def offer(self, version: int) -> AdapterOffer:
-        """That version with its manifest and files."""
-        ...
-
-
-class Members(Protocol):
-    """Which nodes are devices that may sync."""
-
-    def device_of(self, node_id: int) -> str | None:
-        """The device id of a node, or None if it may not sync (unknown, revoked, deleted)."""
-        ...
-
-    def seen(self, device_id: str, *, adapter_version: int, status: StatusReply | None) -> None:
-        """A device answered."""
-        ...
-
-    def cohort(self) -> int:
-        """How many devices may sync."""
-        ...
-
-
-class Tasks(Protocol):
-    """What devices are asked to learn at home. Called in threads."""
-
-    def due(self, device_id: str, *, adapter_version: int) -> LearnTask | None:
-        """What that device should be asked to learn now; None: nothing, or it has answered."""
-        ...
-
-    def answered(self, device_id: str, reply: LearnReply) -> None:
-        """Keep whether it will."""
-        ...
-
-
-class Sums(Protocol):
-    """Secure sums that are under way. Called in threads."""
-
-    def due(self, device_id: str) -> SecureRequest | None:
-        """What that device is to be asked now; None: nothing, or it has answered."""
-        ...
-
-    def answered(self, device_id: str, reply: SecureReply) -> None:
-        """Keep its part.
-
-        Raises:
-            ClawloopError: it is none.
-        """
-        ...
-
-
-class NoTasks:
-    """No learning at home, no secure sums."""
-
-    def due(self, device_id: str, *, adapter_version: int = 0) -> None:
-        """Nothing, ever."""
-
-    def answered(self, device_id: str, reply: LearnReply | SecureReply) -> None:
-        """Nobody was asked."""
-
-
 class Dispatcher:
     """The `FleetPort` of a real hub."""
 
@@ -169,12 +97,15 @@ class Dispatcher:
         sign: Callable[[ItemReceived], ItemReceipt],
         tasks: Tasks | None = None,
         sums: Sums | None = None,
+        apart: Callable[[], dict[str, int]] = dict,
         links: Callable[[SignedManifest, str], dict[str, str]] | None = None,
         settings: DispatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sign`: makes the server's word of what it has on disk; `links`: the addresses under which a device may fetch
-        the files of an adapter that is too large for a message."""
+        the files of an adapter that is too large for a message; `apart`: devices that should have another version than
+        the others, each with that (called in a thread)."""
+        self._apart_now, self._apart = apart, dict[str, int]()
         self._links = links
         self._tasks, self._sums = tasks or NoTasks(), sums or NoTasks()
         self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
@@ -186,7 +117,7 @@ class Dispatcher:
         self._budget = Budget(per_s, burst=max(per_s, _MAX_ORDERS / 2), clock=clock)
         self._quota = Quota(self._settings.quota, clock=clock)
         self._released = 0
-        self._offer: tuple[int, bytes | SignedManifest] = (0, b"")
+        self._packed: dict[int, bytes | SignedManifest] = {}
         self._cohort, self._cohort_due_s = 0, float("-inf")
         self._trouble = ""
         self._news = asyncio.Event()
@@ -208,6 +139,7 @@ class Dispatcher:
 
     def notify(self) -> None:
         """Something was released: look at once. (Call from the hub's loop.)"""
+        self._cohort_due_s = float("-inf")
         self._news.set()
 
     async def connected(self) -> None:
@@ -292,11 +224,24 @@ class Dispatcher:
         if self._cohort_due_s <= self._clock():
             self._cohort = await asyncio.to_thread(self._members.cohort)
             self._cohort_due_s = self._clock() + _COHORT_S
+            await self._part()
         released = await asyncio.to_thread(self._releases.current_version)
         if released != self._released:
             self._released = released
             for node_id in self._roster.known:
                 self._plan(node_id)
+
+    async def _part(self) -> None:
+        """Take note of which devices should have another version than the others."""
+        before, self._apart = self._apart, await asyncio.to_thread(self._apart_now)
+        changed = {name for name, _ in before.items() ^ self._apart.items()}
+        for node_id, device_id in self._roster.known.items() if changed else ():
+            if device_id in changed:
+                self._plan(node_id)
+
+    def _wanted(self, node_id: int) -> int:
+        """The version that a device should have."""
+        return self._apart.get(self._devices[node_id].device_id, self._released)
 
     def _began(self, node: NodeInfo) -> None:
         """A device that connected anew (it died, slept, or broke off what it was sending) knows nothing of what was
@@ -313,7 +258,7 @@ class Dispatcher:
         if node_id in self._roster.known:
             device = self._devices[node_id]
             self._turns.put(node_id, device.turn_s())
-            self._offers.put(node_id, device.offer_s(self._released))
+            self._offers.put(node_id, device.offer_s(self._wanted(node_id)))
             self._lookups.put(node_id, device.task_s())
 
     def _rest(self, node_id: int) -> None:
@@ -345,9 +290,12 @@ class Dispatcher:
 
     async def _offering(self) -> list[Outgoing]:
         """The released adapter, for those that do not have it."""
-        due, version = self._due(self._offers, _MAX_ORDERS), self._released
-        if not due:
-            return []
+        versions: dict[int, list[int]] = {}
+        for node_id in self._due(self._offers, _MAX_ORDERS):
+            versions.setdefault(self._wanted(node_id), []).append(node_id)
+        return [message for version, due in versions.items() for message in await self._offers_of(version, due)]
+
+    async def _offers_of(self, version: int, due: list[int]) -> list[Outgoing]:
         try:
             payload = await asyncio.to_thread(self._packed_offer, version)
         except ClawloopError as error:
@@ -402,14 +350,16 @@ class Dispatcher:
 
     def _packed_offer(self, version: int) -> bytes | SignedManifest:
         """The message with the files, or the manifest alone if no message holds them."""
-        if self._offer[0] != version:
+        if version not in self._packed:
             offer = self._releases.offer(version)
             size = sum(map(len, offer.files.values()))
             fits = size <= MAX_PAYLOAD_BYTES - _ENVELOPE_BYTES
             if not fits and self._links is None:
                 raise WireError(f"adapter {version} has {size} bytes; a message holds {MAX_PAYLOAD_BYTES}")
-            self._offer = (version, wire.encode(offer) if fits else offer.manifest)
-        return self._offer[1]
+            if len(self._packed) == _MAX_PACKED:
+                del self._packed[next(iter(self._packed))]
+            self._packed[version] = wire.encode(offer) if fits else offer.manifest
+        return self._packed[version]
 
     def _offer_to(self, node_id: int, packed: bytes | SignedManifest) -> Outgoing:
         if isinstance(packed, SignedManifest) and self._links is not None:
@@ -448,8 +398,9 @@ class Dispatcher:
     def _keep(self, device_id: str, items: list[UploadItem]) -> list[ItemReceipt]:
         try:
             received = self._vault.receive(device_id, items)
-        except StorageError as error:
-            self._trouble = str(error)
+        except ClawloopError as error:
+            self._quota.give_back(device_id, items)
+            self._trouble = str(error) if isinstance(error, StorageError) else self._trouble
             raise
         self._trouble = ""
         return [self._sign(each) for each in received]

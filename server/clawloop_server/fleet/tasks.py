@@ -43,6 +43,7 @@ class Beside(NamedTuple):
 
     adapter: AdapterRecord | None
     ended: int
+    cohort: str = ""
 
     @property
     def version(self) -> int:
@@ -138,7 +139,7 @@ class HubTasks:
                 counts = self._registry.round_counts()
                 ended = sum(number for state, number in counts.items() if state != RoundState.RUNNING)
                 adapter = self._registry.current(self._base.line_id, cohort=cohort)
-                found = self._beside[cohort] = self._clock(), Beside(adapter, ended)
+                found = self._beside[cohort] = self._clock(), Beside(adapter, ended, cohort)
             return found[1]
 
     def _has_answered(self, device_id: str, task: LearnTask) -> bool:
@@ -203,5 +204,6 @@ def task_for(
 
 
 def _stem(beside: Beside) -> str:
-    """What the names of all tasks of one moment begin with."""
-    return f"v{beside.version}.r{beside.ended}."
+    """What the names of all tasks of a cohort at one moment begin with; those of two cohorts make no sum together."""
+    cohort = f"{beside.cohort}." if beside.cohort else ""
+    return f"v{beside.version}.r{beside.ended}.{cohort}"

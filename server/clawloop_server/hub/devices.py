@@ -147,6 +147,19 @@ class Devices:
         row = self._database.row(f"{_SELECT} WHERE node_id = ?", [str(node_id)])
         return _device(row) if row else None
 
+    def apart(self, line_id: str) -> dict[str, str]:
+        """The devices of a model line that may sync and are in a cohort, each with its name."""
+        sql = "SELECT device_id, cohort FROM devices WHERE line_id = ? AND cohort != '' AND state = ?"
+        return dict(self._database.rows(sql, [line_id, DeviceState.JOINED]))
+
+    def set_cohort(self, device_id: str, cohort: str) -> None:
+        """Have the device learn with those of a cohort from now on; the empty name: with all that are in none.
+
+        Raises:
+            DeviceError: no such device.
+        """
+        self._change("UPDATE devices SET cohort = ? WHERE device_id = ?", [cohort, device_id])
+
     def count_joined(self, line_id: str) -> int:
         """How many devices of a model line may sync."""
         sql = "SELECT count(*) FROM devices WHERE state = ? AND line_id = ?"

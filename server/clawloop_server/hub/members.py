@@ -68,14 +68,23 @@ class HubMembers:
 class HubReleases:
     """Which adapter devices should have."""
 
-    def __init__(self, registry: Registry, *, line_id: str) -> None:
-        self._registry = registry
-        self._line_id = line_id
+    def __init__(self, registry: Registry, devices: Devices, *, line_id: str) -> None:
+        self._registry, self._devices, self._line_id = registry, devices, line_id
 
-    def current_version(self) -> int:
-        """The released version; 0 if there is none."""
-        current = self._registry.current(self._line_id)
+    def current_version(self, cohort: str = "") -> int:
+        """The version that is released for a cohort; 0 if there is none."""
+        current = self._registry.current(self._line_id, cohort=cohort)
         return current.version if current else 0
+
+    def versions(self) -> dict[str, int]:
+        """The version that is released for each cohort."""
+        return {cohort: self.current_version(cohort) for cohort in {"", *self._registry.cohorts(self._line_id)}}
+
+    def apart(self) -> dict[str, int]:
+        """The devices that are in a cohort, each with the version that it should have."""
+        found = self._devices.apart(self._line_id)
+        versions = {cohort: self.current_version(cohort) for cohort in set(found.values())}
+        return {device_id: versions[cohort] for device_id, cohort in found.items()}
 
     def offer(self, version: int) -> AdapterOffer:
         """That version with its manifest and files.

@@ -73,7 +73,7 @@ def _waits_for(registry: Registry, device: Device, *, now_ms: int) -> str:
         return "its owner: two edges have its keys (a copied home); the one that came last is served"
     if device.node_id is None:
         return "being registered in Flower"
-    current = registry.current(device.line_id)
+    current = registry.current(device.line_id, cohort=device.cohort)
     if current is not None and current.version > device.adapter_version:
         return f"adapter {current.version}"
     return "" if device.level not in ("", "off") else "its owner: nothing may leave it"

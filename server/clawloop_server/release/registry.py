@@ -148,6 +148,11 @@ class Registry:
         """The latest rounds, newest first."""
         return [round_of(row) for row in self._database.rows(f"{_ROUND} ORDER BY started_ms DESC LIMIT ?", [limit])]
 
+    def splits(self) -> list[Round]:
+        """The rounds that split a cohort, oldest first."""
+        sql = f"{_ROUND} WHERE json_type(metrics, '$.split') = 'array' ORDER BY started_ms"
+        return [round_of(row) for row in self._database.rows(sql)]
+
     def round(self, round_id: str) -> Round:
         """The round of that id.
 

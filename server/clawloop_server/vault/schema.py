@@ -139,6 +139,7 @@ CREATE TABLE deltas (
 CREATE INDEX deltas_waiting ON deltas (line_id, state, received_ms);
 CREATE INDEX deltas_by_device ON deltas (device_id, received_ms);
 CREATE INDEX deltas_by_round ON deltas (round_id);
+CREATE INDEX devices_apart ON devices (line_id, cohort) WHERE cohort != '';
 """
 
 _JOINING = """
