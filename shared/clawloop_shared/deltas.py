@@ -39,7 +39,7 @@ class Method(StrEnum):
     """Which factors are learned."""
 
     LORA = "lora"
-    """both, from a random A and B = 0; any rank and alpha that the device likes"""
+    """both, from B = 0 and an A drawn from the task's seed; any rank and alpha that the device likes"""
     FFA = "ffa"
     """B, from 0; A is drawn from the task's seed, the same on all devices (FFA-LoRA, https://arxiv.org/abs/2403.12313)"""
     ROLORA_B = "rolora-b"

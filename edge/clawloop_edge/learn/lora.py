@@ -5,8 +5,6 @@ float32, as PEFT keeps them. Works on plain and quantised linear layers, with or
 knows no loss, sample or optimizer.
 """
 
-import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -63,11 +61,9 @@ class Factors:
         return sum(array.nbytes for array in self.learned.values())
 
 
-def first_factors(
-    task: LearnTask, shape: ModelShape, *, rank: int, adapter: dict[str, bytes], own_seed: bytes
-) -> Factors:
-    """What learning begins with: an update of 0. `own_seed` is the device's: the A of `lora` is drawn from it and the
-    task's seed, so that no two devices begin alike.
+def first_factors(task: LearnTask, shape: ModelShape, *, rank: int, adapter: dict[str, bytes]) -> Factors:
+    """What learning begins with: an update of 0. A is drawn from the task's seed, for `lora` too: updates that begin
+    with the same A can be compared, and joined at a small rank, others hardly (docs/federation.md, "Aggregation").
 
     Raises:
         LearnFailed: the method needs factors of the served adapter that are not there, or of another rank.
@@ -81,8 +77,6 @@ def first_factors(
         path = name.removesuffix(A_NAME).removesuffix(B_NAME)
         if name in learned and not (task.method is Method.LORA and name.endswith(A_NAME)):
             arrays[name] = mx.zeros((rows, columns), dtype=mx.float32)
-        elif task.method is Method.LORA:
-            arrays[name] = _random_a(task.seed, own_seed, path, rank=rows, inputs=columns)
         elif served:
             arrays[name] = _of_served(served, name, size=(rows, columns))
         else:
@@ -117,15 +111,6 @@ def _of_served(served: Arrays, name: str, *, size: tuple[int, int]) -> Any:
     if name not in served or served[name].shape != size:
         raise LearnFailed(f"the served adapter has no {name} of shape {size}; the task's targets must be the adapter's")
     return served[name]
-
-
-def _random_a(seed: int, own_seed: bytes, path: str, *, rank: int, inputs: int) -> Any:
-    """Uniform within 1 / sqrt(inputs), as PEFT begins A."""
-    digest = hashlib.sha256(b"clawloop own A v1" + seed.to_bytes(8, "big") + len(own_seed).to_bytes(4, "big"))
-    digest.update(own_seed + path.encode())
-    bound = 1.0 / math.sqrt(inputs)
-    key = mx.random.key(int.from_bytes(digest.digest()[:8], "big"))
-    return mx.random.uniform(-bound, bound, (rank, inputs), dtype=mx.float32, key=key)
 
 
 def serving(base: Any, adapter: dict[str, bytes]) -> Any:

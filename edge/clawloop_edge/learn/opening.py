@@ -42,7 +42,7 @@ def open_job(job: Job, *, kept: bytes, own_seed: bytes, memory_bytes: int) -> Up
     config = read_config(job.model)
     vocabulary = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     base = _load(job.model)
-    factors = first_factors(job.task, read_shape(job.model), rank=job.rank, adapter=job.adapter, own_seed=own_seed)
+    factors = first_factors(job.task, read_shape(job.model), rank=job.rank, adapter=job.adapter)
     served = serving(base, job.adapter)
     learner = Learner(served, factors, scale=job.task.alpha / job.rank)
     arrays = [array for _, array in tree_flatten(learner.model.parameters())]
