@@ -23,11 +23,14 @@ from rich.console import Console
 from clawloop_server.simulate.simulation import Plan, simulate
 from clawloop_shared.errors import ClawloopError
 from demoworld.stage import StageError
-from federation_bench import joining, sizes, trip
+from federation_bench import costs, joining, sizes, trip
 from federation_bench.report import Report, show
 
 WIDTH = 150
-PARTS = ("joining", "sizes", "trip", "crowd")
+PARTS = ("joining", "sizes", "costs", "trip", "crowd")
+LONG = ("costs", "trip")
+"""parts that a quick run leaves out"""
+COUNT = 300
 QUICK = Plan(
     devices=6, processes=1, seconds=8, ramp_s=1, poll_s=1, upload_every_s=1, items=2, item_steps=2, step_tokens=64
 )
@@ -54,7 +57,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench-federation", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="half a minute: shows that the bench works; no round trip")
+    parser.add_argument("--quick", action="store_true", help="half a minute: shows that it works; no costs, no trip")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--edges", type=int, default=3, help="of the round trip (3)")
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace, folder: Path, console: Console) -> Report:
-    wanted = options.only or [part for part in PARTS if part != "trip" or not options.quick]
+    wanted = options.only or [part for part in PARTS if part not in LONG or not options.quick]
     found = Report(machine=_machine(), load_average=os.getloadavg()[0])
     if "joining" in wanted:
         console.print("joining updates of one layer")
@@ -84,6 +87,9 @@ def _measure(options: argparse.Namespace, folder: Path, console: Console) -> Rep
         console.print("what leaves of OpenClaw's requests")
         steps = 50 if options.quick else options.steps
         found = msgspec.structs.replace(found, sizes=sizes.measure(folder / "pool", steps=steps))
+    if "costs" in wanted:
+        console.print("what a request costs the server")
+        found = msgspec.structs.replace(found, costs=costs.measure(folder / "costs", count=COUNT))
     if "trip" in wanted:
         made = trip.measure(folder, edges=options.edges, steps=options.steps, say=console.print)
         found = msgspec.structs.replace(found, trip=made)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clawloop_server.simulate.report import Report as Crowd
+from federation_bench.costs import Costs
 from federation_bench.joining import Joining
 from federation_bench.sizes import Sizes
 from federation_bench.trip import Trip
@@ -34,6 +35,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     load_average: float
     trip: Trip | None = None
     sizes: Sizes | None = None
+    costs: Costs | None = None
     crowd: Crowd | None = None
     joining: Joining | None = None
 
@@ -71,6 +73,8 @@ def show(report: Report, console: Console) -> None:
             f"OpenClaw's requests: {sizes.steps} steps of {sizes.raw_bytes / sizes.steps / 1024:.1f} KiB JSON,"
             f" {sizes.items} items of {sizes.upload_bytes / 1024:.0f} KiB in all: {sizes.ratio:.3f} a byte"
         )
+    if report.costs is not None:
+        console.print(_costs(report.costs))
     if report.crowd is not None:
         console.print(_crowd(report.crowd))
     if report.joining is not None:
@@ -101,6 +105,15 @@ def _trip(trip: Trip) -> Table:
     }
     for name, seconds in stages.items():
         table.add_row(name, f"{seconds:.2f}")
+    return table
+
+
+def _costs(costs: Costs) -> Table:
+    idle = ", ".join(f"{name} {cores:.3f}" for name, cores in costs.idle_cores.items())
+    table = Table("of the server", "ms CPU", "hub", "superlink", "bridge", title=f"idle, in cores: {idle}")
+    for cost in costs.costs:
+        parts = (f"{cost.ms[name]:.2f}" for name in ("hub", "superlink", "bridge"))
+        table.add_row(f"{cost.name} ({cost.count} times)", f"{cost.total_ms:.2f}", *parts)
     return table
 
 

@@ -48,6 +48,11 @@ class Quota:
             self._over.pop(device_id, None)
         return len(items)
 
+    def give_back(self, device_id: str, items: Sequence[UploadItem]) -> None:
+        """These were counted, and could not be kept."""
+        self._items.use(device_id, -len(items))
+        self._bytes.use(device_id, -sum(len(item.body) for item in items))
+
     def wait_s(self, device_id: str) -> float:
         """How long until more of the device is taken."""
         return max(0.0, self._over[device_id][1] - self._clock()) if device_id in self._over else 0.0

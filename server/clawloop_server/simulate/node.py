@@ -59,10 +59,8 @@ class Node:
         self._url, self._flwr, self._heartbeat_s = url.rstrip("/"), flwr, heartbeat_s
         self._key = ec.generate_private_key(ec.SECP384R1())
         self._public: bytes = flwr.public_key_to_bytes(self._key.public_key())
-        connector = aiohttp.TCPConnector(ssl=tls, limit=0, keepalive_timeout=keep_s)
-        self._http = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=timeout_s), auto_decompress=False
-        )
+        self._tls, self._timeout = tls, aiohttp.ClientTimeout(total=timeout_s)
+        self._http = self._session(aiohttp.TCPConnector(ssl=tls, limit=0, keepalive_timeout=keep_s))
         self._version = dict(flwr.RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
         self._node: Any = None
         self.calls: dict[str, int] = {}
@@ -72,6 +70,14 @@ class Node:
         """Its key, as a join request has it."""
         form = serialization.PublicFormat.SubjectPublicKeyInfo
         return self._key.public_key().public_bytes(serialization.Encoding.PEM, form).decode()
+
+    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=connector, timeout=self._timeout, auto_decompress=False)
+
+    async def forget_connections(self) -> None:
+        """Make a new connection for each request from now on."""
+        await self._http.close()
+        self._http = self._session(aiohttp.TCPConnector(ssl=self._tls, limit=0, force_close=True))
 
     async def join(self, body: bytes) -> bytes:
         """Ask to be let in. Raises CallFailed."""
