@@ -155,6 +155,22 @@ def test_what_cannot_be_written_is_asked_again(hub: Hub, monkeypatch: pytest.Mon
     assert hub.vault.database.count("SELECT count(*) FROM deltas") == 1
 
 
+def test_a_database_that_is_held_up_holds_up_nobody_else(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def held(now_ms: int) -> None:
+        raise StorageError("the database is locked")
+
+    hub.expect()
+    monkeypatch.setattr(hub.sums, "_begin", held)
+    assert hub.sums.due(next(iter(hub.devices))) is None
+    assert "the database is locked" in caplog.text
+    monkeypatch.undo()
+    hub.now_ms += 2000
+    hub.run()
+    assert hub.sums.overview()[0].status is Status.DONE
+
+
 def test_those_whose_values_never_came_are_asked_into_another_sum(hub: Hub) -> None:
     hub.expect()
     hub.until(Phase.SHARE)

@@ -21,7 +21,7 @@ from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_shared import secure
 from clawloop_shared.deltas import LearnTask, LoraDelta
-from clawloop_shared.errors import ClawloopError
+from clawloop_shared.errors import ClawloopError, StorageError
 from clawloop_shared.ids import new_id
 from clawloop_shared.lora import ModelShape
 from clawloop_shared.messages import SecureReply, SecureRequest
@@ -100,16 +100,15 @@ class SecureSums:
     # the dispatcher's side
 
     def due(self, device_id: str) -> SecureRequest | None:
-        """What that device is to be asked now; None: nothing, or it has answered.
-
-        Raises:
-            StorageError: what came of a sum cannot be written.
-        """
+        """What that device is to be asked now; None: nothing, or it has answered."""
         with self._lock:
             now_ms = self._clock_ms()
             if not 0 <= now_ms - self._ticked_ms < _TICK_MS:
-                self._tick(now_ms)
                 self._ticked_ms = now_ms
+                try:
+                    self._tick(now_ms)
+                except StorageError as error:  # tried again in a second; what is asked meanwhile is what is on disk
+                    _log.error("secure sums do not go on: %s", error)
             asked = (each.due(device_id, now_ms=now_ms) for each in self._sums.values())
             return next((request for request in asked if request is not None), None)
 
