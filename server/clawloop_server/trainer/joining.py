@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -63,6 +64,8 @@ class Joining:
         self._settings = settings
         self._lost_devices: set[str] = set()
         self._devices: dict[str, str] = {}
+        self._served = cache(self._read_served)
+        self._drawn = cache(drawn)
 
     # which make a round
 
@@ -151,7 +154,11 @@ class Joining:
         devices = own_devices | self._devices_of(one.facts for one in waiting)
         if not waiting or len(devices) < self._settings.min_devices:
             return result
-        contributions, left_out, rewards = self._contributions(waiting)
+        try:
+            contributions, left_out, rewards = self._contributions(waiting)
+        finally:  # one copy of what several deltas share, and none of it kept
+            self._served.cache_clear()
+            self._drawn.cache_clear()
         if result.trajectory_ids and contributions:
             own = between(before, self._engine.adapter(), scale=self._scale)
             weight = float(len(result.trajectory_ids))
@@ -225,10 +232,14 @@ class Joining:
             return {}
         if delta.method is Method.FFA or not delta.base_version:
             seed = task_seed(delta.line_id, delta.base_version)
-            return {path + A: drawn(seed, path, rank=delta.rank, inputs=size) for path, size in inputs.items()}
-        served = from_safetensors(self._registry.files(delta.base_version)[WEIGHTS_FILE])
+            return {path + A: self._drawn(seed, path, rank=delta.rank, inputs=size) for path, size in inputs.items()}
+        served = self._served(delta.base_version)
         part = A if delta.method is Method.ROLORA_B else B
-        return {path + part: served[PREFIX + path + part].float() for path in inputs}
+        return {path + part: served[PREFIX + path + part] for path in inputs}
+
+    def _read_served(self, version: int) -> dict[str, Tensor]:
+        tensors = from_safetensors(self._registry.files(version)[WEIGHTS_FILE])
+        return {name: tensor.float() for name, tensor in tensors.items()}
 
     @property
     def _scale(self) -> float:
