@@ -222,6 +222,8 @@ def test_the_adapter_it_was_learned_beside_must_be_one_that_was_released(
     beside = {"base_version": version, "weights_sha256": digest}
     assert send_delta(vault, device, make(**beside))
     assert send_delta(vault, device, make(**beside, method=Method.ROLORA_A, rank=4, alpha=8.0))
+    reckoned = {"rank": 4, "alpha": 8.000000000000002}
+    assert send_delta(vault, device, make(**beside, method=Method.ROLORA_B, **reckoned))
     for odd in ({"rank": 3}, {"alpha": 9.0}, {"targets": ("q_proj",)}):
         fields = {"rank": 4, "alpha": 8.0} | odd
         assert send_delta(vault, device, make(**beside, method=Method.ROLORA_B, **fields)) == ""

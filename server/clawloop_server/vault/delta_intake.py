@@ -6,6 +6,7 @@ trainer. Whether it is any good is for those who join it to say (`aggregate`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -153,7 +154,7 @@ def _of_base(delta: LoraDelta, database: ServerDatabase) -> _Found:
         return None
     if (delta.rank, set(delta.target_modules)) != (adapter.rank, set(adapter.target_modules)):
         return Reason.BAD_DELTA, f"{delta.method} of rank {delta.rank} does not fit adapter {version} ({adapter.rank})"
-    if delta.alpha != adapter.alpha:
+    if not math.isclose(delta.alpha, adapter.alpha, rel_tol=1e-9):  # a device reckons it from the task's
         return Reason.BAD_DELTA, f"{delta.method} with alpha {delta.alpha:g} beside one with {adapter.alpha:g}"
     return None
 
