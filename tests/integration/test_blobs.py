@@ -42,7 +42,8 @@ from clawloop_shared.blobs import (
 )
 from clawloop_shared.errors import WireError
 from clawloop_shared.files import sha256
-from clawloop_shared.manifest import FileEntry, SignedManifest
+from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
+from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, SignedManifest, sign_manifest
 from clawloop_shared.messages import AdapterOffer, AdapterReply, ItemReceipt, ItemReceived, UploadItem
 from clawloop_shared.model_line import ModelLine
 from clawloop_shared.receipts import open_item, sign_item
@@ -532,6 +533,64 @@ def test_an_offer_that_is_not_signed_or_too_large_is_not_fetched(
     reply = desk.fetch(AdapterOffer(SignedManifest(b"{}", "key", b"signature"), {}, {"a": "b"}), serving=3)
     assert (reply.version, reply.installed, reply.fetching) == (3, False, False)
     assert "signed by key" in reply.reason
+    desk.stop()
+
+
+def offered(server: Server, contents: dict[str, bytes], folder: Path) -> AdapterOffer:
+    """An adapter of version 4 as the server offers it by address."""
+    manifest = Manifest(
+        line=LINE,
+        version=4,
+        previous_sha256="",
+        files=[FileEntry(name, len(data), sha256(data)) for name, data in contents.items()],
+        rank=1,
+        alpha=1.0,
+        target_modules=["q_proj"],
+        probe=Probe([1, 2], [-0.5]),
+        evaluation=Evaluation("suite", 1, 1.0, 0.0, 0.1),
+        round_id="round",
+        lineage_root="",
+        created_ms=1,
+        expires_ms=2,
+    )
+    for entry in manifest.files:
+        server.files[entry.sha256] = folder / entry.name
+        (folder / entry.name).write_bytes(contents[entry.name])
+    links = {entry.name: address(server, entry) for entry in manifest.files}
+    return AdapterOffer(sign_manifest(manifest, server.key), {}, links)
+
+
+def test_a_large_adapter_is_fetched_and_installed_while_messages_are_answered(
+    server: Server, member: Membership, tmp_path: Path
+) -> None:
+    outbox = Outbox()
+    desk = large(member, outbox, tmp_path / "f")
+    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
+    assert desk.fetch(offer, serving=3).fetching
+    until(lambda: "installed 2" in outbox.said)
+    assert list((tmp_path / "f").iterdir()) == []
+    small = large(member, outbox, tmp_path / "f", limit=1000).fetch(offer, serving=3)
+    assert (small.installed, small.fetching) == (False, False)
+    assert "over this device's 1000" in small.reason
+    desk.stop()
+
+
+def test_a_file_that_is_not_the_manifests_is_told_when_it_is_offered_again(
+    server: Server, member: Membership, tmp_path: Path
+) -> None:
+    outbox = Outbox()
+    desk = large(member, outbox, tmp_path / "f")
+    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(os.urandom(len(CONTENT)))
+    replies: list[AdapterReply] = []
+
+    def told() -> bool:
+        replies.append(desk.fetch(offer, serving=3))
+        return bool(replies[-1].reason)
+
+    until(told)
+    assert "not the file that the manifest names" in replies[-1].reason
+    assert outbox.said == []
     desk.stop()
 
 
