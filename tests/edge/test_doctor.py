@@ -104,7 +104,20 @@ async def test_all_is_well_with_an_edge_that_runs(home: EdgeHome) -> None:
     async with running(home):
         code, found = await asyncio.to_thread(examined, home)
     assert {name: f["state"] for name, f in found.items()} == dict.fromkeys(
-        ("home", "token", "model", "pool", "encryption", "steps", "room", "privacy", "scorers", "service", "openclaw"),
+        (
+            "home",
+            "token",
+            "model",
+            "pool",
+            "encryption",
+            "steps",
+            "room",
+            "privacy",
+            "learning",
+            "scorers",
+            "service",
+            "openclaw",
+        ),
         "ok",
     )
     assert code == 0

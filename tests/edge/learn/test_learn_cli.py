@@ -12,6 +12,7 @@ from clawloop_edge.cli.context import console
 from clawloop_edge.cli.deltas import picture
 from clawloop_edge.cli.root import app
 from clawloop_edge.home import EdgeHome
+from clawloop_edge.learn.masked import MaskedItems
 from clawloop_edge.opening import open_pool
 from clawloop_edge.privacy.consent import wall_clock_ms
 from clawloop_edge.privacy.ledger import keep_cohort
@@ -134,3 +135,26 @@ def test_the_picture_has_one_bar_a_layer_and_the_norm_of_all() -> None:
     norms = {f"model.layers.{layer}.self_attn.q_proj{A}": size for layer, size in ((10, 3.0), (2, 4.0), (0, 0.0))}
     assert picture(norms) == ["q_proj A ▁█▆ 5"]
     assert picture({}) == []
+
+
+def test_what_went_into_a_secure_sum_is_shown_as_what_it_is(home: EdgeHome) -> None:
+    device = LearningDevice(home.folder, pool=open_pool(home, writer=False))
+    device.now_ms = wall_clock_ms()
+    device.set_level(Level.PRIVATE_DELTAS)
+    device.keep_many(2)
+    task = learn_task(secure=True)
+    device.runs.keep_task(task)
+    device.schedule.tick()
+    (item,) = device.outbox.list()
+    assert device.outbox.next_items(1 << 20) == ([], False), "it leaves in no other way"
+    masked = MaskedItems(device.pool, device.consent, clock=device.clock)
+    summand = masked.summand(task.task_id)
+    assert summand is not None
+    masked.leaving(summand, b"masked bytes")
+    assert device.ledger.spent("line").releases == 1
+    device.close()
+    shown = ok(home, "outbox", "show", item.item_id)
+    assert "12 bytes, masked: only the sum of all devices can be read" in shown
+    assert facts(home, "outbox", "show", item.item_id)["kind"] == "masked.v1"
+    assert run(home, "outbox", "show", item.item_id, "--raw").stdout_bytes == b"masked bytes"
+    assert "went into a secure sum" in ok(home, "outbox", "list")
