@@ -15,7 +15,7 @@ from federate_check.attacks import ATTACKS, Known
 from federate_check.home import Home
 from learn_check import world
 
-DEVICES, ATTACKERS, BATCH, UPDATES, RANK = 20, 4, 24, 10, 16
+DEVICES, ATTACKER_SHARE, BATCH, UPDATES, RANK = 20, 0.2, 24, 10, 16
 WARM_ROUNDS, WARM_DEVICES = 3, 6
 DEFENCES = {
     "gate": FederateSettings(),
@@ -40,20 +40,20 @@ class Attacked(msgspec.Struct, frozen=True, kw_only=True):
     """by attack, how many of the attackers' updates `gate` let count"""
 
 
-def attacked(folder: Path, *, seed: int, attacks: Sequence[str] = tuple(ATTACKS)) -> Attacked:
-    """Run it on the model in `folder`."""
+def attacked(folder: Path, *, seed: int, attacks: Sequence[str] = tuple(ATTACKS), devices: int = DEVICES) -> Attacked:
+    """Run it on the model in `folder`; a fifth of the devices attack."""
     home = Home(folder, batch=BATCH)
     base, old = _warm(home, seed=seed)
     home.serve(base)
     before = home.score(world.HELD_OUT)
-    first = 1000 * (seed + 1)
+    first, attackers = 1000 * (seed + 1), round(ATTACKER_SHARE * devices)
     honest = [
         Contribution(f"delta-{n}", f"device-{n:02}", update, weight=float(BATCH * UPDATES))
-        for n in range(DEVICES)
+        for n in range(devices)
         for update in [home.learn(world.TRAIN, updates=UPDATES, seed=first + n, drawn=first)]
     ]
-    harm = [home.learn(OTHER, updates=UPDATES, seed=first + 500 + n, drawn=first) for n in range(ATTACKERS)]
-    loyal, turned = honest[ATTACKERS:], honest[:ATTACKERS]
+    harm = [home.learn(OTHER, updates=UPDATES, seed=first + 500 + n, drawn=first) for n in range(attackers)]
+    loyal, turned = honest[attackers:], honest[:attackers]
     sent = {name: [*ATTACKS[name](turned, Known(harm, old)), *loyal] for name in attacks}
     return Attacked(
         seed=seed,

@@ -115,22 +115,14 @@ def one_world(folder: Path, *, seed: int, rounds: int = ROUNDS) -> OneWorld:
 
 def two_worlds(folder: Path, *, seed: int, rounds: int = ROUNDS_APART) -> TwoWorlds:
     """One adapter for all, and what comes of the cohorts that are found on the way; each of as many rounds."""
-    home = Home(folder, batch=BATCH)
-    parts: dict[str, Tasks] = {f"device-{n}": world.TRAIN if n % 2 == 0 else OTHER for n in range(6)}
-    line, cohorts, found_after, cosines = _Line(), list[Cohort](), None, list[tuple[float, float]]()
-    evidence, versions = Evidence(), [line.base]
-    for number in range(rounds):
-        account = line.go_on(home, parts, seed=seed)
-        versions.append(line.base)
-        evidence = update(evidence, account, settings=SETTINGS, version=number)
-        cosines.append(_cosines(account, parts))
-        if found_after is None and (cohorts := find(evidence, SETTINGS)):
-            found_after = number + 1
+    home, parts = Home(folder, batch=BATCH), two_sides()
+    found = search(home, parts, seed=seed, rounds=rounds)
+    line = found.line
     shared = _scores(home, dict.fromkeys(parts, line.base), parts)
     adapters = dict.fromkeys(parts, line.base)
-    for cohort in cohorts if found_after is not None else []:
+    for cohort in found.cohorts:
         own = {device: tasks for device, tasks in parts.items() if device in cohort.devices}
-        apart = _Line(versions[cohort.since], cohort.since)
+        apart = _Line(found.versions[cohort.since], cohort.since)
         while apart.rounds < rounds:
             apart.go_on(home, own, seed=seed)
         adapters |= dict.fromkeys(own, apart.base)
@@ -142,11 +134,44 @@ def two_worlds(folder: Path, *, seed: int, rounds: int = ROUNDS_APART) -> TwoWor
             _pooled(folder, [world.TRAIN] * 3, world.HELD_OUT, seed=seed, rounds=rounds),
             _pooled(folder, [OTHER] * 3, OTHER_HELD_OUT, seed=seed, rounds=rounds),
         ),
-        cohorts=[sorted(cohort.devices) for cohort in cohorts],
-        found_after=found_after,
-        why=[cohort.why for cohort in cohorts],
-        cosines=cosines,
+        cohorts=[sorted(cohort.devices) for cohort in found.cohorts],
+        found_after=found.after,
+        why=[cohort.why for cohort in found.cohorts],
+        cosines=found.cosines,
     )
+
+
+@dataclass
+class Found:
+    """What a shared line of rounds told of its devices: the cohorts, after how many rounds (none: never), the cosines
+    of each round, and each version of the adapter."""
+
+    line: _Line
+    versions: list[Update]
+    cohorts: list[Cohort] = field(default_factory=list)
+    after: int | None = None
+    cosines: list[tuple[float, float]] = field(default_factory=list)
+
+
+def two_sides() -> dict[str, Tasks]:
+    """Six devices, every other one in the other world."""
+    return {f"device-{n}": world.TRAIN if n % 2 == 0 else OTHER for n in range(6)}
+
+
+def search(home: Home, parts: Mapping[str, Tasks], *, seed: int, rounds: int, until_found: bool = False) -> Found:
+    """Rounds of all these devices together, and what the server finds on the way."""
+    line, evidence = _Line(), Evidence()
+    found = Found(line, [line.base])
+    for number in range(rounds):
+        account = line.go_on(home, parts, seed=seed)
+        found.versions.append(line.base)
+        found.cosines.append(_cosines(account, parts))
+        evidence = update(evidence, account, settings=SETTINGS, version=number)
+        if found.after is None and (cohorts := find(evidence, SETTINGS)):
+            found.cohorts, found.after = cohorts, number + 1
+            if until_found:
+                break
+    return found
 
 
 def _pooled(folder: Path, parts: Sequence[Tasks], held_out: Tasks, *, seed: int, rounds: int) -> float:

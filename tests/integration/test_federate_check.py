@@ -11,7 +11,7 @@ from clawloop_server.aggregate.updates import Contribution, Factors
 from federate_check.attacked import DEFENCES, PLAIN, Attacked, attacked
 from federate_check.attacks import ATTACKS, Known, norm_of
 from federate_check.home import Home
-from federate_check.together import OTHER, OneWorld, TwoWorlds, one_world
+from federate_check.together import BATCH, OTHER, OneWorld, TwoWorlds, search, two_sides
 from federate_check.verdict import judge
 from learn_check import world
 from learn_check.runs import make_models, models_of
@@ -24,14 +24,23 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_six_devices_learn_together_and_a_sign_flip_is_left_out(device: Path) -> None:
-    one = one_world(device, seed=0, rounds=3)
-    assert one.deltas > one.before + 0.15
-    assert one.curve[-1] == one.deltas
-    found = attacked(device, seed=0, attacks=["flip-10"])
+def test_two_devices_of_ten_that_send_the_opposite_are_left_out_and_harm_without_defence(device: Path) -> None:
+    found = attacked(device, seed=0, attacks=["flip-10"], devices=10)
     assert found.counted == {"flip-10": 0}
     missed = [verdict for verdict in judge([found], [], []) if not verdict.holds]
     assert not missed
+
+
+@pytest.mark.slow
+def test_the_two_worlds_of_six_devices_are_found_from_their_deltas(device: Path) -> None:
+    found = search(Home(device, batch=BATCH), two_sides(), seed=0, rounds=12, until_found=True)
+    assert [sorted(cohort.devices) for cohort in found.cohorts] == [
+        ["device-0", "device-2", "device-4"],
+        ["device-1", "device-3", "device-5"],
+    ]
+    assert found.cohorts[0].since < len(found.versions) - 1
+    assert found.cosines[-1][0] > 0.2
+    assert found.cosines[-1][1] < -0.1
 
 
 def test_what_a_device_learns_is_beside_what_it_serves_and_leaves_that_alone(device: Path) -> None:
