@@ -23,6 +23,8 @@ MOST_TIMES = 1.0
 may make it count less, and never more than most"""
 WILD = 5.0
 """an update so many times longer than the longest that may be is no long one, and is left out; others are cut"""
+TOO_FEW = "too few devices count:"
+"""what begins the reason against deltas that nothing is wrong with, and that may wait for others"""
 LEAST_FOR_CENTRE = 3
 """of fewer updates there is no majority"""
 MOST_COMPARED = 256
@@ -259,7 +261,7 @@ def _too_few_devices(members: Sequence[Member], settings: FederateSettings) -> s
     if not deltas or len(devices) >= settings.min_devices:
         return ""
     for member in deltas:
-        member.left_out = f"of {len(devices)} devices that count, min_devices is {settings.min_devices}"
+        member.left_out = f"{TOO_FEW} {len(devices)}, min_devices is {settings.min_devices}"
     return f"{len(devices)} devices count, min_devices is {settings.min_devices}: no delta is used"
 
 

@@ -24,6 +24,7 @@ from clawloop_server.aggregate.round import Account, Joined, JoinRefused, join
 from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.updates import OWN, Contribution, Factors
+from clawloop_server.aggregate.weighing import TOO_FEW
 from clawloop_server.errors import ReleaseError, TrainerError
 from clawloop_server.release.records import AdapterRecord, AdapterState
 from clawloop_server.release.registry import Registry
@@ -308,8 +309,10 @@ def between(before: Tensors, after: Tensors, *, scale: float) -> dict[str, Facto
 
 
 def _fates(account: Account, *, otherwise: str = "") -> dict[str, str]:
-    """Why each delta is not in the adapter, empty if it is; `otherwise` stands for empty."""
-    return {share.source: share.left_out or otherwise for share in account.shares if share.source != OWN}
+    """Why each delta is not in the adapter, empty if it is; `otherwise` stands for empty. Those that only lack company
+    are not among them: they wait on."""
+    told = (share for share in account.shares if share.source != OWN and not share.left_out.startswith(TOO_FEW))
+    return {share.source: share.left_out or otherwise for share in told}
 
 
 def _mean_reward(rewards: Mapping[str, tuple[float, float]], fates: Mapping[str, str]) -> float:

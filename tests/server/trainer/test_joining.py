@@ -542,3 +542,22 @@ def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
     assert [share["device_id"] for share in account["shares"]] == [""], "it is of no single device"
     assert vault.delete_device(members[1]).adapters == [1]
     assert [d.state for d in vault.deltas.of_round(report.round_id)] == [DeltaState.SHREDDED]
+
+
+def test_what_only_lacks_company_waits_on_when_the_others_are_left_out(
+    home: Home, vault: Vault, keys: ServerKeys, base: Base, learn: Any
+) -> None:
+    configure(home, train=TRAIN, federate=PLAIN | {"duplicate_cosine": 0.98})
+    first, _, _ = learn(1)
+    copied, _, _ = learn(1)
+    worker = Worker.open(home)
+    make_ready(worker)
+    report = worker.run()
+    assert (report.state, report.version) == (RoundState.FAILED, None)
+    assert "a copy of" in report.reason
+    assert states(vault, base.line_id) == {"left out": 1, "waiting": 1}
+    assert worker.missing == PER_ROUND
+    learn(2)
+    assert worker.run().deltas == 2
+    assert {d.state for d in _all(vault) if d.delta_id in (first, copied)} == {DeltaState.JOINED, DeltaState.LEFT_OUT}
+    worker.close()
