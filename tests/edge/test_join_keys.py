@@ -1,6 +1,7 @@
 """Keys are on the disk before they are sent: joining, new keys and goodbyes survive a lost answer, a server that is
 away, and a kill at any point. Afterwards the device comes in by one pair, and the other is worth nothing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -153,6 +154,23 @@ def test_a_clock_that_is_off_throws_no_keys_away(hub: MembersHub, pool: Pool, me
         rotating.rotate(pool, member, now_ms=lambda: wall_clock_ms() - 24 * HOUR_MS)
     rotating.rotate(pool, member)
     assert stand(now(pool)) is Stand.JOINED
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_pool_that_comes_back_from_a_backup_has_the_keys_that_the_server_knows(
+    hub: MembersHub, pool: Pool, member: Membership, tmp_path: Path, lost: bool
+) -> None:
+    with Pool.open(tmp_path / "backup", KnownKey.of(b"b" * 32), writer=True) as restored:
+        Deletions(restored)
+        state.keep_membership(restored, member)
+        hub.lost |= {ROTATE_PATH} if lost else set()
+        with contextlib.suppress(ServerAway):
+            rotating.rotate(pool, member)
+        hub.lost.clear()
+        device_keys.take_over(restored, pool)
+        assert rotating.finish(restored, now(restored)) is lost
+        assert stand(now(restored)) is Stand.JOINED
+        assert now(restored).keys != member.keys
 
 
 # Leaving

@@ -18,7 +18,7 @@ from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.audit import LEFT, AuditLog, Proof
 from clawloop_edge.privacy.deletions import FIRST_WAIT_MS, LONGEST_WAIT_MS, Server
-from clawloop_edge.privacy.device_keys import request_key
+from clawloop_edge.privacy.device_keys import GOODBYES, request_key
 from clawloop_shared import wire
 from clawloop_shared.errors import InvalidError
 from clawloop_shared.files import sha256
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_GOODBYES = "membership.goodbyes"
 _FORBIDDEN = 403
 GIVE_UP_MS = 90 * 86_400_000
 
@@ -156,9 +155,9 @@ def _done(pool: Pool, goodbye: Goodbye, answer: SignedAnswer | None) -> bool:
 
 
 def _read(database: "Database", pool: Pool) -> list[Goodbye]:
-    raw = read_state(database, pool.keyring, name=_GOODBYES)
+    raw = read_state(database, pool.keyring, name=GOODBYES)
     return msgspec.msgpack.decode(raw, type=list[Goodbye]) if raw else []
 
 
 def _write(database: "Database", pool: Pool, kept: list[Goodbye]) -> None:
-    write_state(database, pool.keyring, name=_GOODBYES, value=msgspec.msgpack.encode(kept))
+    write_state(database, pool.keyring, name=GOODBYES, value=msgspec.msgpack.encode(kept))

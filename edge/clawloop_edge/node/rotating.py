@@ -18,7 +18,7 @@ from clawloop_edge.node.transport import NodeError
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.audit import ROTATED, AuditLog, Proof
-from clawloop_edge.privacy.device_keys import DeviceKeys, keep_in, new_keys
+from clawloop_edge.privacy.device_keys import ROTATING, DeviceKeys, keep_in, new_keys
 from clawloop_shared import wire
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import sha256
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ROTATING = "device.rotating"
 _CONFLICT = 409
 """these keys cannot be had, so they never were: the one answer at which a pair may be thrown away"""
 
@@ -60,7 +59,7 @@ def pending(pool: Pool, member: Membership) -> Rotation | None:
 
 def pending_of(pool: Pool, device_id: str) -> Rotation | None:
     """The same, also of a server that was left since."""
-    raw = pool.get_state(_ROTATING)
+    raw = pool.get_state(ROTATING)
     found = wire.decode(raw, Rotation) if raw else None
     return found if found and found.device_id == device_id else None
 
@@ -90,7 +89,7 @@ def finish(pool: Pool, member: Membership, *, after_ms: int = 0, now_ms: Callabl
 
 def _begin(pool: Pool, member: Membership, now_ms: int) -> Rotation:
     made = Rotation(member.device_id, new_id(), new_keys(), now_ms)
-    pool.set_state(_ROTATING, wire.encode(made)).result()
+    pool.set_state(ROTATING, wire.encode(made)).result()
     return made
 
 
@@ -108,7 +107,7 @@ def _send(pool: Pool, member: Membership, rotation: Rotation, *, now_ms: Callabl
         data = post(member.url, ROTATE_PATH, ca_pem=member.ca_pem, body=body, max_bytes=MAX_MEMBER_BYTES)
     except HubRefused as error:
         if error.status == _CONFLICT:
-            pool.set_state(_ROTATING, b"").result()
+            pool.set_state(ROTATING, b"").result()
         raise
     answer = _checked(data, member, rotation)
     pool.submit(lambda database: _commit(database, pool, member, rotation=rotation, answer=answer)).result()
@@ -132,11 +131,11 @@ def _checked(data: bytes, member: Membership, rotation: Rotation) -> SignedAnswe
 
 
 def _commit(database: "Database", pool: Pool, member: Membership, *, rotation: Rotation, answer: SignedAnswer) -> None:
-    raw = read_state(database, pool.keyring, name=_ROTATING)
+    raw = read_state(database, pool.keyring, name=ROTATING)
     if not raw or wire.decode(raw, Rotation) != rotation:
         return  # another process was told the same, and has noted it
     keep_in(database, pool, device_id=member.device_id, keys=rotation.keys)
-    write_state(database, pool.keyring, name=_ROTATING, value=b"")
+    write_state(database, pool.keyring, name=ROTATING, value=b"")
     AuditLog(pool).append_in(
         database,
         ROTATED,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from clawloop_edge.pool.store import Pool
 
 _KEYS = "device.keys"
+ROTATING, GOODBYES = "device.rotating", "membership.goodbyes"
+"""names of what is not known to be done yet: a rotation, and goodbyes"""
 
 
 class DeviceKeys(msgspec.Struct, frozen=True, tag="device-keys.v1"):
@@ -83,13 +85,18 @@ def request_key(pool: Pool, device_id: str) -> bytes:
 
 
 def take_over(pool: Pool, other: Pool) -> None:
-    """Have the keys of another pool, whose place this one takes: they are the later ones. Waits for the disk."""
+    """Have the keys of another pool, whose place this one takes, and what that had begun with them: they are the later
+    ones, and perhaps the only ones that a server still knows. Waits for the disk."""
     with other.read() as database:
         later = keys_in(database, other)
+        begun = {name: read_state(database, other.keyring, name=name) for name in (ROTATING, GOODBYES)}
 
     def operation(database: Database) -> None:
         kept = keys_in(database, pool) | later
         write_state(database, pool.keyring, name=_KEYS, value=msgspec.msgpack.encode(kept))
+        for name, value in begun.items():
+            if value:
+                write_state(database, pool.keyring, name=name, value=value)
 
-    if later:
+    if later or any(begun.values()):
         pool.submit(operation).result()
