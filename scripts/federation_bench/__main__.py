@@ -30,7 +30,7 @@ WIDTH = 150
 PARTS = ("joining", "sizes", "costs", "trip", "crowd")
 LONG = ("costs", "trip")
 """parts that a quick run leaves out"""
-COUNT = 300
+COUNT = 200
 QUICK = Plan(
     devices=6, processes=1, seconds=8, ramp_s=1, poll_s=1, upload_every_s=1, items=2, item_steps=2, step_tokens=64
 )
@@ -63,12 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--edges", type=int, default=3, help="of the round trip (3)")
     parser.add_argument("--steps", type=int, default=1000, help="of the round trip, and of the sizes (1000)")
     parser.add_argument("--devices", type=int, default=1000, help="simulated (1000)")
-    parser.add_argument("--poll-s", type=float, default=30.0, help="how often each asks (30)")
-    parser.add_argument("--heartbeat-s", type=float, default=120.0, help="how often each must be heard of (120)")
-    parser.add_argument(
-        "--seconds", type=float, default=300.0, help="for which the simulated devices are measured (300)"
-    )
-    parser.add_argument("--ramp-s", type=float, default=240.0, help="in which they join (240)")
+    parser.add_argument("--poll-s", type=float, default=60.0, help="how often each asks (60)")
+    parser.add_argument("--heartbeat-s", type=float, default=240.0, help="how often each must be heard of (240)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for which these are measured (600)")
+    parser.add_argument("--ramp-s", type=float, default=400.0, help="in which they join (400)")
+    parser.add_argument("--upload-every-s", type=float, default=600.0, help="as [fleet] upload_every_s (600)")
     parser.add_argument("--processes", type=int, default=2, help="that hold them (2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (as there are cores)")
     return parser
@@ -109,6 +108,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         ramp_s=options.ramp_s,
         poll_s=options.poll_s,
         heartbeat_s=options.heartbeat_s,
+        upload_every_s=options.upload_every_s,
     )
 
 

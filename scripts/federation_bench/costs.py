@@ -22,7 +22,7 @@ from clawloop_shared.errors import ClawloopError
 
 _IDLE_S = 10.0
 _LONG_S = 3600.0
-_GREETED_S = 90.0
+_GREETED_S = 240.0
 _OURS = ("hub", "superlink", "bridge")
 
 

@@ -52,8 +52,9 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """how often it is asked how it is"""
     max_item_mib: int = 256
     """the largest item that is taken of a device (in parts, if a message does not hold it)"""
-    exchanges_per_s: float = 10.0
-    """of these two questions, how many a second are asked in all; with many devices each has its turn more seldom"""
+    exchanges_per_s: float = 5.0
+    """of these two questions, how many a second are asked in all; with more than 16 devices each may have its turn more
+    seldom"""
     items_per_hour: int = 20_000
     """what is taken of one device; the rest stays there and is taken later; 0: all that comes"""
     mib_per_hour: float = 512.0

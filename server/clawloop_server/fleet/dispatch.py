@@ -51,6 +51,7 @@ _MAX_BACK_OFF_S = 60.0
 _ENVELOPE_BYTES = 1 << 20
 _MAX_ORDERS = 64
 """of one exchange: the bridge hands them to Flower one by one, and hears of no answer meanwhile"""
+_FEW = 16
 _LOOKUPS_PER_S = 200.0
 """how often a second at most somebody's tasks are looked up"""
 _MAX_LOOKUPS = 256
@@ -78,8 +79,8 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     adapter_ttl_s: float = 600.0
     refused_again_s: float = 3600.0
     """after a device refused a version, how long until it is offered that one again"""
-    exchanges_per_s: float = 10.0
-    """how many devices a second are asked how they are or for their items, at most"""
+    exchanges_per_s: float = 5.0
+    """how many devices a second are asked how they are or for their items, at most; a few are asked whenever due"""
     ask_every_s: float = 2.0
     """how often it is looked up whether a device is to learn something or to take part in a sum"""
     quota: QuotaSettings = QuotaSettings()
@@ -155,7 +156,7 @@ class Dispatcher:
 
     async def wait(self, timeout_s: float) -> None:
         """Until news, the next question that is due, or `timeout_s`."""
-        turn_s = max(self._turns.next_s(), self._budget.ready_s())
+        turn_s = self._turns.next_s() if self._few else max(self._turns.next_s(), self._budget.ready_s())
         due_s = min(turn_s, self._offers.next_s(), self._lookups.next_s()) - self._clock()
         try:
             async with asyncio.timeout(min(timeout_s, max(due_s, 0.01))):
@@ -174,7 +175,7 @@ class Dispatcher:
         except ClawloopError as error:  # the bridge must not end for it: it comes again in a moment
             _log.error("it cannot be seen what devices should be asked: %s", error)
             return []
-        while len(out) < _MAX_ORDERS and self._turns.next_s() <= self._clock() and self._budget.take():
+        while len(out) < _MAX_ORDERS and self._turns.next_s() <= self._clock() and (self._few or self._budget.take()):
             node_id = self._turns.pop(self._clock())
             if node_id is not None:
                 out += self._turn(node_id, self._devices[node_id])
@@ -252,6 +253,10 @@ class Dispatcher:
                 device.lost()
                 self._plan(node.node_id)
             device.since = node.since
+
+    @property
+    def _few(self) -> bool:
+        return len(self._roster.known) <= _FEW
 
     def _plan(self, node_id: int) -> None:
         """Note when a device is to be looked at next."""
