@@ -191,6 +191,7 @@ def test_swapped_keys_and_two_rosters_open_nothing() -> None:
     assert done.state.status is Status.DONE, "d00 alone dropped out, the others do not care"
     assert "d00" not in done.members
     assert not play.devices["d00"].left
+    assert not play.devices["d00"].seen, "a sum that came to nothing makes nobody known"
     play.is_right()
 
 

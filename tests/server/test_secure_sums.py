@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clawloop_edge.learn.sums import SumRules
+from clawloop_edge.learn.sums import SumMember, SumRules
 from clawloop_server.aggregate.secure import AGAIN_MS, SecureSum, Status, SumState
 from clawloop_server.aggregate.secure_delivery import deliver, terms_of
 from clawloop_shared import masking, secure, signing, wire
@@ -101,6 +101,25 @@ def test_too_few_members_wait_and_then_there_is_no_sum() -> None:
     waiting.run()
     waiting.is_right()
     assert len(waiting.sum.members) == 5
+
+
+def test_who_started_anew_while_others_were_waited_for_is_asked_again() -> None:
+    """A device that advertised long ago may have forgotten its keys; there are enough only when all are fresh."""
+    play = Play(5)
+    for device in list(play.devices.values())[1:]:
+        device.ready = False
+    play.ask("d00")
+    early, play.now_ms = play.devices["d00"], AGAIN_MS
+    early.member = SumMember(early, early, device_key=lambda: early.key, rules=SumRules())
+    for name, device in play.devices.items():
+        device.ready = True
+        play.ask(name)
+    assert str(play.sum.state.phase) == "advertise"
+    play.ask("d00")
+    assert str(play.sum.state.phase) == "share"
+    play.run()
+    play.is_right()
+    assert len(play.sum.members) == 5
 
 
 def test_a_sum_goes_on_from_what_was_kept() -> None:

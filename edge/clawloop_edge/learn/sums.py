@@ -164,8 +164,8 @@ class SumMember:
         """How many members must be left at any moment."""
         return max(members.threshold, self._rules.min_members)
 
-    def check_known(self, members: secure.Members, *, own: bytes) -> None:
-        """Pin the other devices of a roster. Raises SumError: too many of them are new."""
+    def new_among(self, members: secure.Members, *, own: bytes) -> set[bytes]:
+        """The other devices of a roster that were never in a sum with this one. Raises SumError: they are too many."""
         others = {member.device_key for member in members.members} - {own}
         known = self._known.known()
         new = others - known
@@ -174,8 +174,12 @@ class SumMember:
                 f"{len(new)} of {len(others)} other members were never in a sum with this device; at most"
                 f" {self._rules.max_new:.0%} may be new ([learn] secure_new_members)"
             )
-        if new:
-            self._known.keep(new)
+        return new
+
+    @property
+    def known(self) -> KnownMembers:
+        """Those that were."""
+        return self._known
 
     @property
     def summands(self) -> Summands:
@@ -199,6 +203,7 @@ class _Part:
         self._held: dict[int, tuple[bytes, bytes]] = {}
         """by place: shares of that member's own mask and of its mask key"""
         self._sharing: list[int] = []
+        self._new = set[bytes]()
         self._survivors: list[int] = []
         self._answered: dict[Phase, tuple[bytes, bytes]] = {}
 
@@ -251,7 +256,7 @@ class _Part:
             raise SumError("the roster does not have what this device signed")
         if len(members.members) < self._device.least(members):
             raise SumError(f"the roster has {len(members.members)} members, too few for this device")
-        self._device.check_known(members, own=signing.public_key(self._key))
+        self._new = self._device.new_among(members, own=signing.public_key(self._key))
         self._members, self._place = members, place
         return wire.encode(self._shares(members))
 
@@ -288,6 +293,7 @@ class _Part:
         )
         out = wire.encode(masked)
         self._device.summands.leaving(self._summand, out)
+        self._device.known.keep(self._new)  # not before: a sum that comes to nothing makes nobody known
         self._values = np.zeros(0, np.float32)
         return out
 

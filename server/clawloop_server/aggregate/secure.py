@@ -53,6 +53,9 @@ class SumState(msgspec.Struct, kw_only=True):
     out: dict[str, str] = {}
     again_ms: dict[str, int] = {}
     adverts: dict[str, secure.SignedAdvert] = {}
+    advert_ms: dict[str, int] = {}
+    gathered: bool = False
+    """whether there were enough adverts at one time"""
     roster: secure.Roster | None = None
     shares: dict[int, secure.Shares] = {}
     masked: list[int] = []
@@ -254,9 +257,21 @@ class SecureSum:
             Phase.UNMASK: self._take_unmasking,
         }
         takers[self.state.phase](device_id, body)
-        enough = len(self.state.adverts) == self.state.terms.min_members
-        if self.state.phase is Phase.ADVERTISE and enough:
-            self.state.deadline_ms = min(self.state.deadline_ms, now_ms + self._phase_ms)
+        if self.state.phase is Phase.ADVERTISE and not self.state.gathered:
+            self.state.advert_ms[device_id] = now_ms
+            self._gather(now_ms)
+
+    def _gather(self, now_ms: int) -> None:
+        """With enough adverts the phase nears its end. Until then days may have passed, and a device that started anew
+        has forgotten its keys: who advertised long ago is asked again first."""
+        state = self.state
+        if len(state.adverts) < state.terms.min_members:
+            return
+        for device_id in [d for d in state.adverts if now_ms - state.advert_ms[d] > self._phase_ms]:
+            del state.adverts[device_id]
+        if len(state.adverts) >= state.terms.min_members:
+            state.gathered = True
+            state.deadline_ms = min(state.deadline_ms, now_ms + self._phase_ms)
 
     def _take_advert(self, device_id: str, body: bytes) -> None:
         advert = wire.decode(body, secure.SignedAdvert)

@@ -29,8 +29,8 @@ from clawloop_shared.secure import Phase
 
 _log = logging.getLogger(__name__)
 
-PATIENCE_MS = 24 * 3_600_000
-"""how long devices are waited for that have yet to learn; as long as they are few"""
+PATIENCE_MS = 7 * 24 * 3_600_000
+"""how long a sum waits for enough devices: they learn when they are idle, and an outbox holds items for a day"""
 ATTEMPTS = 3
 """sums of one task that fail, before its devices are expected no more"""
 _TICK_MS = 1000
