@@ -59,7 +59,6 @@ from clawloop_shared.levels import Level
 from clawloop_shared.model_line import read_shape
 
 if TYPE_CHECKING:
-    from clawloop_edge.learn.desk import Desk
     from clawloop_edge.learn.home import HomeLearning
     from clawloop_edge.learn.job import Learner
     from clawloop_edge.pool.store import Pool
@@ -294,6 +293,7 @@ class Edge:
                 await self.activator.restore()
         if self.node is None and not silent and member is not None and self.activator is not None:
             known_id = await asyncio.to_thread(state.node_id, self.pool)
+            await asyncio.to_thread(self._learn_at_home, member)
             self.node = self._make_node(member, self.activator, node_id=known_id)
             self.node.start()
 
@@ -334,7 +334,7 @@ class Edge:
             activator=activator,
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
             loop=asyncio.get_running_loop(),
-            tasks=self._learn_at_home(member),
+            tasks=self.learning.desk if self.learning else None,
             sums=self.learning.sums if self.learning else None,
             large=self._large,
         )
@@ -358,12 +358,12 @@ class Edge:
 
         return FlowerTransport(member, node_id=node_id, remember=remember)
 
-    def _learn_at_home(self, member: Membership) -> Desk | None:
-        """Begin to learn when it is time; None if nothing can be learned here."""
+    def _learn_at_home(self, member: Membership) -> None:
+        """Begin to learn when it is time, if anything can be learned here. Waits for the disk."""
         from clawloop_edge.learn.home import HomeLearning
 
-        if self.learner is None or self._exact is None:
-            return None
+        if self.learner is None or self._exact is None or self.learning is not None:
+            return
         self.learning = HomeLearning(
             self.home,
             self.config,
@@ -379,7 +379,6 @@ class Edge:
             server=member.root_key,
         )
         self.learning.schedule.start()
-        return self.learning.desk
 
     def _poke_node(self) -> None:
         if self.node is not None:
