@@ -439,7 +439,7 @@ async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:
     edge.signals = open_worker(pool, deps, busy=lambda: app[DRAIN].in_flight)
     app[METRICS].watch(edge.signals.counts)
     edge.drop_forgotten = app[DROPPER]
-    edge.learner, edge.idle_s = own_learner(pool), lambda: app[DRAIN].idle_s
+    edge.learner, edge.idle_s = own_learner(), lambda: app[DRAIN].idle_s
     app[METRICS].watch(edge.health)
     runner = make_runner(app)
     try:

@@ -177,14 +177,11 @@ def open_redactor(
     return Redactor(RedactWorker(plan), rescore=rescore_with(engine, loop), opinion=opinion)
 
 
-def own_learner(pool: Pool) -> Learner:
-    """What learns at home: in MLX, in a process of its own, which is started for each task.
-
-    What it draws at random comes from a seed that this pool alone has.
-    """
+def own_learner() -> Learner:
+    """What learns at home: in MLX, in a process of its own, which is started for each task."""
     from clawloop_edge.learn.learner import MlxLearner
 
-    return MlxLearner(pool.tag("learn.seed", b""))
+    return MlxLearner()
 
 
 def read_script(path: Path) -> list[str]:

@@ -27,11 +27,10 @@ BEAT_S = 0.25
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """A job, the state to go on from (empty: from the start), this device's seed, and the bytes it may hold."""
+    """A job, the state to go on from (empty: from the start), and the bytes it may hold."""
 
     job: Job
     kept: bytes
-    own_seed: bytes
     memory_bytes: int
 
 
@@ -146,7 +145,7 @@ def _outcome(begin: Begin, pipe: _Pipe) -> Done | Trouble:
 def _learn(begin: Begin, pipe: _Pipe) -> Learned:
     from clawloop_edge.learn.opening import open_job
 
-    updates = open_job(begin.job, kept=begin.kept, own_seed=begin.own_seed, memory_bytes=begin.memory_bytes)
+    updates = open_job(begin.job, kept=begin.kept, memory_bytes=begin.memory_bytes)
     pipe.updates = updates.progress.at_update
     while not updates.done:
         updates.step()

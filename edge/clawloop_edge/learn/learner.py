@@ -36,9 +36,9 @@ _ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE":
 class MlxLearner:
     """A `Learner` in MLX. One job at a time."""
 
-    def __init__(self, own_seed: bytes, *, silent_s: float = SILENT_S, update_s: float = UPDATE_S) -> None:
-        """`own_seed` is this device's, always the same: what `lora` begins with is drawn from it."""
-        self._own_seed, self._silent_s, self._update_s = own_seed, silent_s, update_s
+    def __init__(self, *, silent_s: float = SILENT_S, update_s: float = UPDATE_S) -> None:
+        """`silent_s`: without a sign of life, and `update_s`: for one update, after which the process is ended."""
+        self._silent_s, self._update_s = silent_s, update_s
         self._child: Child | None = None
 
     @property
@@ -65,7 +65,7 @@ class MlxLearner:
             raise LearnFailed(f"the process that learns does not start: {error.strerror}; try again") from error
         self._child = child
         heard: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        begin = encode(Begin(job, kept, self._own_seed, limit))
+        begin = encode(Begin(job, kept, limit))
         talk = threading.Thread(target=_talk, args=(child, begin, heard), name="clawloop-learn", daemon=True)
         talk.start()
         try:

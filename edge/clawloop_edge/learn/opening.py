@@ -27,7 +27,7 @@ _CACHE_PART = 8
 """of the memory, what MLX may keep for later"""
 
 
-def open_job(job: Job, *, kept: bytes, own_seed: bytes, memory_bytes: int) -> Updates:
+def open_job(job: Job, *, kept: bytes, memory_bytes: int) -> Updates:
     """A job, at its start or where the state `kept` is; a state of another job is not gone on from.
 
     Raises:
@@ -56,7 +56,7 @@ def open_job(job: Job, *, kept: bytes, own_seed: bytes, memory_bytes: int) -> Up
         )
     learning = LearningModel(base, learner, vocabulary=vocabulary)
     plan = plan_of(job, vocabulary=vocabulary, fits=lambda size: not memory_bytes or _need(sizes, size) <= room)
-    progress = _progress(kept, fingerprint(job, own_seed))
+    progress = _progress(kept, fingerprint(job))
     return Updates(job, plan, learning, learned=factors.learned, progress=progress)
 
 

@@ -67,11 +67,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """the learned factors and AdamW's moments, a safetensors file"""
 
 
-def fingerprint(job: Job, own_seed: bytes) -> bytes:
+def fingerprint(job: Job) -> bytes:
     """What a state must be of to be gone on from: all of the job that decides what comes of it."""
     names = sorted(trajectory.trajectory_id for trajectory in job.trajectories)
     adapter = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.adapter.items())}
-    told = (job.task, job.rank, adapter, names, job.rules, job.max_updates, job.max_sample_tokens, own_seed)
+    told = (job.task, job.rank, adapter, names, job.rules, job.max_updates, job.max_sample_tokens)
     return hashlib.sha256(msgspec.msgpack.encode(told)).digest()
 
 
