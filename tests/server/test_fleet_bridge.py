@@ -1,0 +1,118 @@
+"""The bridge asks Flower no more than it must: who is online is told when it changes, and of many messages the oldest
+are looked for first."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clawloop_server.fleet import bridge as bridges
+from clawloop_server.fleet.bridge import Bridge
+from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
+from clawloop_shared.messages import RECORD
+
+
+class Grid:
+    """Flower: nodes, and messages that are answered when the test says so."""
+
+    def __init__(self) -> None:
+        self.nodes = [_node(2, "b"), _node(1, "a")]
+        self.asked: list[list[str]] = []
+        self.answered: set[str] = set()
+        self.refused: set[int] = set()
+        self.count = 0
+
+    def get_nodes(self) -> list[Any]:
+        return self.nodes
+
+    def push_messages(self, messages: list[Any]) -> list[str | None]:
+        ids: list[str | None] = []
+        for message in messages:
+            self.count += 1
+            ids.append(None if message.metadata.dst_node_id in self.refused else f"m{self.count}")
+        return ids
+
+    def pull_messages(self, ids: list[str]) -> list[Any]:
+        self.asked.append(ids)
+        return [_answer(each) for each in ids if each in self.answered]
+
+
+def _node(node_id: int, name: str) -> Any:
+    return SimpleNamespace(node_id=node_id, name=name, last_activated_at="now")
+
+
+def _answer(message_id: str) -> Any:
+    content = SimpleNamespace(config_records={RECORD: {RECORD: message_id.encode()}}, array_records={})
+    metadata = SimpleNamespace(reply_to_message_id=message_id)
+    return SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+
+
+class Hub:
+    """What the hub is told, and what it has sent."""
+
+    def __init__(self) -> None:
+        self.online: list[list[NodeInfo] | None] = []
+        self.replies: list[Reply] = []
+        self.out: list[Outgoing] = []
+
+    def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
+        self.online.append(online)
+        self.replies += replies
+        out, self.out = self.out, []
+        return out
+
+
+@pytest.fixture(autouse=True)
+def plain_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flwr makes messages only within a run."""
+
+    def message(order: Outgoing) -> Any:
+        return SimpleNamespace(metadata=SimpleNamespace(dst_node_id=order.node_id))
+
+    monkeypatch.setattr(bridges, "_message", message)
+
+
+def due(bridge: Bridge) -> None:
+    """As if it had waited for as long as it wants to."""
+    bridge._look_due_s = bridge._pull_due_s = float("-inf")
+
+
+def test_who_is_online_is_told_once_and_again_when_it_changes() -> None:
+    grid, hub = Grid(), Hub()
+    bridge = Bridge(grid, hub)
+    for _ in range(3):
+        due(bridge)
+        bridge.turn()
+    assert hub.online == [[NodeInfo(1, "a", "now"), NodeInfo(2, "b", "now")], None, None]
+    grid.nodes.pop()
+    due(bridge)
+    bridge.turn()
+    assert hub.online[-1] == [NodeInfo(2, "b", "now")]
+
+
+def test_of_many_messages_all_are_looked_for_in_turn_and_each_answer_is_handed_over_once() -> None:
+    grid, hub = Grid(), Hub()
+    bridge = Bridge(grid, hub)
+    many = 2 * bridges._MAX_PULL + 10
+    hub.out = [Outgoing(number, "query.upload", b"x") for number in range(many)]
+    for _ in range(3):
+        due(bridge)
+        bridge.turn()
+    assert [len(ids) for ids in grid.asked] == [bridges._MAX_PULL] * 3
+    assert len({each for ids in grid.asked for each in ids}) == many
+    grid.answered = {f"m{number + 1}" for number in range(many)}
+    for _ in range(5):
+        due(bridge)
+        bridge.turn()
+    assert sorted(reply.node_id for reply in hub.replies) == list(range(many))
+    assert all(reply.payload.startswith(b"m") for reply in hub.replies)
+
+
+def test_a_message_that_flower_does_not_take_is_answered_with_that() -> None:
+    grid, hub = Grid(), Hub()
+    grid.refused = {1}
+    bridge = Bridge(grid, hub)
+    hub.out = [Outgoing(1, "query.upload", b"x"), Outgoing(2, "query.upload", b"x")]
+    for _ in range(2):
+        bridge.turn()
+    assert [(reply.node_id, reply.error) for reply in hub.replies] == [(1, "the SuperLink did not take the message")]
