@@ -48,7 +48,7 @@ CHILDREN = {
 DATABASE = "database"
 """a victim of another kind: for so long nobody but us can write to the server's"""
 LOCKED_S = 8.0
-HEALED_S = 60.0
+HEALED_S = 180.0
 PAUSE_S = (0.3, 4.0)
 WAITS = 0.7
 CALLS_PER_S = 4.0

@@ -15,6 +15,7 @@ from demoworld import stage
 LONGEST_FIRST = (
     "integration/test_wire_capture.py",
     "integration/test_mixed_load.py",
+    "integration/test_chaos.py",
     "server/trainer/test_distributed.py",
     "server/trainer/test_resume.py",
     "integration/test_learn_check.py",
@@ -22,6 +23,7 @@ LONGEST_FIRST = (
     "integration/test_learn_check.py",
     "server/trainer/test_resume.py",
     "integration/test_flower.py",
+    "integration/test_stock.py",
     "integration/test_forget.py",
     "integration/test_sdks.py",
     "integration/test_examples.py",
