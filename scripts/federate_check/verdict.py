@@ -13,7 +13,7 @@ NEAR = 0.05
 LEARNED = 0.1
 """what a cycle without attack must gain at least: else an attack could harm nothing"""
 HARMED = 0.1
-"""what an attack that is said to succeed must cost at least"""
+"""what an attack that is said to succeed must cost at least, beside the same without defence and without an attack"""
 FAILED = 0.25
 """what one adapter for two worlds must cost at least beside pooled training of each"""
 DEFAULT = "gate"
@@ -83,7 +83,7 @@ def _attacked(run: Attacked, near: float) -> list[Verdict]:
                     part,
                     f"{attack}: succeeds with {SUCCEED[attack]}: at least {HARMED:g} lost",
                     _told(bare, "no adapter at all"),
-                    bare is None or bare <= free - HARMED,
+                    bare is None or bare <= run.free["none"] - HARMED,
                 )
             )
     return verdicts
