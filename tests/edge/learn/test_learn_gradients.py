@@ -34,7 +34,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "opsm": OPEN | {"opsm_delta": 0.02},
     "veto": OPEN | {"veto": 0.78},
-    "band": OPEN | {"geometric_low": 0.97, "geometric_high": 1.02},
+    "band": OPEN | {"geometric_low": 0.95, "geometric_high": 1.3},
     "trust": OPEN | {"trust_region": 1e-4},
     "stale": OPEN | {"max_staleness_versions": 1},
     "pulls": OPEN | {"kl_beta": 0.3, "anchor": 0.2},
