@@ -40,19 +40,20 @@ class Cohorting:
         sql = f"SELECT count(*) FROM devices WHERE {_JOINED} AND cohort = ?"  # noqa: S608 constant text
         return self._database.count(sql, [self._line_id, cohort]) >= 2 * max(2, self._settings.min_devices)
 
-    def heard(self, cohort: str, *conflicts: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    def heard(self, cohort: str, *conflicts: dict[str, dict[str, float]], version: int = 0) -> list[dict[str, Any]]:
         """Take in what a round found of who agrees with whom; the new cohorts that come of it, each with its name, its
-        devices and the reason, empty if none do. Part of the transaction that records the round.
+        devices, the reason, and the version `since` which they disagree; empty if none do. Part of the transaction that
+        records the round.
 
-        `conflicts`: the cosines of devices' updates, `[x][y]` with x < y, from deltas and from trajectories.
+        `conflicts`: the cosines of devices' updates, `[x][y]` with x < y, from deltas and from trajectories; `version`:
+        of the adapter that the round began with.
         """
         told = [conflict for conflict in conflicts if conflict]
         if self._settings.cohorts == "off" or not told:
             return []
         evidence = self._of_members(cohort, self._evidence(cohort))
-        evidence = update(
-            evidence, Account(method="", robust="", shares=(), conflict=_together(told)), settings=self._settings
-        )
+        account = Account(method="", robust="", shares=(), conflict=_together(told))
+        evidence = update(evidence, account, settings=self._settings, version=version)
         found = find(evidence, self._settings)
         if len(found) < 2:
             self._keep(cohort, evidence)
@@ -63,7 +64,7 @@ class Cohorting:
             name = self._new_name()
             self._move(sorted(group.devices), name)
             _log.warning("%d devices learn apart from now on, as cohort %s: %s", len(group.devices), name, group.why)
-            split.append({"cohort": name, "devices": sorted(group.devices), "why": group.why})
+            split.append({"cohort": name, "devices": sorted(group.devices), "why": group.why, "since": group.since})
         return split
 
     def _evidence(self, cohort: str) -> Evidence:

@@ -34,6 +34,7 @@ from clawloop_server.trainer.guards import unhealthy
 from clawloop_server.trainer.joining import Joining, Waiting, join_seed
 from clawloop_server.trainer.judge import Judge
 from clawloop_server.trainer.loop import NothingFinite, Plan, Report, RoundResult, TrainState
+from clawloop_server.trainer.parting import begin_apart
 from clawloop_server.trainer.reports import (
     NOTHING_LEARNED,
     AnyRound,
@@ -46,7 +47,7 @@ from clawloop_server.trainer.reports import (
     round_state,
 )
 from clawloop_server.trainer.running import RUNNING_FILE, LessonsLost, NothingLeft, RunningRound
-from clawloop_server.trainer.saves import Named, Saves
+from clawloop_server.trainer.saves import START, Named, Saves
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.trainer.trial import Gate
 from clawloop_server.vault.database import ServerDatabase
@@ -399,8 +400,7 @@ class Worker:
                     self._joining.settle(round_id, result, refused="" if version else decision.reason)
                 if version is not None and decision.verdict is Verdict.HELD:
                     self._registry.hold(version)
-                split = self._cohorts.heard(begun.cohort, result.conflict, result.joined.get("conflict", {}))
-                result = msgspec.structs.replace(result, split=split)
+                result = self._part(begun, result)
                 self._registry.finish_round(
                     round_id,
                     round_state(result, decision),
@@ -411,10 +411,32 @@ class Worker:
         except LessonsLost:
             self._saves.path(round_id).unlink(missing_ok=True)
             raise
-        if version is not None:
+        if version is not None and not result.split:
             self._state = msgspec.structs.replace(result.state, version=version)
             self._loaded = (round_id, version)
         return version, result, decision
+
+    def _part(self, begun: _Began, result: RoundResult) -> RoundResult:
+        """Take in who agreed with whom; the result with the cohorts that part. Part of the transaction that records
+        it."""
+        conflicts = result.conflict, result.joined.get("conflict", {})
+        split = self._cohorts.heard(begun.cohort, *conflicts, version=begun.went_on_from[1])
+        if split:
+            begin_apart(
+                self._registry,
+                line_id=self._base.line_id,
+                cohort=begun.cohort,
+                parted=[one["cohort"] for one in split],
+                since=split[0]["since"],
+                bare=self._bare,
+            )
+        return msgspec.structs.replace(result, split=split)
+
+    def _bare(self, cohort: str) -> Candidate:
+        """An adapter that leaves the model as it is, for training to begin with."""
+        self._engine.load_state(self._saves.path(START))
+        nothing = no_result(TrainState(), Plan(batches=[]))
+        return self._candidate(START, nothing, decision=decide_unevaluated(self._gate.settings), cohort=cohort)
 
     def _rolled_back(self, begun: _Began) -> str:
         """Why it is refused, if the operator took back, while the round ran, the adapter that it went on from: else it

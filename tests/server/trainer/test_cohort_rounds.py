@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from safetensors.numpy import load, save
 
 from clawloop_server.bases import Base
 from clawloop_server.home import Home
 from clawloop_server.release.keys import ServerKeys, load_keys
-from clawloop_server.release.records import RoundState
+from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.release import release_waiting
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.store import Vault
@@ -69,8 +70,6 @@ def send_round(worker: Worker, base: Base, four: list[str], *, version: int, see
 
 def _sum(world: Any, own: Any, *, sign: float) -> Any:
     """`world`'s factors, B with that sign, and a little of the device's own."""
-    from safetensors.numpy import load, save
-
     one, other = load(world.weights), load(own.weights)
     mixed = {k: (sign if k.endswith("lora_B.weight") else 1.0) * v + 0.1 * other[k] for k, v in one.items()}
     return replace(world, weights=save(mixed))
@@ -94,37 +93,39 @@ def test_devices_whose_deltas_keep_conflicting_part_and_go_on_from_adapters_of_t
     assert "went against" in split["why"]
 
     moved, stayed = (four[:2], four[2:]) if cohort_of(vault, four[0]) else (four[2:], four[:2])
-    parent = worker._saves.named()
-    assert worker._saves.named("cohort-1") == parent, "it goes on from what all had"
+    registry, line_id = worker._registry, base.line_id
+    assert [a.state for a in registry.adapters() if a.version == reports[0].version] == [AdapterState.ROLLED_BACK]
+    begun = {cohort: registry.current(line_id, cohort=cohort) for cohort in ("", "cohort-1")}
+    for adapter in begun.values():
+        assert adapter is not None
+        factors = load(registry.files(adapter.version)[WEIGHTS_FILE])
+        assert not any(tensor.any() for name, tensor in factors.items() if "lora_B" in name), "they disagreed all along"
+    versions = {cohort: adapter.version for cohort, adapter in begun.items() if adapter}
+    assert versions == {"": 3, "cohort-1": 4}, "each has a version of its own, above what its devices have"
+
     for n, device in enumerate(moved):
-        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, parent[1])}
-        own = make_delta(base.shape, base.line_id, seed=50 + n, **about)
-        send_delta(vault, device, own)
+        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, versions["cohort-1"])}
+        send_delta(vault, device, make_delta(base.shape, line_id, seed=50 + n, **about))
     assert worker.missing == 0, "two deltas of a cohort of two are enough"
     report = worker.run()
     assert (report.state, report.deltas) == (RoundState.PASSED, 2)
     assert report.version is not None
-    adapter = worker._registry.adapter(report.version)
-    assert adapter.cohort == worker._registry.round(report.round_id).cohort == "cohort-1"
-    release_waiting(worker._registry, keys)
-    mine = worker._registry.current(base.line_id, cohort="cohort-1")
-    shared = worker._registry.current(base.line_id)
+    assert registry.adapter(report.version).cohort == registry.round(report.round_id).cohort == "cohort-1"
+    release_waiting(registry, keys)
+    mine, shared = registry.current(line_id, cohort="cohort-1"), registry.current(line_id)
     assert mine is not None
     assert shared is not None
-    assert (mine.version, shared.version) == (report.version, parent[1])
-    assert worker._saves.named() == parent, "the others go on from where they were"
+    assert (mine.version, shared.version) == (report.version, 3)
 
     for n, device in enumerate(stayed):
-        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, parent[1])}
-        own = make_delta(base.shape, base.line_id, seed=70 + n, **about)
-        send_delta(vault, device, own)
+        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, 3)}
+        send_delta(vault, device, make_delta(base.shape, line_id, seed=70 + n, **about))
     again = opened()
     report = again.run()
     assert report.version is not None
-    assert again._registry.adapter(report.version).cohort == ""
-    assert again._registry.round(report.round_id).base_version == parent[1]
-    files = [again._registry.files(v)[WEIGHTS_FILE] for v in (mine.version, report.version)]
-    assert files[0] != files[1]
+    assert registry.adapter(report.version).cohort == ""
+    assert registry.round(report.round_id).base_version == 3
+    assert registry.files(mine.version)[WEIGHTS_FILE] != registry.files(report.version)[WEIGHTS_FILE]
 
 
 def test_devices_whose_trajectories_keep_conflicting_part_too(

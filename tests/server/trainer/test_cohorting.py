@@ -112,3 +112,15 @@ def test_a_cohort_splits_again_under_a_name_of_its_own(cohorts: Cohorting, vault
     (new,) = cohorts.heard("cohort-1", seen(devices))
     assert new["cohort"] == "cohort-2"
     assert cohorts.names() == ["", "cohort-1", "cohort-2"]
+
+
+def test_a_split_knows_since_when_they_disagree(cohorts: Cohorting, devices: list[str]) -> None:
+    x, *others = devices
+    agreed = {x: dict.fromkeys(others, 0.9)} | {y: dict.fromkeys(others[n + 1 :], 0.9) for n, y in enumerate(others)}
+    cohorts.heard("", {k: v for k, v in agreed.items() if v}, version=3)
+    split = []
+    for version in range(4, 12):
+        split = cohorts.heard("", seen(devices, by=-0.9), version=version)
+        if split:
+            break
+    assert [one["since"] for one in split] == [3], "the last version beside which they agreed"

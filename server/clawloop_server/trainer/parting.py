@@ -1,0 +1,41 @@
+"""Where cohorts begin that part: with the last adapter beside which their devices still agreed, as new versions.
+
+What was made after it is a compromise that serves nobody, and a policy that is sure of the wrong thing tries no other
+(docs/log.md). So the cohort that was split goes back, too. Signs nothing: the hub releases what is recorded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from clawloop_server.release.records import AdapterState, Candidate
+from clawloop_server.release.registry import Registry
+
+
+def begin_apart(
+    registry: Registry,
+    *,
+    line_id: str,
+    cohort: str,
+    parted: Sequence[str],
+    since: int,
+    bare: Callable[[str], Candidate],
+) -> None:
+    """Have `cohort`, and those that `parted` from it, go on from adapter `since`; what the cohort made after it is
+    taken back. Part of the transaction that records the split.
+
+    `bare`: the candidate, for a cohort, that leaves the model as it is, which is what there was before the first
+    adapter (`since` 0).
+    """
+    later = [a for a in registry.adapters(line_id=line_id) if a.cohort == cohort and a.version > since]
+    for adapter in later:
+        if adapter.state is AdapterState.RELEASED:
+            registry.mark_rolled_back(adapter.version)
+        elif adapter.state is AdapterState.CANDIDATE:
+            registry.hold(adapter.version)
+    names = [cohort, *parted] if later else parted
+    for name in names:
+        if since:
+            registry.copy_adapter(since, cohort=name)
+        else:
+            registry.record_candidate(bare(name))
