@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from demoworld import stage
 
 LONGEST_FIRST = (
+    "integration/test_four_levels.py",
     "integration/test_wire_capture.py",
     "integration/test_mixed_load.py",
     "integration/test_chaos.py",
@@ -20,8 +21,14 @@ LONGEST_FIRST = (
     "server/trainer/test_resume.py",
     "integration/test_learn_check.py",
     "integration/test_loop.py",
-    "integration/test_learn_check.py",
-    "server/trainer/test_resume.py",
+    "server/trainer/test_trainer_process.py",
+    "edge/learn/test_learn_process.py",
+    "edge/learn/test_learn_gradients.py",
+    "server/trainer/test_joining.py",
+    "server/trainer/test_joining_killed.py",
+    "integration/test_bench_federation.py",
+    "integration/test_federate_check.py",
+    "integration/test_joining.py",
     "integration/test_flower.py",
     "integration/test_stock.py",
     "integration/test_forget.py",
@@ -32,7 +39,6 @@ LONGEST_FIRST = (
     "edge/pool/test_backup.py",
     "integration/test_canaries.py",
     "server/trainer/test_trainer_quantised.py",
-    "server/trainer/test_distributed.py",
     "edge/gateway/test_trajectories.py",
     "edge/test_engine_grammar.py",
     "edge/test_upstream_exact.py",
