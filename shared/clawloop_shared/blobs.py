@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from clawloop_shared import signing
 from clawloop_shared.errors import SignatureInvalid, WireError
+from clawloop_shared.manifest import Sha256
 from clawloop_shared.messages import Id, ItemReceipt
 
 BLOB_PATH = "/v1/blobs"
@@ -25,8 +26,6 @@ FETCH_BYTES = 4 << 20
 PART_DOMAIN = "blob-part"
 _URL_DOMAIN = "blob-address"
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class PartHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +114,8 @@ def check_address(sha256: str, query: str, *, now_s: float, key: bytes) -> str:
 def is_address_of(address: str, sha256: str) -> bool:
     """Whether an address that a server gave is one of that file on that same server, and nothing else."""
     path, mark, query = address.partition("?")
-    return path == f"{BLOB_PATH}/{sha256}" and bool(mark) and address.isascii() and query.isprintable()
+    named = _SHA256.fullmatch(sha256) is not None and path == f"{BLOB_PATH}/{sha256}"
+    return named and bool(mark) and address.isascii() and query.isprintable()
 
 
 def _mac(sha256: str, device_id: str, expires: str, *, key: bytes) -> str:

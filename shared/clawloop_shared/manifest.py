@@ -4,7 +4,10 @@ The manifest travels as the very bytes that were signed (canonical JSON); they a
 Format: docs/formats/manifest.md.
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from clawloop_shared import signing
 from clawloop_shared.errors import AdapterInvalid, SignatureInvalid
@@ -15,13 +18,16 @@ from clawloop_shared.model_line import ModelLine
 DOMAIN = "adapter-manifest.v1"
 MAX_MANIFEST_BYTES = 1 << 20
 
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""lower-case hexadecimal and nothing else: it becomes the name of a file"""
+
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the adapter."""
 
     name: str
-    size_bytes: int
-    sha256: str
+    size_bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
 
 
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
