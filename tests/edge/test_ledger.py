@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -58,10 +59,26 @@ def pool(tmp_path: Path) -> Iterator[Pool]:
 
 @pytest.mark.parametrize(
     ("sigma", "releases", "epsilon", "digits"),
-    [(1, 1, 4.4, 1), (1, 10, 17.9, 1), (1, 50, 54, 0), (4, 1, 0.93, 2), (4, 10, 3.3, 1), (4, 50, 8.6, 1)],
+    [(2, 1, 4.4, 1), (2, 10, 17.9, 1), (2, 50, 54, 0), (8, 1, 0.93, 2), (8, 10, 3.3, 1), (8, 50, 8.6, 1)],
 )
-def test_releases_cost_what_the_research_measured(sigma: float, releases: int, epsilon: float, digits: int) -> None:
+def test_releases_cost_what_the_research_measured_for_half_their_distance(
+    sigma: float, releases: int, epsilon: float, digits: int
+) -> None:
     assert round(epsilon_of([sigma] * releases), digits) == epsilon
+
+
+def test_epsilon_holds_between_any_two_contents_that_a_device_may_have(pool: Pool) -> None:
+    """Opposite deltas at the clip, told apart by the best test there is: a threshold on the line between them."""
+    clip, sigma = 0.7, sigma_for(2.0, rounds=1)
+    epsilon = epsilon_of([sigma])
+    one = NormalDist(clip, sigma * clip)
+    other = NormalDist(-clip, sigma * clip)
+    worst = 0.0
+    for at in (clip * (step / 100) for step in range(-3000, 3000)):
+        worst = max(worst, (1 - one.cdf(at)) - math.exp(epsilon) * (1 - other.cdf(at)))
+    assert worst <= 1e-5 * (1 + 1e-6)
+    assert worst > 0.9e-5, "no more noise than it takes"
+    assert epsilon == pytest.approx(2.0, rel=1e-6)
 
 
 def test_unlike_releases_cost_what_a_numerical_composition_of_them_says() -> None:
@@ -71,7 +88,7 @@ def test_unlike_releases_cost_what_a_numerical_composition_of_them_says() -> Non
     sigmas = [2.0, 3.5, 8.0]
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     for sigma in sigmas:
-        accountant.compose(GaussianDpEvent(sigma))
+        accountant.compose(GaussianDpEvent(sigma / 2))
     assert epsilon_of(sigmas) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-4)
 
 
@@ -88,11 +105,11 @@ def test_no_release_costs_nothing(pool: Pool) -> None:
 
 def test_a_reserved_release_counts_until_it_is_given_back(pool: Pool) -> None:
     ledger = Ledger(pool)
-    entry = ledger.reserve("line", sigma=4, clip=0.5, round_id="7")
+    entry = ledger.reserve("line", sigma=8, clip=0.5, round_id="7")
     assert ledger.spent("line").epsilon == pytest.approx(0.926, abs=0.001)
     (kept,) = ledger.entries()
     assert (kept.model_line, kept.mechanism, kept.sigma, kept.clip, kept.round_id, kept.delta) == (
-        "line", "gaussian", 4, 0.5, "7", 1e-5,
+        "line", "gaussian", 8, 0.5, "7", 1e-5,
     )  # fmt: skip
     ledger.give_back(entry)
     assert ledger.spent("line").releases == 0
@@ -139,9 +156,9 @@ def test_the_part_that_is_used_grows_by_the_same_with_each_release(pool: Pool) -
 def test_another_line_has_its_own_budget_and_the_sum_over_lines_is_shown(pool: Pool) -> None:
     ledger = Ledger(pool, epsilon=5.0)
     for line in ("one", "other"):
-        ledger.reserve(line, sigma=1, clip=1, round_id="1")
+        ledger.reserve(line, sigma=2, clip=1, round_id="1")
     assert {line: spent.releases for line, spent in ledger.lines().items()} == {"one": 1, "other": 1}
-    assert ledger.spent("one").epsilon < 5 < ledger.spent_all().epsilon == pytest.approx(epsilon_of([1, 1]))
+    assert ledger.spent("one").epsilon < 5 < ledger.spent_all().epsilon == pytest.approx(epsilon_of([2, 2]))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +182,9 @@ def test_a_mechanism_that_cannot_be_accounted_for_is_refused(pool: Pool) -> None
 
 def test_two_ledgers_of_one_pool_together_stay_in_the_budget(tmp_path: Path) -> None:
     with Pool.open(tmp_path, KEY) as one, Pool.open(tmp_path, KEY) as other:
-        Ledger(one, epsilon=5.0).reserve("line", sigma=1, clip=1, round_id="1")
+        Ledger(one, epsilon=5.0).reserve("line", sigma=2, clip=1, round_id="1")
         with pytest.raises(ConsentError, match="over the budget"):
-            Ledger(other, epsilon=5.0).reserve("line", sigma=1, clip=1, round_id="1")
+            Ledger(other, epsilon=5.0).reserve("line", sigma=2, clip=1, round_id="1")
 
 
 def test_the_ledger_is_in_the_chain_and_a_missing_entry_is_seen(pool: Pool) -> None:
@@ -208,9 +225,9 @@ def test_entries_survive_being_opened_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "rounds", "parameters", "snr"),
-    [(20, 20, 10**4, 0.33), (100, 50, 10**4, 1.7), (100, 50, 10**5, 0.53), (100, 50, 10**6, 0.17)],
+    [(40, 20, 10**4, 0.33), (200, 50, 10**4, 1.7), (200, 50, 10**5, 0.53), (200, 50, 10**6, 0.17)],
 )
-def test_usefulness_of_noise_added_once_is_that_of_the_research(
+def test_usefulness_of_noise_added_once_is_that_of_the_research_for_half_as_many(
     devices: int, rounds: int, parameters: int, snr: float
 ) -> None:
     found = useful(devices, parameters, rounds=rounds, epsilon=8, noise=Noise.TOGETHER)
@@ -221,17 +238,17 @@ def test_usefulness_of_noise_added_once_is_that_of_the_research(
 def test_few_devices_are_told_that_they_learn_nothing() -> None:
     found = useful(3, 10_000, rounds=50, epsilon=8, noise=Noise.TOGETHER)
     assert not found.useful
-    assert found.devices == 60
+    assert found.devices == 120
     assert found.words == (
         "with 3 devices and a budget of epsilon 8, noise hides what 10,000 weights learn: "
-        "no use with fewer than ~60 devices"
+        "no use with fewer than ~120 devices"
     )
 
 
 def test_devices_that_trust_nobody_need_many_more_of_them() -> None:
     alone, together = useful(100, 10_000), useful(100, 10_000, noise=Noise.TOGETHER)
     assert alone.snr == pytest.approx(together.snr / 10)
-    assert (alone.devices, useful(3_500, 10_000).useful, useful(3_700, 10_000).useful) == (3_600, False, True)
+    assert (alone.devices, useful(14_000, 10_000).useful, useful(14_800, 10_000).useful) == (14_000, False, True)
 
 
 def test_advice_waits_for_the_servers_word_on_how_many_there_are(pool: Pool) -> None:
@@ -249,8 +266,8 @@ def test_the_budget_is_shown_in_plain_words(tmp_path: Path) -> None:
     assert "nothing noised has left: no privacy is spent" in empty.output
     assert "no server has said yet how many devices learn together" in empty.output
     with open_pool(home, writer=False) as pool:
-        Ledger(pool).reserve("one", sigma=4, clip=1, round_id="1")
-        Ledger(pool).reserve("other", sigma=4, clip=1, round_id="1")
+        Ledger(pool).reserve("one", sigma=8, clip=1, round_id="1")
+        Ledger(pool).reserve("other", sigma=8, clip=1, round_id="1")
         keep_cohort(pool, 3)
     shown = CliRunner().invoke(app, ["--home", str(tmp_path), "privacy", "budget"])
     assert "all together" in shown.output

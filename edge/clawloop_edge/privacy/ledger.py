@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 DELTA = 1e-5
+DISTANCE = 2.0
+"""times the clip: how far apart two deltas can be, and so how much the noise must hide. That one was sent shows anyway,
+so to hide what was said takes more than to hide whether anything was"""
 EPSILON = 8.0
 """the budget of a model line, where the owner set no other"""
 COHORT = "server.cohort"
@@ -72,7 +75,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spent(msgspec.Struct, frozen=True):
-    """What some releases have cost together: (epsilon, delta) differential privacy of all that this device gave."""
+    """What some releases have cost together: (epsilon, delta) differential privacy of what they were learned from. Of
+    the numbers alone: that they came, when, of how many trajectories, their rank and task are no part of it."""
 
     releases: int
     epsilon: float
@@ -93,7 +97,8 @@ class Usefulness(msgspec.Struct, frozen=True):
 
 
 def epsilon_of(sigmas: Iterable[float], *, delta: float = DELTA) -> float:
-    """The epsilon of Gaussian releases together, without amplification; adding or removing all that one device gave.
+    """The epsilon of Gaussian releases together, without amplification; all that one device learned from put in the
+    place of anything else (replace-one: two clipped deltas are at most `DISTANCE` clips apart).
 
     Gaussian mechanisms compose exactly into one of sigma = (sum of 1 / sigma_i^2)^(-1/2) (Dong, Roth, Su 2019,
     corollary 3.3); its epsilon is by Balle and Wang 2018, as `dp-accounting` computes it.
@@ -103,14 +108,14 @@ def epsilon_of(sigmas: Iterable[float], *, delta: float = DELTA) -> float:
         return 0.0
     from dp_accounting import get_epsilon_gaussian
 
-    return float(get_epsilon_gaussian(precision**-0.5, delta))
+    return float(get_epsilon_gaussian(precision**-0.5 / DISTANCE, delta))
 
 
 def sigma_for(epsilon: float, *, rounds: int, delta: float = DELTA) -> float:
-    """The noise that each of `rounds` releases needs, so that together they cost `epsilon`."""
+    """The noise, in clips, that each of `rounds` releases needs, so that together they cost `epsilon`."""
     from dp_accounting import get_sigma_gaussian
 
-    return float(get_sigma_gaussian(epsilon, delta)) * math.sqrt(rounds)
+    return float(get_sigma_gaussian(epsilon, delta)) * DISTANCE * math.sqrt(rounds)
 
 
 def part_used(spent: Spent, epsilon: float) -> float:

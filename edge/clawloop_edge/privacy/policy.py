@@ -4,11 +4,11 @@ from clawloop_edge.privacy.ladder import Ladder, Rung
 from clawloop_shared.files import sha256
 from clawloop_shared.levels import Level
 
-POLICY_VERSION = 3
-"""of the texts together; 3: devices learn at home"""
+POLICY_VERSION = 4
+"""of the texts together; 3: devices learn at home; 4: what epsilon counts, and what it does not"""
 LEARNS_SINCE = 3
 """what was agreed to before meant that nothing of the levels of deltas leaves but what does at `metrics`"""
-VERSIONS = dict.fromkeys(Level, 2) | {Level.PRIVATE_DELTAS: 3, Level.DELTAS: 3}
+VERSIONS = dict.fromkeys(Level, 2) | {Level.PRIVATE_DELTAS: 4, Level.DELTAS: 3}
 """the version of the policy in which each level came to mean what it does: a consent to another level still holds"""
 VALID_MS = 365 * 24 * 3600 * 1000
 """a consent is asked for again after a year"""
@@ -37,10 +37,12 @@ TEXTS = {
     Level.METRICS: f"No word of what was said leaves. {_CONTACT}",
     Level.PRIVATE_DELTAS: f"{_LEARNS}, and the size and noise that it was given. No word of what was said leaves. "
     "Before it leaves, the change is cut to a fixed size and mixed with noise that hides what it was learned from, "
-    "within a budget: all that this device ever sends of one model can move the odds of any guess at what was said "
-    "here by a factor of e to the power of epsilon at most (about 3,000 at epsilon 8, 2.7 at 1), but for a chance of 1 "
-    "in 100,000. Epsilon is 8 unless you set another; when it is spent, nothing more is learned. With few devices so "
-    "much noise teaches nothing: `privacy budget` tells from how many on it is of any use. "
+    "within a budget: all noised changes of one model that this device ever sends can move the odds between any two "
+    "guesses at what was said here by a factor of e to the power of epsilon at most (about 3,000 at epsilon 8, 2.7 at "
+    "1), but for a chance of 1 in 100,000. Not hidden by the noise, and not counted in epsilon: that a change was sent "
+    "and when, how many turns it was learned from, its rank, and the task that it answers. Epsilon is 8 unless you set "
+    "another; when it is spent, nothing more is learned. With few devices so much noise teaches nothing: `privacy "
+    "budget` tells from how many on it is of any use. "
     f"{GOES_ON} {_OUTBOX}",
     Level.DELTAS: f"{_LEARNS}, the mean of how these were judged, and the mean of those that are never learned from. "
     "The change leaves as it is, and parts of what was said can be recovered from it: more of it the fewer turns it "
