@@ -8,8 +8,8 @@ import pytest
 
 from clawloop_server.fleet import bridge as bridges
 from clawloop_server.fleet.bridge import Bridge
-from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
-from clawloop_shared.messages import RECORD
+from clawloop_server.fleet.channel import MAX_FRAME_BYTES, NodeInfo, Outgoing, Reply
+from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD
 
 
 class Grid:
@@ -20,6 +20,7 @@ class Grid:
         self.asked: list[list[str]] = []
         self.answered: set[str] = set()
         self.refused: set[int] = set()
+        self.payloads: dict[str, bytes] = {}
         self.count = 0
 
     def get_nodes(self) -> list[Any]:
@@ -34,15 +35,15 @@ class Grid:
 
     def pull_messages(self, ids: list[str]) -> list[Any]:
         self.asked.append(ids)
-        return [_answer(each) for each in ids if each in self.answered]
+        return [_answer(each, self.payloads.get(each, each.encode())) for each in ids if each in self.answered]
 
 
 def _node(node_id: int, name: str) -> Any:
     return SimpleNamespace(node_id=node_id, name=name, last_activated_at="now")
 
 
-def _answer(message_id: str) -> Any:
-    content = SimpleNamespace(config_records={RECORD: {RECORD: message_id.encode()}}, array_records={})
+def _answer(message_id: str, payload: bytes) -> Any:
+    content = SimpleNamespace(config_records={RECORD: {RECORD: payload}}, array_records={})
     metadata = SimpleNamespace(reply_to_message_id=message_id)
     return SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
 
@@ -53,11 +54,13 @@ class Hub:
     def __init__(self) -> None:
         self.online: list[list[NodeInfo] | None] = []
         self.replies: list[Reply] = []
+        self.handed: list[int] = []
         self.out: list[Outgoing] = []
 
     def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
         self.online.append(online)
         self.replies += replies
+        self.handed.append(sum(len(reply.payload) for reply in replies))
         out, self.out = self.out, []
         return out
 
@@ -116,3 +119,35 @@ def test_a_message_that_flower_does_not_take_is_answered_with_that() -> None:
     for _ in range(2):
         bridge.turn()
     assert [(reply.node_id, reply.error) for reply in hub.replies] == [(1, "the SuperLink did not take the message")]
+
+
+def test_an_answer_that_is_too_large_is_that_device_s_failure_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridges, "MAX_PAYLOAD_BYTES", 10)
+    grid, hub = Grid(), Hub()
+    bridge = Bridge(grid, hub)
+    hub.out = [Outgoing(number, "query.upload", b"x") for number in (1, 2)]
+    grid.answered, grid.payloads = {"m1", "m2"}, {"m1": bytes(11), "m2": bytes(10)}
+    for _ in range(3):
+        due(bridge)
+        bridge.turn()
+    large, good = sorted(hub.replies, key=lambda reply: reply.node_id)
+    assert (large.payload, large.error) == (b"", "node 1 answered with 11 bytes; a message holds 10")
+    assert (len(good.payload), good.error) == (10, "")
+
+
+def test_many_large_answers_go_in_several_exchanges_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridges, "_MAX_HANDED_BYTES", 25)
+    grid, hub = Grid(), Hub()
+    bridge = Bridge(grid, hub)
+    hub.out = [Outgoing(number, "query.upload", b"x") for number in range(1, 6)]
+    grid.answered = {f"m{number}" for number in range(1, 6)}
+    grid.payloads = {f"m{number}": bytes(30 if number == 4 else 10) for number in range(1, 6)}
+    for _ in range(6):
+        due(bridge)
+        bridge.turn()
+    assert [size for size in hub.handed if size] == [20, 10, 30, 10]
+    assert [reply.node_id for reply in hub.replies] == [1, 2, 3, 4, 5]
+
+
+def test_what_goes_in_one_exchange_fits_one_frame() -> None:
+    assert bridges._MAX_HANDED_BYTES + MAX_PAYLOAD_BYTES < MAX_FRAME_BYTES

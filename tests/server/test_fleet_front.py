@@ -8,9 +8,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 
+from clawloop_server.fleet import pushes
 from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
 from clawloop_server.hub import front
 from clawloop_server.hub.desk import DeskAnswer
@@ -162,3 +164,16 @@ async def test_a_poll_of_a_device_for_which_there_is_nothing_does_not_reach_flow
                 assert response.content_type == "application/protobuf"
     finally:
         await superlink.stop()
+
+
+def announcing(objects: int) -> bytes:
+    tree = ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id="b" * 64)] * (objects - 1))
+    return bytes(PushMessagesRequest(node=Node(node_id=7), message_object_trees=[tree]).SerializeToString())
+
+
+async def test_a_node_may_announce_as_many_objects_as_a_message_has_and_no_more(world: World) -> None:
+    assert b" 413 " in await world.send(announcing(33), path="/v1/fleet/push-messages")
+    assert b" 413 " in await world.send(b"\xff rubbish", path="/v1/fleet/push-messages")
+    assert b" 413 " in await world.send(bytes(pushes.MAX_BODY_BYTES + 1), path="/v1/fleet/push-messages")
+    assert b" 413 " in await world.send(bytes(pushes.MAX_OBJECT_BYTES + 1), path="/v1/fleet/push-object")
+    assert b" 404 " in await world.send(announcing(32), path="/v1/fleet/push-messages"), "passed on to the SuperLink"

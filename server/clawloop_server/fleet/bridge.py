@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from clawloop_server.errors import FleetError
 from clawloop_server.fleet.channel import VARIABLE, Line, NodeInfo, Outgoing, Reply, read_address
-from clawloop_shared.messages import RECORD, SMALL_PAYLOAD_BYTES
+from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD, SMALL_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _LOOK_SHARE, _PULL_SHARE = 0.05, 0.2
 """of its time that it may spend asking who is there, and whether there are answers: both cost more with more devices"""
 _MAX_PULL = 256
 """of the messages under way, how many it asks for at once; the oldest first"""
+_MAX_HANDED_BYTES = 128 << 20
+"""of payloads in one exchange: the hub hangs up on a frame over `channel.MAX_FRAME_BYTES`, whoever's fault it is"""
 _WAIT_S = (0.03, 0.5)
 _WAIT_SHARE = 0.4
 _PART_S = (0.01, 0.5)
@@ -62,14 +64,25 @@ class Bridge:
     def turn(self) -> None:
         """Once around: who is there, what is to be sent, what came back."""
         self._look()
-        replies, self._replies = self._replies, []
+        replies = self._some()
         changed = None if self._online == self._told else self._online
         orders = self._hub.exchange(changed, replies, wait_s=self._wait_s(replies))
         self._told = self._online
         if orders:
             self._push(orders)
-        if self._sent and time.monotonic() >= self._pull_due_s:
+        if self._sent and not self._replies and time.monotonic() >= self._pull_due_s:
             self._pull()
+
+    def _some(self) -> list[Reply]:
+        """Of the replies that are there as many, from the first on, as go into one exchange."""
+        count, size = 0, 0
+        for reply in self._replies:
+            size += len(reply.payload)
+            if count and size > _MAX_HANDED_BYTES:
+                break
+            count += 1
+        replies, self._replies = self._replies[:count], self._replies[count:]
+        return replies
 
     def _look(self) -> None:
         began_s = time.monotonic()
@@ -142,6 +155,10 @@ def _reply(sent: _Sent, message: Any) -> Reply:
     data = small.get(RECORD) if small is not None else large[RECORD].data if large and RECORD in large else None
     if not isinstance(data, bytes):
         return Reply(sent.node_id, sent.type, error="the reply has no payload")
+    if len(data) > MAX_PAYLOAD_BYTES:
+        _log.warning("node %d answered %s with %d bytes", sent.node_id, sent.type, len(data))
+        why = f"node {sent.node_id} answered with {len(data)} bytes; a message holds {MAX_PAYLOAD_BYTES}"
+        return Reply(sent.node_id, sent.type, error=why)
     return Reply(sent.node_id, sent.type, payload=data)
 
 

@@ -21,7 +21,7 @@ from typing import Protocol
 import aiohttp
 from aiohttp import web
 
-from clawloop_server.fleet import polls
+from clawloop_server.fleet import polls, pushes
 from clawloop_server.hub.desk import DeskAnswer
 from clawloop_shared.blobs import BLOB_PATH, MAX_PART_REQUEST_BYTES
 from clawloop_shared.membership import LEAVE_PATH, MAX_MEMBER_BYTES, ROTATE_PATH, STANDING_PATH
@@ -47,6 +47,7 @@ CODE_CALL = "get-fab"
 MAX_FLEET_BODY_BYTES = 16 << 20
 """Flower cuts payloads into objects of 5 MB"""
 _WHOLE_BYTES = 1 << 20
+_LIMITS = {pushes.CALL: pushes.MAX_BODY_BYTES, "push-object": pushes.MAX_OBJECT_BYTES}
 _UPSTREAM_S = 60.0
 _IDLE_S = 75.0
 """for a connection without a whole request head; aiohttp's own is an hour"""
@@ -194,13 +195,16 @@ class Front:
             raise web.HTTPNotFound
         if request.headers.get("Content-Encoding"):
             return _error(415, "Content-Encoding is not accepted here")
-        if (request.content_length or 0) > MAX_FLEET_BODY_BYTES:
-            return _error(413, f"a request may have {MAX_FLEET_BODY_BYTES} bytes")
+        limit = _LIMITS.get(call, MAX_FLEET_BODY_BYTES)
+        if (request.content_length or 0) > limit:
+            return _error(413, f"a request of {call} may have {limit} bytes")
         if self._session is None or not self._is_open():
             return _error(503, "the server is not ready; try again", retry_after_s=1)
         headers = {k: v for k, v in request.headers.items() if k.lower() in _KEPT or k.lower().startswith(_KEPT_PREFIX)}
         whole = request.content_length is not None and request.content_length <= _WHOLE_BYTES
-        body = await request.read() if whole else _limited(request)
+        body = await request.read() if whole or call == pushes.CALL else _limited(request, limit)
+        if call == pushes.CALL and isinstance(body, bytes) and (reason := pushes.why_not(body)):
+            return _error(413, reason)
         if call == polls.CALL and isinstance(body, bytes) and polls.finds_nothing(body, self._nothing_for):
             return web.Response(body=polls.ANSWER, content_type=polls.MEDIA_TYPE)
         url = f"{self._superlink}/v1/fleet/{call}"
@@ -241,12 +245,12 @@ async def _whole(request: web.Request, limit: int) -> bytes | None:
     return bytes(body)
 
 
-async def _limited(request: web.Request) -> AsyncIterator[bytes]:
-    left = MAX_FLEET_BODY_BYTES
+async def _limited(request: web.Request, limit: int) -> AsyncIterator[bytes]:
+    left = limit
     async for chunk in request.content.iter_any():
         left -= len(chunk)
         if left < 0:
-            raise web.HTTPRequestEntityTooLarge(max_size=MAX_FLEET_BODY_BYTES, actual_size=MAX_FLEET_BODY_BYTES - left)
+            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=limit - left)
         yield chunk
 
 
