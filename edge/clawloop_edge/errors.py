@@ -26,6 +26,7 @@ ClawloopError
 ├── ScorerFailed             a scorer could not judge this time
 │   └── NotScorable          nor will it, however often this case is asked for
 ├── LearnFailed              nothing can be learned at home from this
+│   └── NotLearnable         nor could it, however often it is tried
 └── ConsentError             the privacy level does not allow it
 """
 
@@ -94,6 +95,10 @@ class ConsentError(ClawloopError):
 
 class LearnFailed(ClawloopError):
     """Nothing can be learned at home from this."""
+
+
+class NotLearnable(LearnFailed):
+    """Nor could it, however often it is tried: it is what the task or the data are."""
 
 
 class RedactionError(UncheckedError):

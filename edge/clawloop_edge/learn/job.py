@@ -10,11 +10,15 @@ from clawloop_shared.deltas import LearnTask
 from clawloop_shared.records import Trajectory
 from clawloop_shared.signals import DEFAULT_RULES, RewardRules
 
+MASKED = "the task's loss lets nothing be learned from it"
+"""of what was set aside: it is as good as it was, and is learned from another time"""
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One task with all that it needs. `adapter` are the files of the adapter that the task starts from (empty: there
     is none yet), `trajectories` what is learned from, judged; their order does not matter. `rank` is the task's, or
-    the lower one that this device allows."""
+    the lower one that this device allows; `min_trajectories` bounds how much of it one trajectory may be
+    (`learn.shares`)."""
 
     task: LearnTask
     rank: int
@@ -25,12 +29,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     max_updates: int = 50
     max_sample_tokens: int = 8192
     max_memory_bytes: int = 0
+    min_trajectories: int = 1
 
 
 class Learned(msgspec.Struct, frozen=True, kw_only=True):
     """What was learned: `weights`, a safetensors file (float32) of the factors that the task's method learns, under the
-    names of `clawloop_shared.deltas`; nothing is clipped or noised yet. `trajectory_ids` were learned from,
-    `set_aside` could not be, by their reason. `updates` has the metrics of each optimizer step."""
+    names of `clawloop_shared.deltas`; nothing is clipped or noised yet. `trajectory_ids` are those that moved it, each
+    by some of its tokens; `set_aside` are the others, by their reason. `updates` has each step's metrics."""
 
     weights: bytes
     trajectory_ids: list[str]

@@ -15,10 +15,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import msgspec
 
-from clawloop_edge.errors import LearnFailed
-from clawloop_edge.learn.job import Job, Learned
+from clawloop_edge.errors import NotLearnable
+from clawloop_edge.learn.job import MASKED, Job, Learned
 from clawloop_edge.learn.lora import Arrays, from_file, to_file
 from clawloop_edge.learn.objective import LossInputs, slopes
+from clawloop_edge.learn.shares import largest, most_share, scales, too_large
 from clawloop_shared.advantages import AdvantageState, advantages_of
 from clawloop_shared.deltas import LearnTask
 from clawloop_shared.lessons import advantage_metrics, batches, length_metrics, rewards_of, spread
@@ -60,7 +61,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     at_update: int = 0
     tracked: AdvantageState = AdvantageState()
     learned: dict[str, float] = {}
-    """rewards by trajectory"""
+    """rewards by trajectory that moved the factors"""
+    shares: dict[str, float] = {}
+    """the part that each had, summed over the updates; with the sizes of those parts in `masses` (`learn.shares`)"""
+    masses: dict[str, float] = {}
     set_aside: dict[str, str] = {}
     updates: list[dict[str, float]] = []
     tensors: bytes = b""
@@ -72,6 +76,7 @@ def fingerprint(job: Job) -> bytes:
     names = sorted(trajectory.trajectory_id for trajectory in job.trajectories)
     adapter = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.adapter.items())}
     told = (job.task, job.rank, adapter, names, job.rules, job.max_updates, job.max_sample_tokens)
+    told = (*told, job.min_trajectories)
     return hashlib.sha256(msgspec.msgpack.encode(told)).digest()
 
 
@@ -87,7 +92,7 @@ def plan_of(job: Job, *, vocabulary: int, fits: Callable[[Sequence[int]], bool])
     """What to do for a job. `fits` tells whether a step of so many tokens fits the memory.
 
     Raises:
-        LearnFailed: none of the trajectories can be learned from.
+        NotLearnable: none of the trajectories can be learned from.
     """
     limits = Limits(job.task.line_id, vocabulary, job.max_sample_tokens, rules=job.rules)
     found = screen(sorted(job.trajectories, key=lambda t: t.trajectory_id), limits)
@@ -100,7 +105,7 @@ def plan_of(job: Job, *, vocabulary: int, fits: Callable[[Sequence[int]], bool])
             set_aside[trajectory.trajectory_id] = TOO_LARGE
     if not usable:
         reasons = ", ".join(sorted(set(set_aside.values()))) or "there are none"
-        raise LearnFailed(f"none of {len(job.trajectories)} trajectories can be learned from: {reasons}")
+        raise NotLearnable(f"none of {len(job.trajectories)} trajectories can be learned from: {reasons}")
     wanted, first = min(job.task.updates, job.max_updates), set[int]()
     planned: list[list[Trajectory]] = []
     while len(planned) < wanted:
@@ -142,16 +147,24 @@ class Updates:
         """What was learned.
 
         Raises:
-            LearnFailed: nothing was: there was nothing to tell good from bad, or nothing finite.
+            NotLearnable: nothing was: there was nothing to tell good from bad, or nothing finite; or one trajectory had
+                more of it than it may.
         """
         progress = self._progress
         if not any(update["gradient_norm"] > 0 for update in progress.updates):
             bad = sorted(set(progress.set_aside.values())) or ["what was judged was judged alike"]
-            raise LearnFailed(f"{len(progress.updates)} updates changed nothing: {', '.join(bad)}")
+            raise NotLearnable(f"{len(progress.updates)} updates changed nothing: {', '.join(bad)}")
+        share, most = largest(progress.shares, progress.masses), most_share(self._job.min_trajectories)
+        if too_large(share, most):
+            raise NotLearnable(
+                f"one trajectory is {share:.2f} of what was learned, and may be {most:.2f}; wait for a task"
+            )
+        tried = {t.trajectory_id for batch in self._plan.batches for t in batch}
+        masked = dict.fromkeys(sorted(tried - progress.learned.keys()), MASKED)
         return Learned(
             weights=to_file(self._learned),
             trajectory_ids=sorted(progress.learned),
-            set_aside=self._plan.set_aside | progress.set_aside,
+            set_aside=masked | self._plan.set_aside | progress.set_aside,
             reward=sum(progress.learned.values()) / max(1, len(progress.learned)),
             updates=progress.updates,
         )
@@ -171,9 +184,9 @@ class Updates:
             aside |= {batch[index].trajectory_id: reason for index, reason in broken.items()}
             batch = [t for index, t in enumerate(batch) if index not in broken]
             samples = []
-        sums, norm = Sums(), 0.0
+        sums, norm, parts = Sums(), 0.0, dict[int, float]()
         if samples:
-            sums, norm, gradient = self._gradient(samples, logprobs)
+            sums, norm, gradient, parts = self._gradient(samples, logprobs)
             sums += Sums(entropy=entropy)
             self._apply(gradient, norm)
         metrics = metrics | sums.metrics()
@@ -185,12 +198,15 @@ class Updates:
             "reward": sum(t.reward for t in batch) / max(1, len(batch)),
             "trajectories": float(len(batch)),
         }
-        taught = {batch[sample.trajectory].trajectory_id for sample in samples} if math.isfinite(norm) else set()
+        whole = sum(parts.values()) if math.isfinite(norm) else 0.0
+        taught = {batch[at].trajectory_id: part for at, part in parts.items() if part > 0 and whole}
         self._progress = msgspec.structs.replace(
             before,
             at_update=number + 1,
             tracked=after if batch and math.isfinite(norm) else tracked,
             learned=before.learned | {t.trajectory_id: t.reward for t in batch if t.trajectory_id in taught},
+            shares=_more(before.shares, {name: part / whole for name, part in taught.items()}),
+            masses=_more(before.masses, taught),
             set_aside=before.set_aside | aside,
             updates=[*before.updates, metrics],
         )
@@ -223,21 +239,25 @@ class Updates:
             self._reference[sample.step_id] = self._model.logprobs(sample, base=True)[0]
         return self._reference[sample.step_id]
 
-    def _gradient(self, samples: Sequence[Sample], logprobs: Sequence[list[float]]) -> tuple[Sums, float, Arrays]:
-        """What to log, the gradient's norm, and the gradient, sample by sample."""
+    def _gradient(
+        self, samples: Sequence[Sample], logprobs: Sequence[list[float]]
+    ) -> tuple[Sums, float, Arrays, dict[int, float]]:
+        """What to log, the gradient's norm, and the gradient, sample by sample; and each trajectory's part in it."""
         loss = self._job.task.loss
         reference = [self._reference_of(sample) for sample in samples] if loss.kl_beta else None
         slope_P, sums = slopes(logprobs, LossInputs.of(samples, loss, reference=reference), loss)
-        total, at = {name: mx.zeros_like(array) for name, array in self._learned.items()}, 0
-        for sample in samples:
-            part = slope_P[at : at + len(sample.trained)]
-            at += len(sample.trained)
+        parts = _split(slope_P, samples)
+        masses = _masses(parts, samples)
+        found_scales = scales([*masses.values()], most_share(self._job.min_trajectories))
+        scale = dict(zip(masses, found_scales, strict=True))
+        total = {name: mx.zeros_like(array) for name, array in self._learned.items()}
+        for sample, part in zip(samples, parts, strict=True):
             if bool((part != 0).any().item()):  # also where it is NaN
-                found = self._model.gradient(sample, part, self._learned)
+                found = self._model.gradient(sample, part * scale[sample.trajectory], self._learned)
                 total = {name: array + found[name] for name, array in total.items()}
                 mx.eval(list(total.values()))
         norm: Any = mx.sqrt(mx.stack([mx.square(array).sum() for array in total.values()]).sum())
-        return sums, float(norm.item()), total
+        return sums, float(norm.item()), total, {at: mass * scale[at] for at, mass in masses.items()}
 
     def _apply(self, gradient: Arrays, norm: float) -> None:
         """AdamW's step on the gradient, cut to CLIP_NORM; without a finite one nothing moves."""
@@ -259,3 +279,24 @@ class Updates:
         for name in self._learned:
             self._optimizer.state[name] = {part: tensors[f"{part}/{name}"] for part in ("m", "v")}
         self._optimizer.state["step"] = tensors["step"]
+
+
+def _split(slope_P: Any, samples: Sequence[Sample]) -> list[Any]:
+    """slope_P of each sample."""
+    found, at = list[Any](), 0
+    for sample in samples:
+        found.append(slope_P[at : at + len(sample.trained)])
+        at += len(sample.trained)
+    return found
+
+
+def _masses(parts: Sequence[Any], samples: Sequence[Sample]) -> dict[int, float]:
+    """The sum of the absolute slopes of each trajectory."""
+    found = dict[int, float]()
+    for sample, part in zip(samples, parts, strict=True):
+        found[sample.trajectory] = found.get(sample.trajectory, 0.0) + float(mx.abs(part).sum().item())
+    return found
+
+
+def _more(before: dict[str, float], added: dict[str, float]) -> dict[str, float]:
+    return before | {name: before.get(name, 0.0) + number for name, number in added.items()}

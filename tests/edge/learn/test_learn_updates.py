@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clawloop_edge.errors import LearnFailed
+from clawloop_edge.learn.job import MASKED
 from clawloop_edge.learn.lora import first_factors, from_file
 from clawloop_edge.learn.memory import sample_bytes
 from clawloop_edge.learn.opening import open_job
@@ -156,7 +157,8 @@ def test_what_is_poisoned_is_set_aside_by_name_and_harms_no_other(
 
     monkeypatch.setattr(LearningModel, "logprobs", poisoned)
     learned = finish(open_job(a_job(random_model), kept=b"", memory_bytes=0)).result()
-    assert learned.set_aside == {"t01": NOT_FINITE}
+    assert learned.set_aside.pop("t01") == NOT_FINITE
+    assert set(learned.set_aside.values()) <= {MASKED}
     assert "t01" not in learned.trajectory_ids
     assert all(mx.isfinite(array).all().item() for array in from_file(learned.weights).values())
 
