@@ -103,8 +103,7 @@ class LoraDelta(msgspec.Struct, frozen=True, kw_only=True, tag=DELTA_KIND):
     """What a device learned, or a noised sum member of it. `weights` is a safetensors file of the learned factors in
     PEFT's layout, under the names of `A` and `B` above.
 
-    `reward` is the mean reward of what was learned from, `held_out` that of the device's own `val` trajectories under
-    the adapter it started from, each in [-1, 1]; none where the level does not let it out or there is none.
+    `reward` is the mean reward of what was learned from, in [-1, 1]; none where the level does not let it out.
     """
 
     task_id: _Id
@@ -121,7 +120,6 @@ class LoraDelta(msgspec.Struct, frozen=True, kw_only=True, tag=DELTA_KIND):
     clip: _Size = 0.0
     sigma: _Size = 0.0
     reward: Annotated[float, Meta(ge=-1, le=1)] | None = None
-    held_out: Annotated[float, Meta(ge=-1, le=1)] | None = None
 
     @property
     def scale(self) -> float:

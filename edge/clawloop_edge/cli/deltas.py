@@ -99,8 +99,7 @@ def _plain(delta: LoraDelta) -> dict[str, Any]:
 
 def _said(delta: LoraDelta) -> list[str]:
     """What leaves beside the numbers."""
-    rewards = {"judged": delta.reward, "held out": delta.held_out}
-    told = [f"{name} {value:+.2f} on average" for name, value in rewards.items() if value is not None]
+    told = [] if delta.reward is None else [f"judged {delta.reward:+.2f} on average"]
     told += [f"hash of that adapter {delta.weights_sha256[:12] or 'none'}", f"alpha {delta.alpha:g}"]
     return [f"it tells: {delta.trajectories} trajectories, {', '.join(told)}"]
 

@@ -24,7 +24,7 @@ from clawloop_edge.privacy.deltas import Ladders, Source
 from clawloop_edge.privacy.limits import Limits as Lowered
 from clawloop_shared.files import sha256
 from clawloop_shared.levels import Level
-from clawloop_shared.records import Channel, Signal, Step, Trajectory
+from clawloop_shared.records import Channel, Signal, Trajectory
 from clawloop_shared.rows import Limits, screen
 from clawloop_shared.signals import RewardRules, assemble
 
@@ -40,9 +40,7 @@ MAX_TOKENS = 4 << 20
 """of all trajectories of one run together, which are in memory at once; beyond the least number of them"""
 MAX_STEPS = 1024
 """of one trajectory; a longer one is not learned from at home"""
-MAX_HELD_OUT = 256
-"""trajectories of the channel `val` that a mean is taken of: the latest"""
-NEW, READY, HELD_OUT = "new", "ready", "val"
+NEW, READY = "new", "ready"
 _IDS = "(SELECT value FROM json_each(?))"
 _SOURCE = "s.trajectory_id, iif(s.trajectory_id = '', s.run_id, ''), iif(s.trajectory_id = '', s.session_id, '')"
 _NAMED = "SELECT seq FROM steps WHERE trajectory_id = ?1 AND trajectory_id != '' AND trainable LIMIT ?2"
@@ -57,7 +55,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """One trajectory that may be learned from, or is held out: its level, and what of it is left out by its owner."""
+    """One trajectory whose level lets deltas out: that level, and what of it is left out by its owner."""
 
     source: Source
     channel: Channel
@@ -77,7 +75,6 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, Source]
     step_ids: list[str]
     session_ids: list[str]
-    held_out: float | None = None
     refused: dict[str, int] = {}
     useless: list[Source] = []
 
@@ -101,13 +98,9 @@ class Chooser:
         """How many sources wait to be learned from, by their level, as far as the index knows. Opens nothing."""
         return ready_in(self._pool)
 
-    def choose(
-        self, level: Level, *, at_most: int, at_least: int = 1, version: int = 0, weights_sha256: str = ""
-    ) -> Chosen:
+    def choose(self, level: Level, *, at_most: int, at_least: int = 1) -> Chosen:
         """The latest trajectories of a level that were not learned from before; none if there are none. More than
         `at_least` only as long as they are not too much for memory.
-
-        At `deltas` with the mean reward of what is held out, under the adapter of that version and hash.
         """
         with self._pool.reading() as reading:
             looker = _Looker(reading, self._consent.within(reading.database), self._limits)
@@ -122,9 +115,6 @@ class Chooser:
                 given += [(source, one) for one in found if _fits(one, self._limits, refused)]
                 useless += [source] if len(given) == before else []
                 tokens += sum(len(step.token_ids) for _, one in given[before:] for step in one.steps)
-            held_out = None
-            if level is Level.DELTAS:
-                held_out = _mean(looker.held_out(version=version, weights_sha256=weights_sha256))
         steps = [step for _, one in given[:at_most] for step in one.steps]
         return Chosen(
             level=level,
@@ -132,7 +122,6 @@ class Chooser:
             sources={one.trajectory_id: source for source, one in given[:at_most]},
             step_ids=[step.step_id for step in steps],
             session_ids=sorted({step.session_id for step in steps}),
-            held_out=held_out,
             refused=dict(refused),
             useless=useless,
         )
@@ -220,9 +209,7 @@ class _Looker:
         """What the index says of a source; empty: nothing can be learned from it as it is."""
         found = [each for each in self.look(source) if self._teaches(each)]
         train = [each for each in found if each.channel is Channel.TRAIN]
-        if train:
-            return f"{READY} {train[0].level}"
-        return HELD_OUT if any(each.level is Level.DELTAS for each in found) else ""
+        return f"{READY} {train[0].level}" if train else ""
 
     def look(self, source: Source) -> Iterator[Found]:
         """The trajectories of a source: those of one channel and group, all of whose steps are at levels of deltas."""
@@ -255,17 +242,6 @@ class _Looker:
         """The trajectory with its tokens and its reward; none without one."""
         steps = [step for line in found.lines if (step := self._reading.step(line.step_id)) is not None]
         return assemble(steps, found.signals, rules=self._limits.rules, left_out=found.left_out)
-
-    def held_out(self, *, version: int, weights_sha256: str) -> Iterator[float]:
-        """The rewards of what is held out, of steps that this very adapter sampled."""
-        for number, source in enumerate(_rows(self._reading.database, HELD_OUT)):
-            if number >= MAX_HELD_OUT:
-                return
-            for found in self.look(source):
-                if found.channel is Channel.VAL and found.level is Level.DELTAS:
-                    for one in self.read(found):
-                        if all(_sampled_by(step, version, weights_sha256) for step in one.steps):
-                            yield one.reward
 
     def _teaches(self, found: Found) -> bool:
         """Whether it was judged, and a step of it fits. Reads one step's tokens, which tell its model line."""
@@ -335,15 +311,6 @@ def _fits(trajectory: Trajectory, limits: Limits, refused: Counter[str]) -> bool
     found = screen([trajectory], limits)
     refused.update(found.rejected_trajectories.values())
     return bool(found.trajectories)
-
-
-def _sampled_by(step: Step, version: int, weights_sha256: str) -> bool:
-    return (step.policy.version, step.policy.adapter_sha256) == (version, weights_sha256)
-
-
-def _mean(rewards: Iterable[float]) -> float | None:
-    found = list(rewards)
-    return max(-1.0, min(1.0, sum(found) / len(found))) if found else None
 
 
 def _json(names: Iterable[Any]) -> str:

@@ -98,7 +98,6 @@ class Releaser:
             session_ids=chosen.session_ids,
             sources=chosen.sources,
             started_ms=self._clock(),
-            held_out=chosen.held_out,
             sigma=sigma,
             clip=clip,
         )
@@ -210,7 +209,6 @@ class Releaser:
             clip=run.clip,
             sigma=run.sigma,
             reward=None if private else _within(learned.reward),
-            held_out=None if private else run.held_out,
         )
         try:
             delta_tensors(delta, self._shape)

@@ -39,8 +39,7 @@ _PART_BYTES = 64 << 20
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """A run under way. `held_out` is the mean reward of what is not learned from, if it may leave; `entry_id` the
-    ledger's, of a run that will be noised by `sigma` times the norm `clip`."""
+    """A run under way. `entry_id` is the ledger's, of a run that will be noised by `sigma` times the norm `clip`."""
 
     run_id: str
     task: LearnTask
@@ -50,7 +49,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     session_ids: list[str]
     sources: dict[str, Source]
     started_ms: int
-    held_out: float | None = None
     sigma: float = 0.0
     clip: float = 0.0
     entry_id: str = ""

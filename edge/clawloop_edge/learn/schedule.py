@@ -213,13 +213,7 @@ class Schedule:
     def _begin(self, task: LearnTask, level: Level) -> Run | None:
         task, rank = lowered(task, self._settings)
         at_most = max(self._settings.min_trajectories, task.updates * task.batch_trajectories)
-        chosen = self._chooser.choose(
-            level,
-            at_most=at_most,
-            at_least=self._settings.min_trajectories,
-            version=task.base_version,
-            weights_sha256=task.weights_sha256,
-        )
+        chosen = self._chooser.choose(level, at_most=at_most, at_least=self._settings.min_trajectories)
         self._chooser.pass_by(chosen.useless)
         try:
             return self._releaser.begin(task, chosen, rank=rank)

@@ -8,7 +8,7 @@ POLICY_VERSION = 4
 """of the texts together; 3: devices learn at home; 4: what epsilon counts, and what it does not"""
 LEARNS_SINCE = 3
 """what was agreed to before meant that nothing of the levels of deltas leaves but what does at `metrics`"""
-VERSIONS = dict.fromkeys(Level, 2) | {Level.PRIVATE_DELTAS: 4, Level.DELTAS: 3}
+VERSIONS = dict.fromkeys(Level, 2) | {Level.PRIVATE_DELTAS: 4, Level.DELTAS: 4}
 """the version of the policy in which each level came to mean what it does: a consent to another level still holds"""
 VALID_MS = 365 * 24 * 3600 * 1000
 """a consent is asked for again after a year"""
@@ -44,9 +44,9 @@ TEXTS = {
     "another; when it is spent, nothing more is learned. With few devices so much noise teaches nothing: `privacy "
     "budget` tells from how many on it is of any use. "
     f"{GOES_ON} {_OUTBOX}",
-    Level.DELTAS: f"{_LEARNS}, the mean of how these were judged, and the mean of those that are never learned from. "
-    "The change leaves as it is, and parts of what was said can be recovered from it: more of it the fewer turns it "
-    "was learned from, and a single short one almost whole. It is made of 8 at least, unless you set another number. "
+    Level.DELTAS: f"{_LEARNS}, and the mean of how these were judged. The change leaves as it is, and parts of "
+    "what was said can be recovered from it: more of it the fewer turns it was learned from, and a single short one "
+    "almost whole. It is made of 8 at least, unless you set another number. "
     f"{GOES_ON} {_OUTBOX}",
     Level.REDACTED: "What leaves at `metrics`, and the trainable steps that are kept from now on: what you and "
     "your agent said, the tools' results, and how they were judged. Before that, secrets and personal data that are "

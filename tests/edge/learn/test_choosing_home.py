@@ -142,18 +142,15 @@ def test_what_was_in_an_item_is_not_learned_from_and_what_was_learned_from_goes_
     assert sessions <= {"sent"}
 
 
-def test_the_mean_of_what_is_held_out_is_that_of_the_served_adapter_alone(device: LearningDevice) -> None:
+def test_what_is_held_out_is_not_even_in_the_index(device: LearningDevice) -> None:
     device.set_level(Level.DELTAS)
     device.keep_many(2)
     device.hold_out("v1", 1.0)
-    device.hold_out("v2", 0.0)
-    device.keep("v3", reward=-1.0, channel="val", policy=Policy("line", 2, "cd" * 32))
     device.catch_up()
-    version, weights = SERVED.version, SERVED.adapter_sha256
-    found = device.chooser.choose(Level.DELTAS, at_most=9, version=version, weights_sha256=weights)
-    assert found.held_out == pytest.approx(0.5)
-    assert device.chooser.choose(Level.DELTAS, at_most=9, version=4, weights_sha256=weights).held_out is None
-    assert device.chooser.choose(Level.PRIVATE_DELTAS, at_most=9).held_out is None
+    with device.pool.read() as database:
+        rows = database.conn.execute("SELECT trajectory_id, session_id FROM learnable").fetchall()
+    assert len(rows) == 2
+    assert "v1" not in {name for row in rows for name in row}
 
 
 def test_steps_of_one_trajectory_are_rewarded_and_chosen_together(device: LearningDevice) -> None:
