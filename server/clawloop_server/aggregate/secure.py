@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from statistics import median_low
 
 import msgspec
 import numpy as np
@@ -23,6 +24,8 @@ from clawloop_shared.shamir import SHARE_BYTES
 
 AGAIN_MS = 60_000
 """after a device said that it has nothing yet, until it is asked again"""
+MOST_SIGMA = 16.0
+"""how many times the usual noise a member may say that its values have: what a sum may come to grows with it"""
 _SEALED_BYTES = 12 + 2 * SHARE_BYTES + 16
 _HASHES_BYTES = 64
 _NAMED = 5
@@ -46,6 +49,8 @@ class SumState(msgspec.Struct, kw_only=True):
     terms: secure.Terms
     devices: dict[str, bytes]
     cohort: str = ""
+    sigma: float = 0.0
+    """that of the task"""
     phase: Phase = Phase.ADVERTISE
     status: Status = Status.RUNNING
     reason: str = ""
@@ -66,6 +71,8 @@ class SumState(msgspec.Struct, kw_only=True):
     unmaskings: dict[int, secure.Unmasking] = {}
     accused: dict[int, list[int]] = {}
     """by place: the places of those that could not open its shares"""
+    loud: list[str] = []
+    """those that said that they have far more noise than the others"""
 
 
 class SecureSum:
@@ -89,9 +96,13 @@ class SecureSum:
         phase_ms: int,
         patience_ms: int,
         cohort: str = "",
+        sigma: float = 0.0,
     ) -> SecureSum:
-        """Ask these devices (of one cohort) in; for `patience_ms` at most, if there are too few for so long."""
-        state = SumState(terms=terms, devices=dict(devices), cohort=cohort, deadline_ms=now_ms + patience_ms)
+        """Ask these devices (of one cohort) in; for `patience_ms` at most, if there are too few for so long. `sigma`:
+        the noise that the task asks for."""
+        state = SumState(
+            terms=terms, devices=dict(devices), cohort=cohort, sigma=sigma, deadline_ms=now_ms + patience_ms
+        )
         return cls(state, phase_ms=phase_ms)
 
     def add(self, device_id: str, device_key: bytes) -> None:
@@ -113,11 +124,13 @@ class SecureSum:
 
     @property
     def culprits(self) -> list[str]:
-        """Devices that so many others accuse of wrong shares that there can be no sum with them."""
+        """Devices that so many others accuse of wrong shares that there can be no sum with them, and those that said
+        that they have far too much noise."""
+        loud = list(self.state.loud)
         if self._members is None:
-            return []
+            return loud
         ids, spare = self._ids(), len(self.state.shares) - self._members.threshold
-        return [ids[place] for place, accusers in sorted(self.state.accused.items()) if len(accusers) > spare]
+        return loud + [ids[place] for place, accusers in sorted(self.state.accused.items()) if len(accusers) > spare]
 
     def due(self, device_id: str, *, now_ms: int) -> SecureRequest | None:
         """What that device is to be asked; None: nothing now."""
@@ -279,6 +292,23 @@ class SecureSum:
             raise SumError(f"device {device_id} signed with key {signing.key_id(advert.device_key)}, not with its own")
         secure.open_advert(advert, self.state.terms)
         self.state.adverts[device_id] = advert
+        self._leave_loud()
+        if device_id not in self.state.adverts:
+            raise SumError(self.state.out[device_id])
+
+    def _leave_loud(self) -> None:
+        """Leave out who says that it has over `MOST_SIGMA` times the noise of the task and of half of the others. Its
+        word cannot be checked, and what the sum may come to grows with it. Judged once there are enough to compare."""
+        state = self.state
+        if len(state.adverts) < state.terms.min_members:
+            return
+        sigmas = {name: secure.open_advert(advert, state.terms).sigma for name, advert in state.adverts.items()}
+        usual = max(state.sigma, median_low(sigmas.values()))
+        for name, sigma in sigmas.items():
+            if sigma > MOST_SIGMA * usual:
+                del state.adverts[name]
+                state.loud.append(name)
+                state.out[name] = f"its sigma {sigma:g} is over {MOST_SIGMA:g} times the usual {usual:g}"
 
     def _take_shares(self, device_id: str, body: bytes) -> None:
         shares, members, place = wire.decode(body, secure.Shares), self._roster(), self._place(device_id)

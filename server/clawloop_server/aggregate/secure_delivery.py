@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from math import prod
+import math
+
+import numpy as np
 
 from clawloop_server.aggregate.secure_unmasking import Total
 from clawloop_shared.deltas import MAX_TRAJECTORIES, LearnTask, LoraDelta, delta_shapes
@@ -22,7 +24,7 @@ def terms_of(task: LearnTask, shape: ModelShape, *, sum_id: str, min_members: in
     """
     if not task.secure or not task.method.is_linear or not task.clip:
         raise SumError(f"task {task.task_id} is not for a secure sum: method {task.method}, clip {task.clip}")
-    values = sum(prod(size) for size in _shapes(task, shape).values())
+    values = sum(math.prod(size) for size in _shapes(task, shape).values())
     if values > MAX_VALUES:
         raise SumError(
             f"task {task.task_id}: {values} values do not fit one message of a secure sum ({MAX_VALUES}); lower"
@@ -48,8 +50,18 @@ def deliver(terms: Terms, total: Total, shape: ModelShape) -> LoraDelta:
     """The mean of the members' deltas as one delta, for a round to join: learned from all their trajectories, with the
     noise that is left in the mean.
 
-    The method is linear, so the mean of what was sent is what was sent for the mean of the updates.
+    The method is linear, so the mean of what was sent is what was sent for the mean of the updates. Its norm is cut to
+
+        clip * (1 + sqrt(values) * usual_sigma / count)
+
+    the most that a mean of updates within the clip has, and the norm that their noise is expected to have (of d normal
+    numbers: sqrt(d)), if no member has more noise than the median of them: nobody's own word makes room for it.
     """
+    mean = total.values / total.count
+    most = terms.clip * (1.0 + math.sqrt(len(mean)) * total.usual_sigma / total.count)
+    norm = float(np.linalg.norm(mean))
+    if norm > most:
+        mean *= most / norm
     return LoraDelta(
         task_id=terms.task_id,
         line_id=terms.line_id,
@@ -60,7 +72,7 @@ def deliver(terms: Terms, total: Total, shape: ModelShape) -> LoraDelta:
         rank=terms.rank,
         alpha=terms.alpha,
         target_modules=terms.target_modules,
-        weights=unflatten(total.values / total.count, _shapes(terms, shape)),
+        weights=unflatten(mean, _shapes(terms, shape)),
         trajectories=min(total.trajectories, MAX_TRAJECTORIES),
         clip=terms.clip,
         sigma=total.sigma / total.count,

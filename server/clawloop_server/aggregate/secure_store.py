@@ -206,7 +206,13 @@ class SecureSums:
                 database.run("DELETE FROM secure_expected WHERE task_id = ?", [task_id])
             return
         begun = SecureSum.begin(
-            terms, chosen, cohort=cohort, now_ms=now_ms, phase_ms=self._phase_ms, patience_ms=PATIENCE_MS
+            terms,
+            chosen,
+            cohort=cohort,
+            sigma=task.sigma,
+            now_ms=now_ms,
+            phase_ms=self._phase_ms,
+            patience_ms=PATIENCE_MS,
         )
         with self._database.write() as database:
             database.run(

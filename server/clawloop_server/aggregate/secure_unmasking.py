@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 
 import msgspec
 import numpy as np
@@ -21,12 +22,14 @@ _TAIL = 6.0
 
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """A sum: `values` (float64) of `count` members, learned from `trajectories`. `sigma`: standard deviation of the
-    noise in the sum, in units of the clip."""
+    noise in the sum, in units of the clip, as the members say; `usual_sigma`: the same if none has more than the median
+    of the roster."""
 
     values: NDArray[np.float64]
     count: int
     trajectories: int
     sigma: float
+    usual_sigma: float
 
 
 def unmask(
@@ -77,7 +80,9 @@ def _checked(ring: Ring, members: secure.Members, terms: secure.Terms, *, surviv
     trajectories = int(ring[-1])
     if not count <= trajectories <= count * MAX_TRAJECTORIES:
         raise SumError(f"{count} members cannot have learned from {trajectories} trajectories: one sent something else")
-    sigma = math.sqrt(sum(members.at(place).advert.sigma ** 2 for place in survivors))
+    sigmas = [members.at(place).advert.sigma for place in survivors]
+    usual = median_low(member.advert.sigma for member in members.members)
+    sigma = math.hypot(*sigmas)
     rounding = error_of(count, members.bound, members=all_members) * math.sqrt(len(values))
     most = terms.clip * (count + sigma * (math.sqrt(len(values)) + _TAIL)) + rounding
     norm = float(np.linalg.norm(values))
@@ -86,4 +91,5 @@ def _checked(ring: Ring, members: secure.Members, terms: secure.Terms, *, surviv
             f"the sum has norm {norm:.4g}; {count} members within the clip {terms.clip:g} and their noise make at most"
             f" {most:.4g}: one sent something else"
         )
-    return Total(values=values, count=count, trajectories=trajectories, sigma=sigma)
+    usual_sigma = math.hypot(*(min(each, usual) for each in sigmas))
+    return Total(values=values, count=count, trajectories=trajectories, sigma=sigma, usual_sigma=usual_sigma)
