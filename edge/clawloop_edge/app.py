@@ -30,7 +30,7 @@ from clawloop_edge.gateway.app import DRAIN, DROPPER, METRICS, STATS, make_app, 
 from clawloop_edge.gateway.drain import Drain
 from clawloop_edge.handlers import Handlers
 from clawloop_edge.home import EdgeHome
-from clawloop_edge.node import leaving, rotating
+from clawloop_edge.node import leaving, leftovers, rotating
 from clawloop_edge.node.deleting import ask_due
 from clawloop_edge.node.join import Membership
 from clawloop_edge.node.large import Large
@@ -124,6 +124,7 @@ class Edge:
     async def start(self) -> None:
         """Restore the adapter that was in use, and begin to watch."""
         await asyncio.to_thread(self._open_redactor, asyncio.get_running_loop())
+        await asyncio.to_thread(leftovers.clear, self.home.folder)
         await self._follow_membership()
         if self.signals is not None:
             await self.signals.start()
@@ -323,8 +324,9 @@ class Edge:
             member,
             self.outbox,
             install=lambda offer: asyncio.run_coroutine_threadsafe(activator.install(offer), loop).result(),
-            folder=self.home.folder / "fetched",
+            folder=self.home.folder / leftovers.FETCHED,
             max_adapter_bytes=self.config.adapters.max_bytes,
+            floor_bytes=self.config.retention.free_floor_bytes,
         )
         handlers = Handlers(
             self.engine,
@@ -353,7 +355,7 @@ class Edge:
         if self.config.node.driver == "stock":
             from clawloop_edge.node.stock import StockTransport
 
-            return StockTransport(member, folder=self.home.folder / "node", remember=remember)
+            return StockTransport(member, folder=self.home.folder / leftovers.NODE, remember=remember)
         from clawloop_edge.node.flower import FlowerTransport
 
         return FlowerTransport(member, node_id=node_id, remember=remember)

@@ -20,7 +20,7 @@ import pytest
 from clawloop_edge.node.blobs import Line, fetch_file, send_item
 from clawloop_edge.node.hub_api import HubRefused
 from clawloop_edge.node.join import Membership
-from clawloop_edge.node.large import Large
+from clawloop_edge.node.large import REFUSED_S, Large
 from clawloop_edge.node.transport import NodeError, ServerAway, Withdrawn
 from clawloop_server.errors import DeviceError
 from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
@@ -482,12 +482,14 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def large(member: Membership, outbox: Outbox, folder: Path, *, limit: int = 1 << 30) -> Large:
+def large(
+    member: Membership, outbox: Outbox, folder: Path, *, limit: int = 1 << 30, takes: bool = True, **more: Any
+) -> Large:
     def install(offer: AdapterOffer) -> AdapterReply:
         outbox.said.append(f"installed {len(offer.files)}")
-        return AdapterReply(1, installed=True)
+        return AdapterReply(1, installed=takes, reason="" if takes else "its probe says no")
 
-    return Large(member, outbox, install=install, folder=folder, max_adapter_bytes=limit)
+    return Large(member, outbox, install=install, folder=folder, max_adapter_bytes=limit, **more)
 
 
 def test_a_large_item_goes_out_once_and_its_receipt_is_accepted(
@@ -591,6 +593,52 @@ def test_a_file_that_is_not_the_manifests_is_told_when_it_is_offered_again(
     until(told)
     assert "not the file that the manifest names" in replies[-1].reason
     assert outbox.said == []
+    desk.stop()
+
+
+def test_an_adapter_that_could_not_be_used_is_not_fetched_again_until_a_day_has_passed(
+    server: Server, member: Membership, tmp_path: Path
+) -> None:
+    outbox, now_s = Outbox(), [0.0]
+    desk = large(member, outbox, tmp_path / "f", takes=False, clock=lambda: now_s[0])
+    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
+    until(lambda: desk.fetch(offer, serving=3).reason)
+    for _ in range(3):
+        assert desk.fetch(offer, serving=3) == AdapterReply(3, installed=False, reason="its probe says no")
+    assert outbox.said == ["installed 2"]
+    now_s[0] = REFUSED_S
+    until(lambda: desk.fetch(offer, serving=3).fetching)
+    until(lambda: outbox.said == ["installed 2"] * 2)
+    desk.stop()
+
+
+def test_an_adapter_for_which_there_is_no_room_is_not_fetched(
+    server: Server, member: Membership, tmp_path: Path
+) -> None:
+    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
+    outbox, room = Outbox(), {"floor_bytes": 100, "free_bytes": lambda _: 100 + 1 + len(CONTENT)}
+    desk = large(member, outbox, tmp_path / "f", **room)
+    assert desk.fetch(offer, serving=3) == AdapterReply(3, installed=False, reason="no room for adapter 4")
+    assert list((tmp_path / "f").iterdir()) == []
+    desk = large(member, outbox, tmp_path / "f", **{**room, "floor_bytes": 99})
+    assert desk.fetch(offer, serving=3).fetching
+    until(lambda: outbox.said == ["installed 2"])
+    desk.stop()
+
+
+def test_what_was_fetched_of_another_adapter_goes_when_one_is_fetched(
+    server: Server, member: Membership, tmp_path: Path
+) -> None:
+    outbox, folder = Outbox(), tmp_path / "f"
+    folder.mkdir()
+    abandoned = folder / f"{'0' * 64}.part"
+    abandoned.write_bytes(b"half of an adapter")
+    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
+    (folder / f"{sha256(CONTENT)}.part").write_bytes(CONTENT[:-10])
+    desk = large(member, outbox, folder)
+    assert desk.fetch(offer, serving=3).fetching
+    until(lambda: outbox.said == ["installed 2"])
+    assert list(folder.iterdir()) == []
     desk.stop()
 
 

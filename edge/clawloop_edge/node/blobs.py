@@ -10,7 +10,7 @@ import http.client
 import os
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from threading import Timer
@@ -169,7 +169,7 @@ def fetch_file(line: Line, address: str, *, entry: FileEntry, folder: Path, perm
     """
     if not is_address_of(address, entry.sha256):
         raise WireError(f"the offer's address of {entry.name} is not one of that file; it is not fetched")
-    path = private_folder(folder) / f"{entry.sha256}.part"
+    path = private_folder(folder) / _part_name(entry.sha256)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "r+b") as file:
         have = file.seek(0, os.SEEK_END)
@@ -191,6 +191,19 @@ def fetch_file(line: Line, address: str, *, entry: FileEntry, folder: Path, perm
     if found != entry.sha256:
         raise NodeError(f"{entry.name} as it was fetched is not the file that the manifest names; it was thrown away")
     return content
+
+
+def drop_parts(folder: Path, *, keep: Collection[str] = (), older_than_s: float = 0.0) -> None:
+    """Remove what is there of files whose fetch was abandoned: all but the hashes to `keep`, as far as nothing was
+    added to them for `older_than_s`."""
+    kept, before_s = {_part_name(each) for each in keep}, time.time() - older_than_s
+    for path in folder.glob(_part_name("*")):
+        if path.name not in kept and path.lstat().st_mtime <= before_s:
+            path.unlink(missing_ok=True)
+
+
+def _part_name(digest: str) -> str:
+    return f"{digest}.part"
 
 
 def _put(line: Line, digest: str, body: bytes) -> BlobState:

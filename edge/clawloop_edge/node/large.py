@@ -5,23 +5,30 @@ Knows neither outbox nor engine: it is given what it asks them.
 """
 
 import logging
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from clawloop_edge.node.blobs import Line, fetch_file, send_item
+import msgspec
+
+from clawloop_edge.node.blobs import Line, drop_parts, fetch_file, send_item
 from clawloop_edge.node.guard import Guard
 from clawloop_edge.node.hub_api import HubRefused
 from clawloop_edge.node.join import Membership
 from clawloop_edge.node.transport import NodeError, ServerAway, Withdrawn
 from clawloop_shared.errors import ClawloopError, InvalidError
+from clawloop_shared.files import private_folder
 from clawloop_shared.manifest import Manifest, open_manifest
 from clawloop_shared.messages import AdapterOffer, AdapterReply, ItemReceipt, UploadItem
 
 _log = logging.getLogger(__name__)
 
 _STOP_S = 10.0
+REFUSED_S = 86_400.0
+"""for so long an adapter that could not be used is not fetched again"""
 
 
 class Outbox(Protocol):
@@ -59,15 +66,20 @@ class Large:
         install: Callable[[AdapterOffer], AdapterReply],
         folder: Path,
         max_adapter_bytes: int,
+        floor_bytes: int = 0,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`install` takes an adapter whose files are all there into use (blocking); `folder` is where they lie until
-        then."""
+        then, `floor_bytes` what must stay free on its disk, `free_bytes` what is."""
         self._membership, self._outbox, self._install = membership, outbox, install
         self._folder, self._max_adapter_bytes = folder, max_adapter_bytes
+        self._floor_bytes, self._free_bytes, self._clock = floor_bytes, free_bytes, clock
         self._lock = threading.Lock()
         self._running: dict[str, tuple[threading.Thread, Line]] = {}
         self._stopping = False
-        self._refused: dict[str, AdapterReply] = {}
+        self._refused: dict[str, tuple[float, AdapterReply]] = {}
+        """by manifest: the last one that could not be used, and until when that is remembered"""
 
     def send(self, above_bytes: int, max_bytes: int) -> None:
         """Begin with the next item that is larger than a message holds, if there is one and none is under way."""
@@ -76,9 +88,9 @@ class Large:
 
     def fetch(self, offer: AdapterOffer, *, serving: int) -> AdapterReply:
         """Begin to fetch an adapter; what came of it is told when it is offered again, or by the version in use."""
-        refused = self._refused.pop(offer.manifest.sha256, None)
-        if refused is not None:
-            return refused
+        until_s, refused = self._refused.get(offer.manifest.sha256, (0.0, None))
+        if refused is not None and self._clock() < until_s:
+            return msgspec.structs.replace(refused, version=serving)
         try:
             manifest = open_manifest(offer.manifest, self._membership.release_key)
         except ClawloopError as error:
@@ -90,6 +102,8 @@ class Large:
                 serving, installed=False, reason=f"adapter {manifest.version} has {size} bytes, {limit}"
             )
         if manifest.version > serving:
+            if self._free_bytes(private_folder(self._folder)) - size < self._floor_bytes:
+                return AdapterReply(serving, installed=False, reason=f"no room for adapter {manifest.version}")
             self._begin("adapter", lambda line: self._fetch(line, offer, manifest))
         return AdapterReply(serving, installed=False, fetching=True)
 
@@ -149,14 +163,18 @@ class Large:
         files: dict[str, bytes] = {}
         try:
             with Guard(permit, line.cut):
+                drop_parts(self._folder, keep=[entry.sha256 for entry in manifest.files])
                 for entry in manifest.files:
                     address = offer.links.get(entry.name, "")
                     files[entry.name] = fetch_file(line, address, entry=entry, folder=self._folder, permit=permit)
         except (Withdrawn, ServerAway, HubRefused):  # another offer brings another address
             raise
         except (NodeError, InvalidError) as error:
-            self._refused = {offer.manifest.sha256: AdapterReply(0, installed=False, reason=str(error)[:300])}
+            self._refuse(offer, AdapterReply(0, installed=False, reason=str(error)[:300]))
             raise
         reply = self._install(AdapterOffer(offer.manifest, files))
         if not reply.installed:
-            self._refused = {offer.manifest.sha256: reply}
+            self._refuse(offer, reply)
+
+    def _refuse(self, offer: AdapterOffer, reply: AdapterReply) -> None:
+        self._refused = {offer.manifest.sha256: (self._clock() + REFUSED_S, reply)}

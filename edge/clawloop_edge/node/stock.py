@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import serialization
 
 from clawloop_edge.node.flower import load_flwr
 from clawloop_edge.node.join import Membership
+from clawloop_edge.node.leftovers import KEY_FILE
 from clawloop_edge.node.records import VersionHeaders, payload_of, reply_to
 from clawloop_edge.node.transport import Answer, Incoming, NodeError, Permit, ServerAway, Withdrawn
 from clawloop_shared import guard
@@ -173,7 +174,7 @@ class StockTransport:
     def _start(self, port: int, secret: bytes) -> Path:
         """Start it; the file with its key, to be removed once it was read."""
         folder = private_folder(self._folder)
-        key, authority, auth = folder / "node.key", folder / "ca.pem", folder / "superexec.secret"
+        key, authority, auth = folder / KEY_FILE, folder / "ca.pem", folder / "superexec.secret"
         publish_secret(key, _openssh(self._membership.node_key_pem))
         publish_secret(authority, self._membership.ca_pem.encode())
         publish_secret(auth, secret)
