@@ -10,7 +10,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
     `weight` is its part of the mean, `norm` its update's Frobenius norm over all layers, `cut_to` what that was cut to;
     `cosine_own` is its cosine with the server's own update, or with what most agree on where there is none and that was
-    asked (none: it was not); `alike` names the sources that were taken for copies of it.
+    asked (none: it was not); `alike` names the sources that were taken for copies of it. `by_others`: it was left out
+    for what it is beside the others, or for want of them, so that another round may let it count.
     """
 
     source: str
@@ -22,6 +23,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     cosine_own: float | None = None
     left_out: str = ""
     alike: tuple[str, ...] = ()
+    by_others: bool = False
 
     @property
     def multiplier(self) -> float:
@@ -35,7 +37,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     `method`: how the updates became one; `robust`: the defence. `norm`: of the joined update, as it was made.
     `rho`: what averaging the factors would have got wrong, `tail`: what the cut to the rank lost, each relative to
     `norm`, over all layers and of the worst layer. `conflict[x][y]`: the cosine of the updates of devices x < y,
-    whether they count or not. `devices`: whose data count. `notes`: what an operator should know, in words.
+    also of those that are left out for where they point. `devices`: whose data count. `notes`: what an operator should
+    know, in words.
     """
 
     method: str

@@ -2,20 +2,24 @@
 
 Two updates conflict where their cosine is below zero: what helps one harms the other. One round says little of that, so
 the cosine of each pair is averaged over rounds, and a split must be found in several rounds in a row. Average-linkage
-clustering joins the two groups that agree most until all that are left conflict; nothing is random. Knows no layer.
+clustering joins the two groups that agree most until all that are left conflict; nothing is random. No single device
+may make a split: it must be found without any one of them, too. Knows no layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
 from typing import TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from clawloop_server.aggregate.account import Account
 from clawloop_server.aggregate.settings import FederateSettings
+from clawloop_shared.files import sha256
 
 MEMORY = 2
 """rounds that a running mean looks back on. What is learned first agrees (the form of an answer), so a longer memory
@@ -23,9 +27,20 @@ finds a conflict later, when more has been unlearned; that it lasts is for `conf
 AGREED = 0.5
 HISTORY = 32
 """rounds that are looked back on for where cohorts should begin"""
+MOST_COMPARED = 256
+"""devices that are compared: pairs grow with the square"""
+REMEMBERED = 64
+"""of these, the devices whose cosines of each round of the history are kept"""
+FEW = 5
+"""devices, of which two may be a cohort; of more it takes three, since two that lie together are soon found"""
+WEIGHTY = 16
+"""members of a group up to which one of them could make it: its part in each mean is at least a sixteenth"""
+TAKEN_OUT = 32
+"""devices without which a split must be found again, each by itself, those of the smallest groups first"""
 
 Groups = tuple[tuple[str, ...], ...]
 _Value = TypeVar("_Value")
+_Name = TypeVar("_Name", str, int)
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -54,12 +69,20 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 class Cohort(msgspec.Struct, frozen=True):
     """Devices that should learn together, apart from the others, and why; `since`: the version of the adapter to begin
-    with, the last one beside which they still agreed. What came after it is a compromise that serves nobody, and a
-    policy that is sure of the wrong tool tries no other (docs/log.md)."""
+    with, the last one beside which they still agreed; where none is known, that of the last round, so that nobody goes
+    back. What came after it is a compromise that serves nobody, and a policy that is sure of the wrong tool tries no
+    other (docs/log.md). `part`: how much of all devices that were compared these are."""
 
     devices: frozenset[str]
     why: str
     since: int = 0
+    part: float = 0.0
+
+
+def compared(devices: Iterable[str], most: int = MOST_COMPARED) -> frozenset[str]:
+    """Those of these devices that are compared: all, or so many, by hash, so that nobody chooses to be one."""
+    found = set(devices)
+    return frozenset(found if len(found) <= most else sorted(found, key=lambda name: sha256(name.encode()))[:most])
 
 
 def update(evidence: Evidence, account: Account, *, settings: FederateSettings, version: int = 0) -> Evidence:
@@ -68,29 +91,39 @@ def update(evidence: Evidence, account: Account, *, settings: FederateSettings, 
     for x, found in account.conflict.items():
         for y, cosine in found.items():
             pairs.setdefault(x, {})[y] = _seen(pairs.get(x, {}).get(y), cosine)
+    kept = compared(names_of(pairs))
+    pairs = _among(pairs, kept)
     split = split_of(pairs, settings)
-    history = (*evidence.history, Seen(version, account.conflict))[-HISTORY:]
+    seen = Seen(version, _among(account.conflict, compared(kept, REMEMBERED)))
+    history = (*evidence.history, seen)[-HISTORY:]
     if not split:
         return Evidence(pairs=pairs, history=history)
-    told = set(account.conflict) | {y for found in account.conflict.values() for y in found}
+    told = names_of(account.conflict)
     goes_on = evidence.rounds > 0 and _agrees(split, evidence.split)
     counts = _bears_on(split, told) or split != evidence.split
     rounds = evidence.rounds + int(counts) if goes_on else 1
     return Evidence(pairs=pairs, split=split, rounds=rounds, history=history)
 
 
-def without(evidence: Evidence, device: str) -> Evidence:
-    """The evidence without a device that has left."""
+def names_of(pairs: Mapping[str, Mapping[str, object]]) -> frozenset[str]:
+    """The devices that a table of pairs knows."""
+    return frozenset(pairs) | frozenset(y for known in pairs.values() for y in known)
+
+
+def only(evidence: Evidence, devices: Collection[str]) -> Evidence:
+    """The evidence of these devices, without any that has left."""
+    if names_of(evidence.pairs) <= frozenset(devices):
+        return evidence
     return Evidence(
-        pairs=_leaving(evidence.pairs, device),
-        split=tuple(tuple(name for name in group if name != device) for group in evidence.split),
+        pairs=_among(evidence.pairs, devices),
+        split=tuple(tuple(name for name in group if name in devices) for group in evidence.split),
         rounds=evidence.rounds,
-        history=tuple(Seen(seen.version, _leaving(seen.cosines, device)) for seen in evidence.history),
+        history=tuple(Seen(seen.version, _among(seen.cosines, devices)) for seen in evidence.history),
     )
 
 
-def _leaving(pairs: Mapping[str, Mapping[str, _Value]], device: str) -> dict[str, dict[str, _Value]]:
-    found = {x: {y: value for y, value in known.items() if y != device} for x, known in pairs.items() if x != device}
+def _among(pairs: Mapping[str, Mapping[str, _Value]], devices: Collection[str]) -> dict[str, dict[str, _Value]]:
+    found = {x: {y: value for y, value in known.items() if y in devices} for x, known in pairs.items() if x in devices}
     return {x: known for x, known in found.items() if known}
 
 
@@ -101,34 +134,82 @@ def find(evidence: Evidence, settings: FederateSettings) -> list[Cohort]:
     """
     if settings.cohorts == "off" or evidence.rounds < settings.conflict_rounds:
         return []
-    means, since = _means(evidence.pairs), _last_agreement(evidence)
-    return [Cohort(frozenset(group), _why(group, evidence, means), since) for group in evidence.split]
+    means, since, known = _means(evidence.pairs), _last_agreement(evidence), len(names_of(evidence.pairs))
+    return [
+        Cohort(frozenset(group), _why(group, evidence, means), since, len(group) / known) for group in evidence.split
+    ]
 
 
 def split_of(pairs: Mapping[str, Mapping[str, Pair]], settings: FederateSettings) -> Groups:
-    """Groups of devices that conflict by the means as they are now, the largest first; empty: no two do.
+    """Groups of devices that conflict by the means as they are now, the largest first; empty: no two do, or one device
+    alone makes the difference.
 
-    A group too small for a round of its own (`min_devices`, and at least 2) is none.
+    A group too small for a round of its own (`min_devices`) is none, nor is one of fewer than 3 devices (of 2 where at
+    most `FEW` were compared).
     """
-    means = _means(pairs)
-    groups: list[tuple[str, ...]] = [(device,) for device in sorted({device for pair in means for device in pair})]
+    devices, sums, counts = _matrices(pairs)
+    least = max(2 if len(devices) <= FEW else 3, settings.min_devices)
+    every = range(len(devices))
+    groups = [group for group in _linked(sums, counts, every, settings.conflict_cosine) if len(group) >= least]
+    if len(groups) < 2 or not _holds(groups, sums, counts, settings.conflict_cosine):
+        return ()
+    named = [tuple(devices[n] for n in group) for group in groups]
+    return tuple(sorted(named, key=lambda group: (-len(group), group)))
+
+
+_Matrix = NDArray[np.float64]
+
+
+def _matrices(pairs: Mapping[str, Mapping[str, Pair]]) -> tuple[list[str], _Matrix, _Matrix]:
+    """The devices in order, and of each two of them (N, N) the cosine, 0 where it is not known, and whether it is."""
+    devices = sorted(names_of(pairs))
+    at = {device: n for n, device in enumerate(devices)}
+    sums, counts = np.zeros((len(devices), len(devices))), np.zeros((len(devices), len(devices)))
+    for x, known in pairs.items():
+        for y, pair in known.items():
+            sums[at[x], at[y]] = sums[at[y], at[x]] = pair.cosine
+            counts[at[x], at[y]] = counts[at[y], at[x]] = 1.0
+    return devices, sums, counts
+
+
+def _linked(sums: _Matrix, counts: _Matrix, at: Sequence[int], least: float) -> list[list[int]]:
+    """Average linkage of these devices: the two groups whose pairs agree most are joined, until no two do by `least`.
+
+    The mean between two groups is kept as its sum and its count (Lance and Williams, 1967), and of each group the one
+    that it agrees with most, so that n devices take about n^2 steps, and n^3 at the very worst.
+    """
+    own = np.ix_(at, at)
+    total, known = sums[own].copy(), counts[own].copy()
+    np.fill_diagonal(known, 0.0)
+    means = np.where(known > 0, total / np.maximum(known, 1.0), -np.inf)
+    groups: dict[int, list[int]] = {n: [device] for n, device in enumerate(at)}
+    nearest = means.argmax(axis=1) if len(at) else np.zeros(0, dtype=np.intp)
+    best = means.max(axis=1, initial=-np.inf)
     while len(groups) > 1:
-        agreement = {
-            (x, y): found
-            for x, y in combinations(range(len(groups)), 2)
-            if (found := _between(groups[x], groups[y], means)) is not None
-        }
-        if not agreement:
+        x = int(best.argmax())
+        if not best[x] >= least:
             break
-        x, y = max(agreement, key=lambda at: (agreement[at], -at[0], -at[1]))
-        if agreement[x, y] >= settings.conflict_cosine:
-            merged = tuple(sorted(groups[x] + groups[y]))
-            groups = sorted([group for n, group in enumerate(groups) if n not in (x, y)] + [merged])
-        else:
-            break
-    large = [group for group in groups if len(group) >= max(2, settings.min_devices)]
-    large.sort(key=lambda group: (-len(group), group))
-    return tuple(large) if len(large) > 1 else ()
+        x, y = sorted((x, int(nearest[x])))
+        groups[x] = sorted(groups[x] + groups.pop(y))
+        total[x] += total[y]
+        known[x] += known[y]
+        known[x, x] = known[x, y] = 0.0
+        total[:, x], known[:, x], known[y], known[:, y] = total[x], known[x], 0.0, 0.0
+        means[x] = means[:, x] = np.where(known[x] > 0, total[x] / np.maximum(known[x], 1.0), -np.inf)
+        means[y] = means[:, y] = -np.inf
+        for n in {x, y, *np.flatnonzero((nearest == x) | (nearest == y) | (means[:, x] > best)).tolist()}:
+            nearest[n], best[n] = means[n].argmax(), means[n].max()
+    return list(groups.values())
+
+
+def _holds(groups: Sequence[Sequence[int]], sums: _Matrix, counts: _Matrix, least: float) -> bool:
+    """Whether the same is found without any one of the devices, as far as one of its group could make it."""
+    weighty = sorted((len(group), n) for group in groups if len(group) <= WEIGHTY for n in group)
+    for _, one in weighty[:TAKEN_OUT]:
+        without = _linked(sums, counts, [n for n in range(len(sums)) if n != one], least)
+        if not _agrees(without, [[n for n in group if n != one] for group in groups]):
+            return False
+    return True
 
 
 def _seen(pair: Pair | None, cosine: float) -> Pair:
@@ -148,22 +229,23 @@ def _between(group: Sequence[str], other: Sequence[str], means: Mapping[tuple[st
     return fmean(known) if known else None
 
 
-def _bears_on(split: Groups, told: set[str]) -> bool:
+def _bears_on(split: Groups, told: Collection[str]) -> bool:
     """Whether a round that compared these devices says anything of the split: it had devices of two of its groups."""
-    return sum(bool(told & set(group)) for group in split) > 1
+    return sum(any(device in told for device in group) for group in split) > 1
 
 
-def _agrees(split: Groups, before: Groups) -> bool:
+def _agrees(split: Iterable[Iterable[_Name]], before: Iterable[Iterable[_Name]]) -> bool:
     """Whether devices that were together are together, and devices that were apart are apart, where both know them."""
     was = {device: n for n, group in enumerate(before) for device in group}
     now = {device: n for n, group in enumerate(split) for device in group}
-    both = sorted(was.keys() & now.keys())
-    return bool(both) and all((was[x] == was[y]) == (now[x] == now[y]) for x, y in combinations(both, 2))
+    both = {(was[device], now[device]) for device in was.keys() & now.keys()}
+    return bool(both) and len({a for a, _ in both}) == len({b for _, b in both}) == len(both)
 
 
 def _last_agreement(evidence: Evidence) -> int:
     """The newest version beside which devices of different groups agreed at least `AGREED` times as much as those of
-    one; the oldest that is known, if beside none."""
+    one; that of the last round, if it is known of none: devices that never agreed with the others, as those that lie
+    do, take nobody back."""
     group = {device: n for n, members in enumerate(evidence.split) for device in members}
     for seen in reversed(evidence.history):
         found = {
@@ -175,9 +257,9 @@ def _last_agreement(evidence: Evidence) -> int:
             ]
             for same in (True, False)
         }
-        if found[True] and found[False] and fmean(found[False]) >= AGREED * max(0.0, fmean(found[True])):
+        if found[True] and found[False] and fmean(found[False]) >= max(0.0, AGREED * fmean(found[True])):
             return seen.version
-    return min((seen.version for seen in evidence.history), default=0)
+    return evidence.history[-1].version if evidence.history else 0
 
 
 def _why(group: Sequence[str], evidence: Evidence, means: Mapping[tuple[str, str], float]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clawloop_server.aggregate import robust
 from clawloop_server.aggregate.account import Share
+from clawloop_server.aggregate.cohorts import compared
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.updates import OWN, Contribution
 
@@ -27,13 +28,14 @@ TOO_FEW = "too few devices count:"
 """what begins the reason against deltas that nothing is wrong with, and that may wait for others"""
 LEAST_FOR_CENTRE = 3
 """of fewer updates there is no majority"""
-MOST_COMPARED = 256
-"""devices whose cosines an account keeps: pairs grow with the square"""
+LEAST_FOR_WILD = 3
+"""of fewer lengths none is the usual one, so that none is wild: one tiny update would else throw out an honest one"""
 
 
 @dataclass
 class Member:
-    """A contribution on its way through the rules. `left_out`: why it does not count; `weight` is not normalised."""
+    """A contribution on its way through the rules. `left_out`: why it does not count; `broken`: it would in no
+    round; `weight` is not normalised."""
 
     contribution: Contribution
     norm: float = 0.0
@@ -42,6 +44,7 @@ class Member:
     cosine_own: float | None = None
     left_out: str = ""
     alike: tuple[str, ...] = ()
+    broken: bool = False
 
     @property
     def counts(self) -> bool:
@@ -81,6 +84,7 @@ class Member:
             cosine_own=self.cosine_own,
             left_out=self.left_out,
             alike=self.alike,
+            by_others=not self.counts and not self.broken,
         )
 
 
@@ -102,13 +106,15 @@ def weigh(
         for c, norm, why in zip(contributions, norms, unusable, strict=True)
     ]
     _leave_out_what_cannot_count(members, settings)
-    conflict = _conflict(members, cosines)
+    for member in members:
+        member.broken = not member.counts
     for n in [n for n, member in enumerate(members) if member.is_own][:1]:
         for at, member in enumerate(members):
             member.cosine_own = float(cosines[at, n])
     _merge_copies(members, cosines, settings)
     _bound_weights(members)
     _clip(members, settings)
+    conflict = _conflict(members, cosines)
     notes = _DEFENCES[settings.robust](members, gram, settings) if any(m.counts for m in members) else ""
     notes_of = [notes, _too_few_devices(members, settings)]
     _normalise(members)
@@ -143,11 +149,13 @@ def _replace(newest: dict[str, Member], member: Member) -> None:
 
 
 def _conflict(members: Sequence[Member], cosines: Tensor) -> dict[str, dict[str, float]]:
-    """The cosine of each pair of devices, the smaller name first."""
-    by_device = sorted((m.contribution.device_id, n) for n, m in enumerate(members) if m.counts)
-    named = [(device, n) for device, n in by_device if device][:MOST_COMPARED]
+    """The cosine of each pair of devices whose updates are sound, the smaller name first: whom the defence leaves out
+    for where it points is among them, and who sent no number, a copy, or something far too long is not."""
+    sound = {m.contribution.device_id: n for n, m in enumerate(members) if m.counts and m.contribution.device_id}
+    named = [(device, sound[device]) for device in sorted(compared(sound))]
+    values = cosines.tolist()
     return {
-        device: {other: round(float(cosines[n, m]), 6) for other, m in named[at + 1 :]}
+        device: {other: round(values[n][m], 6) for other, m in named[at + 1 :]}
         for at, (device, n) in enumerate(named[:-1])
     }
 
@@ -176,17 +184,18 @@ def _bound_weights(members: Sequence[Member]) -> None:
 
 
 def _clip(members: Sequence[Member], settings: FederateSettings) -> None:
-    """No device's update is longer than `max_norm` times the usual: the median, or the server's own of fewer than 3;
-    one far beyond is left out."""
+    """No device's update is longer than `max_norm` times the usual: the median, or the server's own of fewer than 3,
+    and of two without it the shorter; one far beyond is left out, where there are lengths enough to tell."""
     lengths = [m.norm for m in members if m.counts and not m.is_own]
     own = [m.norm for m in members if m.counts and m.is_own]
     if not lengths:
         return
-    most = settings.max_norm * (own[0] if own and len(lengths) < 3 else robust.usual(lengths))
+    most = settings.max_norm * (own[0] if own and len(lengths) < LEAST_FOR_WILD else robust.usual(lengths))
+    tells = len(lengths) + len(own) >= LEAST_FOR_WILD
     for member in members:
         if not member.counts or member.is_own:
             continue
-        if member.norm > WILD * most:
+        if member.norm > WILD * most and tells:
             member.left_out = f"its norm is {member.norm / most:.3g} times the most that counts ({most:.3g})"
         else:
             member.cut_to = member.norm * robust.clip_scale(member.norm, most)

@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from clawloop_server.aggregate.account import Account
-from clawloop_server.aggregate.cohorts import Evidence, find, update, without
+from clawloop_server.aggregate.cohorts import Cohort, Evidence, find, names_of, only, update
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.vault.database import ServerDatabase
 
 _log = logging.getLogger("clawloop.trainer")
 
 _JOINED = "line_id = ? AND state = 'joined'"
+GO_BACK = 0.4
+"""of the devices that were compared, how many must part for those that stay to go back with them: fewer, who may lie,
+take nobody else's adapter away"""
+
+
+class Heard(NamedTuple):
+    """What a round told of who agrees with whom in a cohort: all that is known now, the cohorts that it comes to, the
+    devices that were in it, and what was known `before`, as it is kept."""
+
+    cohort: str
+    evidence: Evidence
+    found: list[Cohort]
+    members: frozenset[str]
+    before: str
 
 
 class Cohorting:
@@ -40,45 +54,50 @@ class Cohorting:
         sql = f"SELECT count(*) FROM devices WHERE {_JOINED} AND cohort = ?"  # noqa: S608 constant text
         return self._database.count(sql, [self._line_id, cohort]) >= 2 * max(2, self._settings.min_devices)
 
-    def heard(self, cohort: str, *conflicts: dict[str, dict[str, float]], version: int = 0) -> list[dict[str, Any]]:
-        """Take in what a round found of who agrees with whom; the new cohorts that come of it, each with its name, its
-        devices, the reason, and the version `since` which they disagree; empty if none do. Part of the transaction that
-        records the round.
+    def hear(self, cohort: str, *conflicts: dict[str, dict[str, float]], version: int = 0) -> Heard | None:
+        """What comes of what a round found of who agrees with whom; None if it found nothing. Changes nothing, and may
+        take a moment: it is no part of a transaction.
 
         `conflicts`: the cosines of devices' updates, `[x][y]` with x < y, from deltas and from trajectories; `version`:
         of the adapter that the round began with.
         """
         told = [conflict for conflict in conflicts if conflict]
         if self._settings.cohorts == "off" or not told:
-            return []
-        evidence = self._of_members(cohort, self._evidence(cohort))
-        account = Account(method="", robust="", shares=(), conflict=_together(told))
+            return None
+        members, before = self._members(cohort), self._kept(cohort)
+        evidence = only(_evidence(before), members)
+        account = Account(method="", robust="", shares=(), conflict=_among(_together(told), members))
         evidence = update(evidence, account, settings=self._settings, version=version)
-        found = find(evidence, self._settings)
-        if len(found) < 2:
-            self._keep(cohort, evidence)
+        return Heard(cohort, evidence, find(evidence, self._settings), members, before)
+
+    def part(self, heard: Heard) -> list[dict[str, Any]]:
+        """Keep what was heard; the new cohorts that come of it, each with its name, its devices, the reason, the version
+        `since` which they disagree, and whether those that stay go `back` to it, too; empty if none do. Part of the
+        transaction that records the round.
+
+        Where devices came or went since, nobody parts: the next round says it again.
+        """
+        same = self._kept(heard.cohort) == heard.before and self._members(heard.cohort) == heard.members
+        if len(heard.found) < 2 or not same:
+            self._keep(heard.cohort, heard.evidence)
             return []
-        self._keep(cohort, None)
-        split = []
-        for group in found[1:]:
-            name = self._new_name()
-            self._move(sorted(group.devices), name)
-            _log.warning("%d devices learn apart from now on, as cohort %s: %s", len(group.devices), name, group.why)
-            split.append({"cohort": name, "devices": sorted(group.devices), "why": group.why, "since": group.since})
+        self._keep(heard.cohort, None)
+        parted, now, split = heard.found[1:], heard.evidence.history[-1].version, []
+        back = sum(group.part for group in parted) >= GO_BACK and parted[0].since < now
+        for group in parted:
+            name, devices = self._new_name(), sorted(group.devices)
+            self._move(devices, name)
+            _log.warning("%d devices learn apart from now on, as cohort %s: %s", len(devices), name, group.why)
+            split.append({"cohort": name, "devices": devices, "why": group.why, "since": group.since, "back": back})
         return split
 
-    def _evidence(self, cohort: str) -> Evidence:
-        row = self._database.row("SELECT value FROM meta WHERE name = ?", [self._key(cohort)])
-        return msgspec.json.decode(row[0], type=Evidence) if row else Evidence()
+    def _members(self, cohort: str) -> frozenset[str]:
+        sql = f"SELECT device_id FROM devices WHERE {_JOINED} AND cohort = ?"  # noqa: S608 constant text
+        return frozenset(row[0] for row in self._database.rows(sql, [self._line_id, cohort]))
 
-    def _of_members(self, cohort: str, evidence: Evidence) -> Evidence:
-        """The evidence without devices that have left the cohort, or the server."""
-        known = {x for x in evidence.pairs} | {y for pairs in evidence.pairs.values() for y in pairs}
-        sql = f"SELECT 1 FROM devices WHERE {_JOINED} AND cohort = ? AND device_id = ?"  # noqa: S608 constant text
-        for device_id in sorted(known):
-            if self._database.row(sql, [self._line_id, cohort, device_id]) is None:
-                evidence = without(evidence, device_id)
-        return evidence
+    def _kept(self, cohort: str) -> str:
+        row = self._database.row("SELECT value FROM meta WHERE name = ?", [self._key(cohort)])
+        return str(row[0]) if row else ""
 
     def _keep(self, cohort: str, evidence: Evidence | None) -> None:
         with self._database.write() as database:
@@ -101,6 +120,17 @@ class Cohorting:
         with self._database.write() as database:
             for device_id in device_ids:
                 database.run("UPDATE devices SET cohort = ? WHERE device_id = ?", [name, device_id])
+
+
+def _evidence(kept: str) -> Evidence:
+    return msgspec.json.decode(kept, type=Evidence) if kept else Evidence()
+
+
+def _among(conflict: dict[str, dict[str, float]], members: frozenset[str]) -> dict[str, dict[str, float]]:
+    """Without devices that have left the cohort, or the server, while the round ran."""
+    if names_of(conflict) <= members:
+        return conflict
+    return {x: {y: c for y, c in row.items() if y in members} for x, row in conflict.items() if x in members}
 
 
 def _together(conflicts: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,8 @@
 """Where cohorts begin that part: with the last adapter beside which their devices still agreed, as new versions.
 
 What was made after it is a compromise that serves nobody, and a policy that is sure of the wrong thing tries no other
-(docs/log.md). So the cohort that was split goes back, too. Signs nothing: the hub releases what is recorded here.
+(docs/log.md). So the cohort that was split goes back, too, unless those that part are few: they may lie, and take
+nobody else's adapter away. Signs nothing: the hub releases what is recorded here.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ def begin_apart(
     cohort: str,
     parted: Sequence[str],
     since: int,
+    back: bool,
     bare: Callable[[str], Candidate],
 ) -> None:
-    """Have `cohort`, and those that `parted` from it, go on from adapter `since`; what the cohort made after it is
-    taken back. Part of the transaction that records the split.
+    """Have those that `parted` from `cohort` go on from adapter `since`; with `back` the cohort does, too, and what it
+    made after it is taken back. Part of the transaction that records the split.
 
     `bare`: the candidate, for a cohort, that leaves the model as it is, which is what there was before the first
     adapter (`since` 0).
     """
-    later = [a for a in registry.adapters(line_id=line_id) if a.cohort == cohort and a.version > since]
+    made = [a for a in registry.adapters(line_id=line_id) if a.cohort == cohort and a.version > since]
+    later = made if back else []
     for adapter in later:
         if adapter.state is AdapterState.RELEASED:
             registry.mark_rolled_back(adapter.version)

@@ -26,7 +26,7 @@ from clawloop_server.release.keys import load_master_key
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.base import load_tokenizer
-from clawloop_server.trainer.cohorting import Cohorting
+from clawloop_server.trainer.cohorting import Cohorting, Heard
 from clawloop_server.trainer.conflicts import Conflict, by_device, conflict
 from clawloop_server.trainer.delta_round import DeltaRound
 from clawloop_server.trainer.engine import TrainEngine
@@ -385,6 +385,7 @@ class Worker:
         if decision.verdict is not Verdict.REFUSED:
             self._saves.save(round_id, result.state)
             candidate = self._candidate(round_id, result, decision=decision, cohort=begun.cohort)
+        heard = self._hear(begun, result)
         try:
             with self.vault.database.write():
                 if candidate and (rolled_back := self._rolled_back(begun)):
@@ -400,7 +401,7 @@ class Worker:
                     self._joining.settle(round_id, result, refused="" if version else decision.reason)
                 if version is not None and decision.verdict is Verdict.HELD:
                     self._registry.hold(version)
-                result = self._part(begun, result)
+                result = self._part(begun, result, heard)
                 self._registry.finish_round(
                     round_id,
                     round_state(result, decision),
@@ -416,11 +417,14 @@ class Worker:
             self._loaded = (round_id, version)
         return version, result, decision
 
-    def _part(self, begun: _Began, result: RoundResult) -> RoundResult:
-        """Take in who agreed with whom; the result with the cohorts that part. Part of the transaction that records
-        it."""
+    def _hear(self, begun: _Began, result: RoundResult) -> Heard | None:
+        """What the round told of who agrees with whom."""
         conflicts = result.conflict, result.joined.get("conflict", {})
-        split = self._cohorts.heard(begun.cohort, *conflicts, version=begun.went_on_from[1])
+        return self._cohorts.hear(begun.cohort, *conflicts, version=begun.went_on_from[1])
+
+    def _part(self, begun: _Began, result: RoundResult, heard: Heard | None) -> RoundResult:
+        """Keep what was heard; the result with the cohorts that part. Part of the transaction that records it."""
+        split = self._cohorts.part(heard) if heard else []
         if split:
             begin_apart(
                 self._registry,
@@ -428,6 +432,7 @@ class Worker:
                 cohort=begun.cohort,
                 parted=[one["cohort"] for one in split],
                 since=split[0]["since"],
+                back=split[0]["back"],
                 bare=self._bare,
             )
         return msgspec.structs.replace(result, split=split)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from clawloop_server.aggregate import cohorts
 from clawloop_server.aggregate.account import Account
-from clawloop_server.aggregate.cohorts import Evidence, find, split_of, update, without
+from clawloop_server.aggregate.cohorts import Evidence, find, names_of, only, split_of, update
 from clawloop_server.aggregate.settings import FederateSettings
 
 SETTINGS = FederateSettings()
@@ -44,14 +45,14 @@ def test_two_worlds_are_told_apart_after_three_rounds_in_a_row_and_not_before() 
     (first, _) = find(after(rounds), SETTINGS)
     assert "3 rounds in a row" in first.why
     assert "3 devices agreed" in first.why
-    assert first.since == 0
+    assert (first.since, first.part) == (2, 0.5), "they never agreed, so that nobody goes back"
 
 
 def test_cohorts_begin_with_the_newest_adapter_beside_which_they_still_agreed() -> None:
     good, less, bad = account(SIX, across=0.3), account(SIX, across=0.1), account(SIX, across=-0.6)
     evidence = after([good] * 3 + [less] * 2 + [bad] * 4)
     assert {cohort.since for cohort in find(evidence, SETTINGS)} == {2}
-    assert {cohort.since for cohort in find(after([bad] * 4), SETTINGS)} == {0}
+    assert {cohort.since for cohort in find(after([bad] * 4), SETTINGS)} == {3}
     assert len(after([bad] * 50).history) == cohorts.HISTORY
 
 
@@ -76,8 +77,55 @@ def test_one_device_against_all_splits_nobody() -> None:
 
 
 def test_three_worlds_are_three_cohorts_the_largest_first() -> None:
-    worlds = {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1, "f": 2, "g": 2}
-    assert groups(after([account(worlds)] * 3)) == [frozenset("cde"), frozenset("ab"), frozenset("fg")]
+    worlds = dict(zip("abcdefghij", (0, 0, 0, 1, 1, 1, 1, 2, 2, 2), strict=True))
+    assert groups(after([account(worlds)] * 3)) == [frozenset("defg"), frozenset("abc"), frozenset("hij")]
+
+
+def test_two_of_many_that_go_against_the_others_are_no_cohort_and_two_of_four_are() -> None:
+    """Where many are compared two that lie together are soon found; they are left out by the defence all the same."""
+    liars = dict.fromkeys("abcdefgh", 0) | {"x": 1, "y": 1}
+    assert groups(after([account(liars, across=-0.9)] * 6)) == []
+    assert groups(after([account({"a": 0, "b": 0, "x": 1, "y": 1})] * 3)) == [frozenset("ab"), frozenset("xy")]
+    strict = FederateSettings(min_devices=4)
+    assert groups(after([account(SIX)] * 3, chosen=strict), strict) == []
+
+
+def test_who_lies_from_the_beginning_takes_nobody_back() -> None:
+    liars = dict.fromkeys("abcdefgh", 0) | dict.fromkeys("xyz", 1)
+    evidence = after([account(liars, across=-0.9)] * 9)
+    assert [(c.devices, c.since) for c in find(evidence, SETTINGS)] == [
+        (frozenset("abcdefgh"), 8),
+        (frozenset("xyz"), 8),
+    ]
+
+
+def test_one_device_cannot_pull_another_into_a_cohort_of_two() -> None:
+    """`v` does other work than five that agree; `a` sends what is near to it and against them."""
+    rng = random.Random(3)
+    conflict: dict[str, dict[str, float]] = {}
+    for x, y in itertools.combinations("abcdev", 2):
+        pair = {x, y}
+        known = (0.33, 0.58) if pair == {"a", "v"} else (-0.58, -0.44) if "a" in pair else (0.18, 0.22)
+        conflict.setdefault(x, {})[y] = rng.uniform(*(known if pair & {"a", "v"} else (0.6, 0.7)))
+    made = Account(method="svd", robust="gate", shares=(), conflict=conflict)
+    five = Account(method="svd", robust="gate", shares=(), conflict={x: row for x, row in conflict.items() if x != "b"})
+    for each in (made, five):
+        assert groups(after([each] * 9)) == []
+
+
+def test_two_hundred_devices_take_well_under_a_second_and_more_than_are_compared_change_nothing() -> None:
+    worlds = {f"d{n:03}": n % 2 for n in range(200)}
+    made = account(worlds, noise=0.1)
+    evidence = after([made] * 2)
+    began = time.process_time()
+    evidence = update(evidence, made, settings=SETTINGS, version=2)
+    found = find(evidence, SETTINGS)
+    assert time.process_time() - began < 1.0
+    assert [len(cohort.devices) for cohort in found] == [100, 100]
+    many = after([account({f"d{n:03}": n % 2 for n in range(300)}, noise=0.1)] * 3)
+    assert len(names_of(many.pairs)) == cohorts.MOST_COMPARED
+    assert [len(names_of(seen.cosines)) for seen in many.history] == [cohorts.REMEMBERED] * 3
+    assert {device for group in many.split for device in group} == names_of(many.pairs)
 
 
 def test_a_round_with_devices_of_one_side_says_nothing_of_the_split() -> None:
@@ -96,7 +144,8 @@ def test_pairs_that_never_met_are_placed_by_those_that_did() -> None:
 def test_cohorts_can_be_switched_off_and_forget_who_left() -> None:
     evidence = after([account(SIX)] * 3)
     assert groups(evidence, FederateSettings(cohorts="off")) == []
-    fewer = without(evidence, "b")
+    assert only(evidence, SIX) is evidence
+    fewer = only(evidence, set("acdef"))
     assert groups(fewer) == [frozenset("ace"), frozenset("df")]
     assert b'"b"' not in msgspec.json.encode(fewer)
 

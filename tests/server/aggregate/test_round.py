@@ -173,14 +173,27 @@ def test_too_few_devices_make_no_round_but_the_servers_own_update_does() -> None
 def test_the_cosines_of_devices_are_kept_whether_they_count_or_not_and_the_account_is_json() -> None:
     against = {path: Factors(-pair.b, pair.a) for path, pair in TRUTH.items()}
     members = [sent("b", TRUTH), sent("a", against), sent("c", TRUTH), sent("d", near(TRUTH, 3, noise=1.0))]
-    account = join(None, members, settings=FederateSettings(), rank=4).account
+    wild, none = near(TRUTH, 4, noise=1.0, scale=50.0), {"q": Factors(float("nan") * TRUTH["q"].b, TRUTH["q"].a)}
+    account = join(None, [*members, sent("w", wild), sent("x", none)], settings=FederateSettings(), rank=4).account
     assert account.conflict["a"]["b"] == -1.0
     assert account.conflict["a"]["d"] == pytest.approx(-(0.5**0.5), abs=0.1)
-    assert account.conflict["b"]["c"] == 1.0
     assert "what most agree on" in account.shares[1].left_out
+    known = account.conflict.keys() | {other for row in account.conflict.values() for other in row}
+    assert known == {"a", "b", "d"}, "no copy, nothing wild and no broken numbers are evidence of anything"
+    assert [share.by_others for share in account.shares] == [False, True, True, False, True, False]
     assert msgspec.json.decode(msgspec.json.encode(account), type=Account) == account
 
 
 def test_nothing_to_join_is_refused() -> None:
     with pytest.raises(JoinRefused, match="there is none"):
         join(None, [], settings=MEAN, rank=4)
+
+
+@pytest.mark.parametrize("shorter", [1 / 6.7, 1e-6])
+def test_of_two_updates_both_are_cut_to_the_shorter_and_neither_is_thrown_out(shorter: float) -> None:
+    members = [sent("a", TRUTH), sent("b", near(TRUTH, 1, noise=1.0, scale=shorter))]
+    one, other = join(None, members, settings=FederateSettings(), rank=4).account.shares
+    assert not one.left_out
+    assert not other.left_out
+    assert one.norm > 4 * other.norm
+    assert one.cut_to == pytest.approx(other.norm) == other.cut_to

@@ -58,13 +58,13 @@ def beside(worker: Worker, version: int) -> dict[str, Any]:
     return {"base_version": version, "weights_sha256": hashes[WEIGHTS_FILE]}
 
 
-def send_round(worker: Worker, base: Base, four: list[str], *, version: int, seed: int) -> None:
-    """A delta of each: the first two agree, and the last two want the opposite."""
+def send_round(worker: Worker, base: Base, four: list[str], *, version: int, seed: int, last: float = -1.0) -> None:
+    """A delta of each: the first two agree, and the last two want `last` times that."""
     about, vault = {"targets": TARGETS, "scale": 0.03, **beside(worker, version)}, worker.vault
     world = make_delta(base.shape, base.line_id, seed=seed, **about)
     for n, device in enumerate(four):
         own = make_delta(base.shape, base.line_id, seed=1000 * seed + n, targets=TARGETS, scale=0.01)
-        sign = 1.0 if n < 2 else -1.0
+        sign = 1.0 if n < 2 else last
         send_delta(vault, device, _sum(world, own, sign=sign))
 
 
@@ -94,14 +94,10 @@ def test_devices_whose_deltas_keep_conflicting_part_and_go_on_from_adapters_of_t
 
     moved, stayed = (four[:2], four[2:]) if cohort_of(vault, four[0]) else (four[2:], four[:2])
     registry, line_id = worker._registry, base.line_id
-    assert [a.state for a in registry.adapters() if a.version == reports[0].version] == [AdapterState.ROLLED_BACK]
     begun = {cohort: registry.current(line_id, cohort=cohort) for cohort in ("", "cohort-1")}
-    for adapter in begun.values():
-        assert adapter is not None
-        factors = load(registry.files(adapter.version)[WEIGHTS_FILE])
-        assert not any(tensor.any() for name, tensor in factors.items() if "lora_B" in name), "they disagreed all along"
     versions = {cohort: adapter.version for cohort, adapter in begun.items() if adapter}
-    assert versions == {"": 3, "cohort-1": 4}, "each has a version of its own, above what its devices have"
+    assert versions == {"": 2, "cohort-1": 3}, "they never agreed, so that nobody goes back"
+    assert registry.files(3) == registry.files(1), "the adapter that the round began with"
 
     for n, device in enumerate(moved):
         about = {"targets": TARGETS, "scale": 0.03, **beside(worker, versions["cohort-1"])}
@@ -115,17 +111,41 @@ def test_devices_whose_deltas_keep_conflicting_part_and_go_on_from_adapters_of_t
     mine, shared = registry.current(line_id, cohort="cohort-1"), registry.current(line_id)
     assert mine is not None
     assert shared is not None
-    assert (mine.version, shared.version) == (report.version, 3)
+    assert (mine.version, shared.version) == (report.version, 2)
 
     for n, device in enumerate(stayed):
-        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, 3)}
+        about = {"targets": TARGETS, "scale": 0.03, **beside(worker, 2)}
         send_delta(vault, device, make_delta(base.shape, line_id, seed=70 + n, **about))
     again = opened()
     report = again.run()
     assert report.version is not None
     assert registry.adapter(report.version).cohort == ""
-    assert registry.round(report.round_id).base_version == 3
+    assert registry.round(report.round_id).base_version == 2
     assert registry.files(mine.version)[WEIGHTS_FILE] != registry.files(report.version)[WEIGHTS_FILE]
+
+
+def test_cohorts_that_once_agreed_both_go_back_to_that(
+    base: Base, home: Home, opened: Callable[[], Worker], four: list[str]
+) -> None:
+    worker, keys = opened(), load_keys(home)
+    registry, report = worker._registry, None
+    for seed in range(1, 9):
+        send_round(worker, base, four, version=worker._saves.named()[1], seed=seed, last=1.0 if seed == 1 else -1.0)
+        report = worker.run()
+        if "split" in registry.round(report.round_id).metrics:
+            break
+        release_waiting(registry, keys)
+    assert report is not None
+    (split,) = registry.round(report.round_id).metrics["split"]
+    assert (split["since"], split["back"]) == (0, True)
+    release_waiting(registry, keys)
+    taken_back = (AdapterState.ROLLED_BACK, AdapterState.HELD)
+    assert all(registry.adapter(version).state in taken_back for version in range(1, report.version or 0))
+    for cohort in ("", "cohort-1"):
+        adapter = registry.current(base.line_id, cohort=cohort)
+        assert adapter is not None
+        factors = load(registry.files(adapter.version)[WEIGHTS_FILE])
+        assert not any(tensor.any() for name, tensor in factors.items() if "lora_B" in name), "the line as it is"
 
 
 def test_devices_whose_trajectories_keep_conflicting_part_too(
