@@ -10,7 +10,6 @@ import asyncio
 import logging
 import math
 import shutil
-import signal
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -49,7 +48,7 @@ from clawloop_edge.privacy.deletions import Deletions
 from clawloop_edge.privacy.ledger import keep_cohort
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.waiting import waiting_sessions
-from clawloop_edge.process import allow_connections, check_port, dump_no_core, listen
+from clawloop_edge.process import Stop, allow_connections, check_port, dump_no_core, listen
 from clawloop_edge.scoring import check_scorers, open_reward, open_worker
 from clawloop_edge.signals.registry import Deps
 from clawloop_edge.signals.watch import HealthWatch
@@ -75,6 +74,8 @@ RETAIN_S = 10.0
 """how soon a disk that fills is noticed"""
 DELETIONS_S = 5.0
 DELETION_TIMEOUT_S = 10.0
+LEARN_STOP_S = 10.0
+"""how long what learns is waited for when it is to stop"""
 ROTATION_MS = 15_000
 """how long the command that rotates keys has it for itself, before the edge finishes what it left"""
 FINISH_S = 60.0
@@ -292,7 +293,9 @@ class Edge:
             if member is not None and self._exact is not None:
                 self.activator = await asyncio.to_thread(self._make_activator, self._exact, member)
                 await self.activator.restore()
-        if self.node is None and not silent and member is not None and self.activator is not None:
+        if silent or member is None or self.activator is None or self.node is not None:
+            return
+        if await asyncio.to_thread(self._has_stopped_learning):
             known_id = await asyncio.to_thread(state.node_id, self.pool)
             await asyncio.to_thread(self._learn_at_home, member)
             self.node = self._make_node(member, self.activator, node_id=known_id)
@@ -387,15 +390,21 @@ class Edge:
             self.node.poke()
 
     async def _stop_node(self, *, silent: bool) -> None:
-        """`silent`: nothing may leave any more, not even a goodbye or the rest of what is being sent."""
-        if self.learning is not None:
-            await asyncio.to_thread(self.learning.schedule.stop)
-            self.learning = None
+        """`silent`: nothing may leave any more, not even a goodbye or the rest of what is being sent: that is cut at
+        once, whatever learning does meanwhile."""
+        ends: list[Awaitable[object]] = []
         if self.node is not None:
+            ends.append(asyncio.to_thread(self.node.stop, silent=silent))
             if self._large is not None:
-                await asyncio.to_thread(self._large.stop)
-            await asyncio.to_thread(self.node.stop, silent=silent)
-            self.node = None
+                ends.append(asyncio.to_thread(self._large.stop))
+        self.node = None
+        await asyncio.gather(*ends, asyncio.to_thread(self._has_stopped_learning, timeout_s=LEARN_STOP_S))
+
+    def _has_stopped_learning(self, timeout_s: float = 0.0) -> bool:
+        """Whether nothing learns here any more, asked to stop; as long as it does, it is not begun beside itself."""
+        if self.learning is not None and self.learning.schedule.stop(timeout_s):
+            self.learning = None
+        return self.learning is None
 
 
 async def _nothing() -> None:
@@ -408,18 +417,6 @@ async def _drop_adapters(engine: Engine) -> None:
     for version in engine.health().versions:
         if version:
             await engine.unload(version)
-
-
-class Stop:
-    """SIGTERM and SIGINT: the first asks to finish the calls in flight, the next to cut them."""
-
-    def __init__(self) -> None:
-        self.asked, self.at_once = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._signal)
-
-    def _signal(self) -> None:
-        (self.at_once if self.asked.is_set() else self.asked).set()
 
 
 async def serve(home: EdgeHome, config: EdgeConfig, *, pool: Pool) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import resource
+import signal
 
 from aiohttp import web
 
@@ -54,3 +55,15 @@ def _no_port(settings: GatewaySettings, error: OSError) -> ConfigError:
         f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; stop the program that has this port, "
         "or set another [gateway] port"
     )
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first asks to finish the calls in flight, the next to cut them."""
+
+    def __init__(self) -> None:
+        self.asked, self.at_once = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signal)
+
+    def _signal(self) -> None:
+        (self.at_once if self.asked.is_set() else self.asked).set()

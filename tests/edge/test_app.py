@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -176,6 +177,53 @@ async def test_at_level_off_not_even_a_counter_is_answered(edge: Edge, engine: M
     for cohort in (3, 0, 5):
         handlers.status(StatusRequest(cohort=cohort))
     assert cohorts == [3, 5]
+
+
+class Cut:
+    """A node that is told to stop."""
+
+    def __init__(self) -> None:
+        self.silent = threading.Event()
+
+    def stop(self, *, silent: bool) -> bool:
+        assert silent
+        self.silent.set()
+        return True
+
+
+class Busy:
+    """Learning at home whose thread ends when it is let: a large model is being read, say."""
+
+    def __init__(self, node: Cut) -> None:
+        self.schedule, self._node, self.ended = self, node, False
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        if timeout_s:
+            assert self._node.silent.wait(20), "the node was not cut before learning was waited for"
+        return self.ended
+
+
+async def test_at_level_off_the_server_is_cut_off_before_learning_is_waited_for(
+    edge: Edge, engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.keep_membership(edge.pool, member(engine.line, signing.new_key()))
+    await edge._follow_membership()
+    node = Cut()
+    busy, begun = Busy(node), list[str]()
+    edge.node, edge.learning = node, busy  # type: ignore[assignment]
+    await edge._follow_membership()
+    assert node.silent.is_set()
+    assert edge.node is None
+    assert getattr(edge, "learning") is busy, "it still learns"  # noqa: B009
+    monkeypatch.setattr(edge, "_learn_at_home", lambda _: begun.append("learning"))
+    edge.consent.set_level(Level.METRICS)
+    await edge._follow_membership()
+    assert (edge.node, begun) == (None, []), "nothing learns beside what has not ended"
+    busy.ended = True
+    await edge._follow_membership()
+    assert edge.node is not None
+    assert begun == ["learning"]
+    assert edge.learning is None
 
 
 async def test_a_consent_that_cannot_be_checked_is_none(edge: Edge) -> None:

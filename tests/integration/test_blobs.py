@@ -616,7 +616,8 @@ def test_an_adapter_for_which_there_is_no_room_is_not_fetched(
     server: Server, member: Membership, tmp_path: Path
 ) -> None:
     offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    outbox, room = Outbox(), {"floor_bytes": 100, "free_bytes": lambda _: 100 + 1 + len(CONTENT)}
+    outbox = Outbox()
+    room: dict[str, Any] = {"floor_bytes": 100, "free_bytes": lambda _: 100 + 1 + len(CONTENT)}
     desk = large(member, outbox, tmp_path / "f", **room)
     assert desk.fetch(offer, serving=3) == AdapterReply(3, installed=False, reason="no room for adapter 4")
     assert list((tmp_path / "f").iterdir()) == []

@@ -109,11 +109,12 @@ class Schedule:
         """Break a run off, which goes on at the next start, and end the thread; False if it still runs."""
         self._stopping.set()
         self._poked.set()
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return True
-        thread.join(timeout_s)
-        return not thread.is_alive()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        return True
 
     def poke(self) -> None:
         """Look at once."""
