@@ -2,6 +2,7 @@
 
     config.toml  server.db  admin.token
     keys/      master.key root.key release.key and the TLS files, 0700
+    keys/devices/  the devices' keys in the vault, each under the master key, 0700
     base/      <line_id>/ the model, <line_id>.json its line
     adapters/  <version>/ the files of an adapter and its manifest.bin
     trainer/ flower/ logs/   0700, each written by its own part
@@ -49,6 +50,11 @@ class Home:
         return self.folder / "keys"
 
     @property
+    def device_keys(self) -> Path:
+        """The devices' wrapped keys by id (0700)."""
+        return self.keys / "devices"
+
+    @property
     def bases(self) -> Path:
         """Model lines by id."""
         return self.folder / "base"
@@ -75,7 +81,9 @@ class Home:
 
     def folders(self) -> list[Path]:
         """Every folder of the home, itself first."""
-        return [self.folder, self.keys, self.bases, self.adapters, self.trainer, self.flower, self.logs]
+        return [
+            self.folder, self.keys, self.device_keys, self.bases, self.adapters, self.trainer, self.flower, self.logs
+        ]  # fmt: skip
 
 
 def default_folder() -> Path:

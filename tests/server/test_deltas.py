@@ -282,7 +282,7 @@ def test_the_adapters_that_joined_it_or_went_on_from_there_are_named(
     if how == "device":
         erased = vault.delete_device(device)
         assert (erased.deltas, erased.rounds, erased.adapters) == (1, ["first"], [first, after, joined_late])
-        assert vault.database.row("SELECT 1 FROM device_secrets WHERE device_id = ?", [device]) is None
+        assert vault.database.row("SELECT 1 FROM vault_keys WHERE owner_id = ?", [device]) is None
     else:
         done = vault.forget(asking(device, *(["a"] if how == "named" else []), everything=how == "everything"))
         assert (done.deleted, done.adapters) == (1, [first, after, joined_late])

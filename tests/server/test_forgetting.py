@@ -174,19 +174,19 @@ def test_everything_goes_with_the_key_and_only_what_is_made_later_comes_in(
     for device in (gone, stays):
         bad = make_step(untrainable="x", created_ms=100)
         vault.receive(device, [item([old, bad], [make_signal(Target.RUN, "r", created_ms=100)])])
-    sql = "SELECT wrapped FROM device_secrets WHERE device_id = ?"
-    before = vault.database.row(sql, [gone])
+    key = home.device_keys / gone
+    before = key.read_bytes()
 
     done = vault.forget(asking(gone, everything=True, at_ms=100), now_ms=1000)
 
     assert (done.deleted, done.unknown) == (3, 0)
-    assert vault.database.row(sql, [gone]) is None
+    assert not key.exists()
     assert counts(vault) == (1, 1, 1)
     assert vault.database.count("SELECT count(*) FROM trajectories WHERE device_id = ?", [gone]) == 0
     assert (home.folder / "server.db-wal").stat().st_size == 0, "old pages are gone from the log"
     new = make_step(run_id="r", created_ms=101)
     vault.receive(gone, [item([old, new], [make_signal(Target.RUN, "r", created_ms=101)])])
-    assert vault.database.row(sql, [gone]) not in (None, before)
+    assert key.read_bytes() != before
     assert [t.steps for t in vault.ready(old.policy.line, 9)] == [[old], [new]]
 
 
@@ -323,23 +323,26 @@ def test_a_vault_of_before_there_was_forgetting_forgets(
     database = open_database(home.database, derive_key(keys.master, "clawloop server.db"))
     migrate(database, "server", migrations=[schema._tables])
     (vault_id,) = database.execute("SELECT value FROM meta").fetchone()
-    seal = DeviceSeal.new(vault_id=vault_id, device_id="d")
+    seal = DeviceSeal.new(vault_id=vault_id, device_id=(device := new_id()))
     step, judged = make_step(run_id="r"), make_signal(Target.RUN, "r")
     names = [seal.name(*name) for name in (("step", step.step_id), ("run", "r"), ("session", "session"))]
     with transaction(database):
-        database.execute("INSERT INTO devices VALUES ('d', NULL, NULL, NULL, ?, 'joined', 0, 1, 1)", [base.line_id])
-        database.execute("INSERT INTO device_secrets VALUES ('d', ?)", [seal.wrap(keys.master)])
-        database.execute("INSERT INTO trajectories VALUES ('t', 'd', ?, 'train', 'ready', 1, NULL, 1)", [base.line_id])
+        database.execute(
+            "INSERT INTO devices VALUES (?, NULL, NULL, NULL, ?, 'joined', 0, 1, 1)", [device, base.line_id]
+        )
+        database.execute("INSERT INTO device_secrets VALUES (?, ?)", [device, seal.wrap(keys.master)])
+        sql = "INSERT INTO trajectories VALUES ('t', ?, ?, 'train', 'ready', 1, NULL, 1)"
+        database.execute(sql, [device, base.line_id])
         plain = seal.seal("steps", names[0], plain=msgspec.msgpack.encode(step))
-        database.execute("INSERT INTO steps VALUES ('d', ?, ?, ?, x'', 't', x'', 5, ?)", [*names, plain])
+        database.execute("INSERT INTO steps VALUES (?, ?, ?, ?, x'', 't', x'', 5, ?)", [device, *names, plain])
         key = seal.name("signal", judged.signal_id)
         plain = seal.seal("signals", key, plain=msgspec.msgpack.encode(judged))
-        database.execute("INSERT INTO signals VALUES ('d', ?, ?, x'', ?)", [key, names[1], plain])
-        database.execute("INSERT INTO set_aside VALUES ('d', x'01', 'untrainable', x'', 1)")
+        database.execute("INSERT INTO signals VALUES (?, ?, ?, x'', ?)", [device, key, names[1], plain])
+        database.execute("INSERT INTO set_aside VALUES (?, x'01', 'untrainable', x'', 1)", [device])
     database.close()
     vault = Vault.open(home, keys.master)
     assert [t.steps for t in vault.ready(base.line_id, 9)] == [[step]]
-    assert vault.forget(asking("d", step.step_id)).deleted == 3
+    assert vault.forget(asking(device, step.step_id)).deleted == 3
     assert counts(vault) == (0, 0, 0)
     vault.close()
 

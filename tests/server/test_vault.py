@@ -415,15 +415,16 @@ def test_deleting_a_device_shreds_what_it_sent_and_says_which_rounds_had_learned
         vault.receive(name, [item([make_step(run_id="a"), make_step(run_id="b")], [make_signal(Target.RUN, "a")])])
     line = make_step().policy.line
     vault.consume("round", vault.ready(line, 9))
-    row = vault.database.row("SELECT wrapped FROM device_secrets WHERE device_id = ?", [gone])
-    assert row is not None
+    key = home.device_keys / gone
+    assert key.exists()
 
     report = vault.delete_device(gone)
 
     assert (report.steps, report.signals, report.items, report.rounds) == (2, 1, 1, ["round"])
     assert vault.stats().steps == 2
     assert vault.stats().trajectories["train"] == {"consumed": 1, "open": 1, "shredded": 1}
-    assert vault.database.row("SELECT 1 FROM device_secrets WHERE wrapped = ?", [row[0]]) is None
+    assert not key.exists()
+    assert vault.database.row("SELECT 1 FROM vault_keys WHERE owner_id = ?", [gone]) is None
     assert (home.folder / "server.db-wal").stat().st_size == 0, "old pages are gone from the log"
     assert vault.delete_device(gone).steps == 0, "again is harmless"
 

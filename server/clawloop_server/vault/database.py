@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class ServerDatabase:
     """server.db, safe to use from any thread, one at a time."""
 
-    def __init__(self, database: Database, vault_id: str) -> None:
-        self.vault_id = vault_id
+    def __init__(self, database: Database, vault_id: str, path: Path) -> None:
+        self.vault_id, self.path = vault_id, path
         self._database = database
         self._lock = threading.RLock()
 
@@ -44,7 +44,7 @@ class ServerDatabase:
         except BaseException:
             database.close()
             raise
-        return cls(database, row[0])
+        return cls(database, row[0], path)
 
     @contextmanager
     def write(self) -> Iterator[ServerDatabase]:

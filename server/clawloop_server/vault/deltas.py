@@ -19,6 +19,7 @@ from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_shared import wire
 from clawloop_shared.deltas import MAX_DELTA_BYTES, LoraDelta
+from clawloop_shared.errors import StorageError
 
 _PART_BYTES = 64 << 20
 """what is sealed at once: sealed bytes are opened whole, and at most 256 MiB"""
@@ -104,12 +105,18 @@ class Deltas:
             StorageError: it does not open with the keys that are here.
             WireError: what was sealed is no delta.
         """
-        with self._database.snapshot() as database:
-            sql = "SELECT device_id, sealed FROM deltas WHERE delta_id = ? AND sealed IS NOT NULL"
-            row = database.row(sql, [delta_id])
-            if row is None:
+        sql = "SELECT device_id, sealed FROM deltas WHERE delta_id = ? AND sealed IS NOT NULL"
+        try:
+            with self._database.snapshot() as database:
+                row = database.row(sql, [delta_id])
+                if row is None:
+                    return None
+                seal = self._seals.open(row[0])
+        except StorageError:
+            # The snapshot may be of before its device was deleted, whose key is gone since.
+            if self._database.row(sql, [delta_id]) is None:
                 return None
-            seal = self._seals.open(row[0])
+            raise
         return wire.decode(_opened(seal, delta_id, sealed=row[1]), LoraDelta, max_bytes=MAX_DELTA_BYTES)
 
     def lost(self, delta_ids: Iterable[str]) -> set[str]:

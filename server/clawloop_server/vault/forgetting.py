@@ -19,7 +19,7 @@ from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.pins import lose
 from clawloop_server.vault.seal import DeviceSeal
-from clawloop_server.vault.seals import DeviceSeals
+from clawloop_server.vault.seals import DeviceSeals, forget_keys
 from clawloop_server.vault.sums import SUMS_WITH_DEVICE, SUMS_WITH_DOOMED, shred_sums
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest
@@ -204,13 +204,15 @@ def erase_records(database: ServerDatabase, seal: DeviceSeal, *, ids: Sequence[s
 
 
 def erase_device(database: ServerDatabase, device_id: str) -> Erased:
-    """Delete all that a device sent, with its key and its tombstones, and the secure sums that it is in."""
+    """Delete all that a device sent, with its tombstones, and the secure sums that it is in; of the keys of these
+    nothing opens any more, and `DeviceSeals.bury` takes them away."""
     _prepare(database)
     database.run("INSERT INTO temp.touched SELECT trajectory_id FROM trajectories WHERE device_id = ?", [device_id])
     steps, signals, items, set_aside, *_ = (
         database.run(f"DELETE FROM {table} WHERE device_id = ?", [device_id])  # noqa: S608 constant names
-        for table in ("steps", "signals", "items", "set_aside", "marks", "device_secrets", "tombstones")
+        for table in ("steps", "signals", "items", "set_aside", "marks", "tombstones")
     )
+    forget_keys(database, "owner_id = ?", [device_id])
     deltas, joined = _erase_deltas(database, "device_id = ?", [device_id])
     summed, joined_sums = _erase_deltas(database, SUMS_WITH_DEVICE, [device_id])
     shred_sums(database, device_id, doomed=False)

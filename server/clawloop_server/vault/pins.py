@@ -103,12 +103,18 @@ class Pins:
                 yield found
 
     def _read(self, trajectory_id: str) -> Trajectory | None:
-        with self._database.snapshot() as database:
-            found = self._names(trajectory_id)
-            if found is None:
+        try:
+            with self._database.snapshot() as database:
+                found = self._names(trajectory_id)
+                if found is None:
+                    return None
+                seal, names = found
+                return read_trajectory(database, seal, trajectory_id, names=names, rules=self._rules)
+        except StorageError:
+            # The snapshot may be of before its device was deleted, whose key is gone since.
+            if self._database.row("SELECT 1 FROM pins WHERE trajectory_id = ? AND NOT lost", [trajectory_id]) is None:
                 return None
-            seal, names = found
-            return read_trajectory(database, seal, trajectory_id, names=names, rules=self._rules)
+            raise
 
     def rewards(self, trajectory_ids: Iterable[str]) -> list[Trajectory]:
         """What `Vault.consume` asks of these trajectories: their signals, without their steps; of one that cannot be

@@ -17,6 +17,7 @@ from clawloop_shared.signals import DEFAULT_RULES, FACTORS, RewardRules
 _SIGNAL = msgspec.msgpack.Decoder(Signal)
 _META = "signals that count"
 _PAGE = 1000
+_DEVICES = "SELECT owner_id FROM vault_keys WHERE digest IS NOT NULL AND owner_id IN (SELECT device_id FROM devices)"
 
 
 def rejudge(database: ServerDatabase, seals: DeviceSeals, *, rules: RewardRules) -> None:
@@ -30,7 +31,7 @@ def rejudge(database: ServerDatabase, seals: DeviceSeals, *, rules: RewardRules)
     if decided == (known[0] if known else _decided(DEFAULT_RULES)):
         return
     database.run("INSERT OR REPLACE INTO meta VALUES (?, ?)", [_META, decided])
-    for (device_id,) in database.rows("SELECT device_id FROM device_secrets"):
+    for (device_id,) in database.rows(_DEVICES):
         targets = _note(database, seals.open(device_id), rules=rules)
         found = dict.fromkeys(
             trajectory_id

@@ -1,7 +1,8 @@
 """The tables of server.db, as ordered migrations. What a device named (ids, text) is in sealed columns alone.
 
 Look-ups go by keyed hashes (`*_key` columns), so that neither names nor times of a deleted device can be read from an
-old copy of the file, even with the master key. Format: docs/formats/vault.md.
+old copy of the file, even with the master key. The devices' keys are in no table (`seals`). Format:
+docs/formats/vault.md.
 """
 
 from __future__ import annotations
@@ -171,6 +172,17 @@ CREATE TABLE secure_expected (
   PRIMARY KEY (task_id, device_id)) WITHOUT ROWID;
 """
 
+_KEY_FILES = """
+CREATE TABLE vault_keys (owner_id TEXT PRIMARY KEY, digest BLOB) WITHOUT ROWID;
+CREATE INDEX vault_keys_dead ON vault_keys (owner_id) WHERE digest IS NULL;
+"""
+
+_TURNS = """
+CREATE INDEX trajectory_groups_in_turn
+  ON trajectory_groups (line_id, channel, stage, device_id, arrived_ms, arrival, judged);
+CREATE INDEX trajectories_by_device_round ON trajectories (device_id, round_id);
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -209,13 +221,33 @@ def _secure_sums(database: Database) -> None:
     _run(database, _SECURE_SUMS)
 
 
+def _key_files(database: Database) -> None:
+    _run(database, _KEY_FILES)
+
+
+def _turns(database: Database) -> None:
+    _run(database, _TURNS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
             database.execute(statement)
 
 
-_MIGRATIONS = [_tables, _forgetting, _groups, _classified, _pins, _lengths, _deltas, _joining, _secure_sums]
+_MIGRATIONS = [
+    _tables,
+    _forgetting,
+    _groups,
+    _classified,
+    _pins,
+    _lengths,
+    _deltas,
+    _joining,
+    _secure_sums,
+    _key_files,
+    _turns,
+]
 """in the order in which they came; one that was released never changes"""
 
 

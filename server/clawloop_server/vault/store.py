@@ -79,6 +79,7 @@ class Vault:
         self.database, self._federate = database, federate or FederateSettings()
         self._home, self._settings = home, settings
         self._seals = DeviceSeals(database, master_key)
+        self._seals.move_out()
         self.pins = Pins(database, self._seals, settings)
         self.deltas = Deltas(database, self._seals)
 
@@ -138,11 +139,18 @@ class Vault:
         return received
 
     def obey_settings(self) -> None:
-        """Look again at all signals if others are enough for a reward now than before; called where a server starts.
+        """Look again at all signals if others are enough for a reward now than before, after the keys of what is
+        deleted are gone; called where a server starts.
 
         Raises:
-            StorageError: a record does not open with the keys that are here.
+            StorageError: a record does not open with the keys that are here, or one that is dead cannot be removed.
         """
+        self._seals.tidy()
+        half = (
+            "SELECT device_id FROM devices WHERE state = 'deleted' AND device_id IN (SELECT owner_id FROM vault_keys)"
+        )
+        for (device_id,) in self.database.rows(half):  # marked as deleted, and no further
+            self.delete_device(device_id)
         with self.database.write() as database:
             rejudge(database, self._seals, rules=self._settings)
 
@@ -296,21 +304,23 @@ class Vault:
 
         Raises:
             VaultError: another request of this device had this id.
-            StorageError: nothing was deleted, or the log could not be emptied; ask again.
+            StorageError: nothing was deleted, or a key not removed, or the log not emptied; ask again.
         """
         now_ms = now_ms or _now_ms()
         receipt = forget(self.database, self._seals, request=request, now_ms=now_ms)
+        self._seals.bury()
         self.database.scrub()
         return receipt
 
     def delete_device(self, device_id: str) -> Erased:
-        """Shred all that a device sent: destroy its key, delete its rows, empty the log. Running it again is harmless.
+        """Shred all that a device sent: delete its rows, destroy its key, empty the log. Running it again is harmless.
 
         Raises:
-            StorageError: rows are deleted, but the log could not be emptied; run it again.
+            StorageError: rows are deleted, but its key could not be, or the log not be emptied; run it again.
         """
         with self.database.write() as database:
             erased = erase_device(database, device_id)
+        self._seals.bury()
         self.database.scrub()
         return erased
 

@@ -9,7 +9,7 @@ from clawloop_server.errors import DeviceError
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.deltas import keep_delta
 from clawloop_server.vault.seal import DeviceSeal
-from clawloop_server.vault.seals import DeviceSeals
+from clawloop_server.vault.seals import DeviceSeals, forget_keys
 from clawloop_shared import wire
 from clawloop_shared.deltas import LoraDelta
 from clawloop_shared.files import sha256
@@ -62,9 +62,9 @@ def devices_in(database: ServerDatabase, device_id: str) -> frozenset[str]:
 
 
 def shred_sums(database: ServerDatabase, device_id: str, *, doomed: bool) -> None:
-    """Destroy the keys of the sums that a device is in; `doomed`: of those alone that a part is in that is to go. Part
-    of the transaction that is open."""
+    """Mark as dead the keys of the sums that a device is in; `doomed`: of those alone that a part is in that is to go.
+    Part of the transaction that is open."""
     of = f"{_OF} AND item_key IN temp.doomed" if doomed else _OF
-    database.run(f"UPDATE secure_sums SET wrapped = NULL WHERE sum_id IN ({of})", [device_id])  # noqa: S608 constant text
+    forget_keys(database, f"owner_id IN ({of})", [device_id])
     if not doomed:
         database.run("DELETE FROM secure_expected WHERE device_id = ?", [device_id])
