@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import secrets
 import signal
@@ -44,17 +45,18 @@ from clawloop_server.hub.members import HubMembers, HubReleases
 from clawloop_server.hub.membership import MemberDesk
 from clawloop_server.hub.registrar import Registrar
 from clawloop_server.hub.status import RUNNING_FILE, Part, Running, ServerStatus, read_status, write_running
+from clawloop_server.hub.steps import Step, go_on
 from clawloop_server.hub.training import TrainerEar
 from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_waiting, renew_expiring
+from clawloop_server.vault.parts import FOLDER as BLOBS
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import SumDeltas
 from clawloop_shared.blobs import signed_address
 from clawloop_shared.envelope import derive_key
-from clawloop_shared.errors import ClawloopError
 from clawloop_shared.files import publish_secret
 from clawloop_shared.lora import ModelShape
 from clawloop_shared.manifest import SignedManifest, open_manifest
@@ -65,8 +67,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """how often the hub looks for new candidates and revoked devices"""
-_LONGEST_LOOK_S = 60.0
-"""and how often at most it says that it cannot"""
+_SWEEP_S = 86_400.0
+"""and for parts of items that never came whole"""
 _ADDRESS_S = 86_400
 """for how long a device may fetch an adapter's file by the address that it was given"""
 _TRAINER_WAIT_S = 300.0
@@ -92,6 +94,8 @@ class ServerApp:
         self._fleet: Fleet | None = None
         self._registrar: Registrar | None = None
         self._dispatcher: Dispatcher | None = None
+        self._blobs: BlobDesk | None = None
+        self._known: dict[str, int] = {}
         self._children = Supervisor()
         self._trainer = TrainerEar()
         self.running = Running(
@@ -180,6 +184,7 @@ class ServerApp:
         self._open.push_async_callback(fleet.stop)
         await fleet.start()
         self._fleet, self._registrar = fleet, Registrar(fleet, self._members)
+        self._blobs = self._blob_desk(dispatcher.admit_large)
         front = self._front(fleet, self._registrar)
         self._open.push_async_callback(front.stop)
         hub = self.config.hub
@@ -213,19 +218,19 @@ class ServerApp:
             nothing_for=lambda node_id: self._dispatcher is not None and self._dispatcher.nothing_for(node_id),
             stock_nodes=self.config.fleet.stock_nodes,
             members=members,
-            blobs=self._blob_desk(),
+            blobs=self._blobs,
             trusted_proxies=self.config.hub.trusted_proxies,
         )
 
-    def _blob_desk(self) -> BlobDesk:
+    def _blob_desk(self, admit: Callable[[str, int], float]) -> BlobDesk:
         database, seals = self._vault.database, DeviceSeals(self._vault.database, self._keys.master)
 
         def seal(device_id: str) -> DeviceSeal:
             with database.write():
                 return seals.ensure(device_id)
 
-        desk = BlobDesk(
-            self.home.folder / "blobs",
+        return BlobDesk(
+            self.home.folder / BLOBS,
             self._vault,
             device=self._members.devices.get,
             seal=seal,
@@ -233,9 +238,8 @@ class ServerApp:
             files=self._registry.file_of,
             address_key=self._address_key,
             max_bytes=self.config.fleet.max_item_mib << 20,
+            admit=admit,
         )
-        desk.sweep()
-        return desk
 
     def _links(self, signed: SignedManifest, device_id: str) -> dict[str, str]:
         """Addresses of the files of an adapter that is too large for a message."""
@@ -294,33 +298,45 @@ class ServerApp:
     # what happens while it runs
 
     async def _look(self) -> None:
-        """Release what passed, renew what expires, tell of it, and keep Flower's list of who may sync."""
-        known, wait_s = await asyncio.to_thread(self._releases.versions), _LOOK_S
-        scrubbed = False  # a server that was killed may have deleted without emptying the log
-        while True:
-            try:
-                await asyncio.to_thread(self._release)
-                current = await asyncio.to_thread(self._releases.versions)
-                if current != known and self._dispatcher is not None:
-                    for cohort in [name for name, version in current.items() if known.get(name) != version]:
-                        _log.info("adapter %d is released%s", current[cohort], f" for {cohort}" if cohort else "")
-                    self._dispatcher.notify()
-                    known = current
-                if self._registrar is not None:
-                    await self._registrar.settle()
-                if not scrubbed:
-                    await asyncio.to_thread(self._vault.database.scrub)
-                    scrubbed = True
-                wait_s = _LOOK_S
-            except ClawloopError as error:
-                wait_s = min(wait_s * 2, _LONGEST_LOOK_S)
-                _log.error("the hub's look failed and is tried again in %.0f s: %s", wait_s, error)
-            await asyncio.sleep(wait_s)
+        """Release what passed, renew what expires, tell of it, keep Flower's list of who may sync, and tidy."""
+        self._known = await asyncio.to_thread(self._releases.versions)
+        scrub = self._vault.database.scrub  # a server that was killed may have deleted without emptying the log
+        await go_on(
+            [
+                Step("releasing", lambda: asyncio.to_thread(self._release), every_s=_LOOK_S),
+                Step("renewing", lambda: asyncio.to_thread(self._renew), every_s=_LOOK_S),
+                Step("telling of releases", self._tell, every_s=_LOOK_S),
+                Step("keeping the list of who may sync", self._settle, every_s=_LOOK_S),
+                Step("emptying the database's log", lambda: asyncio.to_thread(scrub), every_s=math.inf),
+                Step("sweeping parts of items", self._sweep, every_s=_SWEEP_S),
+            ],
+            look_s=_LOOK_S,
+        )
+
+    async def _tell(self) -> None:
+        current, known = await asyncio.to_thread(self._releases.versions), self._known
+        if current == known or self._dispatcher is None:
+            return
+        for cohort in [name for name, version in current.items() if known.get(name) != version]:
+            _log.info("adapter %d is released%s", current[cohort], f" for {cohort}" if cohort else "")
+        self._dispatcher.notify()
+        self._known = current
+
+    async def _settle(self) -> None:
+        if self._registrar is not None:
+            await self._registrar.settle()
+
+    async def _sweep(self) -> None:
+        if self._blobs is not None:
+            await asyncio.to_thread(self._blobs.sweep)
 
     def _release(self) -> None:
         days = self.config.release.expires_days
         if self.config.release.auto:
             release_waiting(self._registry, self._keys, expires_days=days)
+
+    def _renew(self) -> None:
+        days = self.config.release.expires_days
         line_id = self._base.line_id
         for cohort in {"", *self._registry.cohorts(line_id)}:
             renew_expiring(self._registry, self._keys, line_id=line_id, cohort=cohort, expires_days=days)

@@ -71,6 +71,18 @@ def test_each_manifest_names_the_one_before_it(registry: Registry, keys: ServerK
     assert open_manifest(third, keys.release_public).previous_sha256 == first.sha256
 
 
+def test_a_candidate_with_a_broken_file_is_held_and_named_and_the_next_is_released(
+    registry: Registry, home: Home, keys: ServerKeys, base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    for weights in (b"one", b"two"):
+        add(registry, base, weights)
+    (home.adapters / "1" / WEIGHTS_FILE).chmod(0o600)
+    (home.adapters / "1" / WEIGHTS_FILE).write_bytes(b"bad")
+    assert release_waiting(registry, keys) == [2]
+    assert registry.adapter(1).state is AdapterState.HELD
+    assert "adapter 1 cannot be released and is held: " in caplog.text
+
+
 def test_an_adapter_is_released_once_and_never_after_a_newer_one(
     registry: Registry, keys: ServerKeys, base: Base
 ) -> None:

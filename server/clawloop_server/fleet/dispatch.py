@@ -138,6 +138,10 @@ class Dispatcher:
         """Why nothing that devices send can be kept; empty: the last could."""
         return self._trouble
 
+    def admit_large(self, device_id: str, size_bytes: int) -> float:
+        """Count an item that comes in parts as taken from a device; or in how many seconds there is room for it."""
+        return self._quota.admit_large(device_id, size_bytes)
+
     def notify(self) -> None:
         """Something was released: look at once. (Call from the hub's loop.)"""
         self._cohort_due_s = float("-inf")

@@ -33,20 +33,32 @@ class Quota:
     def admit(self, device_id: str, items: Sequence[UploadItem]) -> int:
         """How many of these items, from the first on, are to be taken now. They are counted as taken."""
         for number, item in enumerate(items):
-            size_bytes, limits = len(item.body), self._settings
-            waits = {
-                f"[fleet] items_per_hour = {limits.items_per_hour}": self._items.wait_s(device_id, 1),
-                f"[fleet] mib_per_hour = {limits.mib_per_hour:g}": self._bytes.wait_s(device_id, size_bytes),
-            }
-            reason, wait_s = max(waits.items(), key=lambda pair: pair[1])
-            if wait_s > 0:
-                self._over[device_id] = (reason, self._clock() + wait_s)
+            if not self._take(device_id, len(item.body)):
                 return number
-            self._items.use(device_id, 1)
-            self._bytes.use(device_id, size_bytes)
         if items:
             self._over.pop(device_id, None)
         return len(items)
+
+    def admit_large(self, device_id: str, size_bytes: int) -> float:
+        """Count an item that comes in parts as taken; or in how many seconds there is room for it."""
+        if self._take(device_id, size_bytes):
+            self._over.pop(device_id, None)
+            return 0.0
+        return self.wait_s(device_id)
+
+    def _take(self, device_id: str, size_bytes: int) -> bool:
+        limits = self._settings
+        waits = {
+            f"[fleet] items_per_hour = {limits.items_per_hour}": self._items.wait_s(device_id, 1),
+            f"[fleet] mib_per_hour = {limits.mib_per_hour:g}": self._bytes.wait_s(device_id, size_bytes),
+        }
+        reason, wait_s = max(waits.items(), key=lambda pair: pair[1])
+        if wait_s > 0:
+            self._over[device_id] = (reason, self._clock() + wait_s)
+            return False
+        self._items.use(device_id, 1)
+        self._bytes.use(device_id, size_bytes)
+        return True
 
     def give_back(self, device_id: str, items: Sequence[UploadItem]) -> None:
         """These were counted, and could not be kept."""

@@ -4,7 +4,8 @@
     GET /v1/blobs/SHA256?device&expires&sig  a file of a released adapter, in ranges, by an address that the hub made
 
 Parts lie sealed under their device's own key in blobs/, 0600, one file an item, until the item is whole; then the vault
-gets it like any other. Nothing in a request names a file: names here are keyed hashes, those of adapters are looked up.
+gets it like any other. An item is counted whole, as one of what its device may send in an hour, before any byte is
+taken. Nothing in a request names a file: names here are keyed hashes (`vault.parts`), those of adapters are looked up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import struct
 import time
@@ -23,6 +25,8 @@ from typing import Protocol
 from clawloop_server.errors import DeviceError
 from clawloop_server.hub.desk import DeskAnswer
 from clawloop_server.hub.devices import Device, DeviceState
+from clawloop_server.vault.intake import MAX_ITEM_BYTES
+from clawloop_server.vault.parts import part_name, parts_folder
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_shared import wire
 from clawloop_shared.blobs import (
@@ -35,6 +39,7 @@ from clawloop_shared.blobs import (
     claimed_sender,
     open_part,
 )
+from clawloop_shared.deltas import DELTA_KIND
 from clawloop_shared.errors import ClawloopError, SignatureInvalid, StorageError, WireError
 from clawloop_shared.files import private_folder, publish_secret, sha256
 from clawloop_shared.messages import ItemReceipt, ItemReceived, UploadItem
@@ -49,6 +54,7 @@ _MAX_ITEMS = 4
 _MAX_DONE = 16
 _STALE_S = 7 * 86_400.0
 _DONE = ".done"
+_OVER = "this device sends more than [fleet] items_per_hour or mib_per_hour; go on later"
 _UNPROVEN = "this part is not signed by a device that may sync here"
 
 
@@ -74,23 +80,28 @@ class BlobDesk:
         files: Callable[[str], Path | None],
         address_key: bytes,
         max_bytes: int,
+        admit: Callable[[str, int], float] = lambda device_id, size_bytes: 0.0,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         """`seal`: that of a device that may send (DeviceError: it may not); `files`: the file of a released adapter
-        that has a hash; `max_bytes`: of one item, and of all that one device has incomplete."""
+        that has a hash; `max_bytes`: of one item, and of all that one device has incomplete; `admit`: counts an item of
+        a device and its bytes as taken, or says for how many seconds it is not to be taken (called in the loop)."""
         self._folder, self._vault, self._device, self._seal = private_folder(folder), vault, device, seal
         self._sign, self._files, self._key = sign, files, address_key
-        self._max_bytes, self._now_s = max_bytes, now_s
+        self._max_bytes, self._admit, self._now_s = max_bytes, admit, now_s
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._whole = asyncio.Lock()
         """one item at a time is put together: it is in memory then"""
 
     def sweep(self) -> int:
         """Remove what was begun long ago and never ended; how many files."""
-        old = [p for p in self._folder.glob("*/*") if self._now_s() - p.stat().st_mtime > _STALE_S]
-        for path in old:
-            path.unlink(missing_ok=True)
-        return len(old)
+        count = 0
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # it was ended, or forgotten, meanwhile
+                if self._now_s() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+                    count += 1
+        return count
 
     # files for devices
 
@@ -130,14 +141,20 @@ class BlobDesk:
             return DeskAnswer(
                 400, message=f"this part was signed {behind_ms // 1000} s before the clock here; set yours"
             )
-        if head.size_bytes > self._max_bytes:
-            return DeskAnswer(413, message=f"an item may have {self._max_bytes} bytes, this one has {head.size_bytes}")
+        most = self._max_bytes if head.kind == DELTA_KIND else min(self._max_bytes, MAX_ITEM_BYTES)
+        if head.size_bytes > most:
+            return DeskAnswer(413, message=f"such an item may have {most} bytes, this one has {head.size_bytes}")
         return None
 
     async def _take(self, head: PartHead, data: bytes) -> DeskAnswer:
         async with self._locks[head.device_id]:
             try:
                 partial = await asyncio.to_thread(self._open, head)
+                if partial.is_new and data:
+                    wait_s = self._admit(head.device_id, head.size_bytes)
+                    if wait_s > 0:
+                        return DeskAnswer(429, message=_OVER, retry_after_s=math.ceil(wait_s))
+                    await asyncio.to_thread(self._make_room, partial.path.parent, head)
                 state = await asyncio.to_thread(partial.add, data) if partial.state is None else partial.state
                 if state.receipt is None and state.offset == head.size_bytes:
                     async with self._whole:
@@ -153,11 +170,7 @@ class BlobDesk:
 
     def _open(self, head: PartHead) -> _Partial:
         seal = self._seal(head.device_id)
-        folder = private_folder(self._folder / seal.name("blobs", "").hex())
-        partial = _Partial(folder, head, seal)
-        if partial.state is None and not partial.path.exists():
-            self._make_room(folder, head)
-        return partial
+        return _Partial(private_folder(parts_folder(self._folder, seal)), head, seal)
 
     def _make_room(self, folder: Path, head: PartHead) -> None:
         """Of what this device has begun, the oldest gives way: it can send that anew."""
@@ -176,9 +189,7 @@ class BlobDesk:
         item = UploadItem(head.item_id, head.receipt_id, head.kind, body)
         (received,) = self._vault.receive(head.device_id, [item])
         state = BlobState(head.size_bytes, self._sign(received))
-        done = partial.path.with_suffix(_DONE)
-        publish_secret(done, wire.encode(state))
-        partial.path.unlink()
+        done = partial.keep_receipt(state)
         others = sorted(done.parent.glob(f"*{_DONE}"), key=lambda p: p.stat().st_mtime)
         for old in others[:-_MAX_DONE]:
             old.unlink()
@@ -191,15 +202,19 @@ class _Partial:
 
     def __init__(self, folder: Path, head: PartHead, seal: DeviceSeal) -> None:
         self.head, self._seal = head, seal
-        self._name = seal.name("blob", "\0".join((head.item_id, head.sha256, str(head.size_bytes))))
-        self.path = folder / self._name.hex()
+        name = part_name(seal, item_id=head.item_id, sha256=head.sha256, size_bytes=head.size_bytes)
+        self.path, self._name = folder / name, name.encode()
         self.state: BlobState | None = None
         with contextlib.suppress(FileNotFoundError):
-            done = self.path.with_suffix(_DONE).read_bytes()
-            self.state = wire.decode(done, BlobState)
+            sealed = self.path.with_suffix(_DONE).read_bytes()
+            self.state = wire.decode(seal.unseal("blobs", self._name, sealed=sealed), BlobState)
+        self.is_new = self.state is None and not self.path.exists()
+        """whether nothing of it came yet"""
 
     def add(self, data: bytes) -> BlobState:
         """Keep the part if it is the next one; how far it is now, on the disk."""
+        if not data and not self.path.exists():
+            return BlobState(0)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(handle, "r+b") as file:
             count, offset, end = self._walk(file.fileno())
@@ -215,6 +230,13 @@ class _Partial:
             file.flush()
             os.fsync(file.fileno())
             return BlobState(offset + len(data))
+
+    def keep_receipt(self, state: BlobState) -> Path:
+        """It is with the vault: only the receipt stays, sealed."""
+        done = self.path.with_suffix(_DONE)
+        publish_secret(done, self._seal.seal("blobs", self._name, plain=wire.encode(state)))
+        self.path.unlink()
+        return done
 
     def whole(self) -> bytes:
         """All that was kept, unsealed.

@@ -5,13 +5,17 @@ Versions only grow, so going back is going forward to a new version with the fil
 
 from __future__ import annotations
 
+import logging
 import time
 
 from clawloop_server.errors import ReleaseError
 from clawloop_server.release.keys import ServerKeys
 from clawloop_server.release.records import AdapterRecord, AdapterState
 from clawloop_server.release.registry import Registry
+from clawloop_shared.errors import StorageError
 from clawloop_shared.manifest import Manifest, SignedManifest, open_manifest, sign_manifest
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_EXPIRES_DAYS = 14.0
 _DAY_MS = 86_400_000
@@ -119,10 +123,11 @@ def roll_back(
 def release_waiting(
     registry: Registry, keys: ServerKeys, *, expires_days: float = DEFAULT_EXPIRES_DAYS, now_ms: int | None = None
 ) -> list[int]:
-    """Release every candidate that waits, oldest first; their versions. One that a newer release overtook is held.
+    """Release every candidate that waits, oldest first; their versions. One that a newer release overtook is held, and
+    one of which a file is missing or was changed.
 
     Raises:
-        StorageError: a file of one is missing or was changed.
+        StorageError: the database cannot be written.
     """
     released = []
     for record in registry.candidates():
@@ -130,6 +135,12 @@ def release_waiting(
         same = current is not None and current.cohort == record.cohort
         if same and current is not None and current.origin > record.version:
             registry.hold(record.version)
+            continue
+        try:
+            registry.files(record.version)
+        except StorageError as error:
+            registry.hold(record.version)
+            _log.error("adapter %d cannot be released and is held: %s", record.version, error)
             continue
         signed = release_candidate(registry, keys, version=record.version, expires_days=expires_days, now_ms=now_ms)
         released.append(open_manifest(signed, keys.release_public).version)

@@ -16,6 +16,8 @@ from clawloop_shared.messages import UploadItem
 from clawloop_shared.records import Mark, Signal, Step, StepBatch, check_signal, check_step
 
 MAX_ITEM_BYTES = 8 << 20
+MAX_ASIDE_BYTES = 4096
+"""of what is set aside because it is too large, or other than what was sent before"""
 MAX_ITEM_RECORDS = 4096
 """a device puts 256 into one; an item of half a million tiny ones would hold up everybody for minutes"""
 MAX_NAME_CHARS = 256
@@ -108,16 +110,15 @@ def sort_item(
     Records that are `forgotten` are neither kept nor set aside."""
     if len(item.body) > MAX_ITEM_BYTES:
         detail = f"{len(item.body)} bytes, the limit is {MAX_ITEM_BYTES}"
-        return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body)])
+        return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body[:MAX_ASIDE_BYTES])])
     try:
         batch = wire.decode(item.body, StepBatch)
     except (WireError, RecursionError) as error:
         return Intake(refused=[Refused(Reason.UNREADABLE, str(error), item.body)])
     records = len(batch.steps) + len(batch.signals) + len(batch.marks)
     if records > MAX_ITEM_RECORDS:
-        return Intake(
-            refused=[Refused(Reason.TOO_LARGE, f"{records} records, the limit is {MAX_ITEM_RECORDS}", item.body)]
-        )
+        detail = f"{records} records, the limit is {MAX_ITEM_RECORDS}"
+        return Intake(refused=[Refused(Reason.TOO_LARGE, detail, item.body[:MAX_ASIDE_BYTES])])
     intake = Intake([], [], [], [])
     for step in (step for step in batch.steps if not forgotten(step)):
         refused = _judge_step(step, vocabularies)

@@ -18,6 +18,7 @@ from clawloop_server.vault.deltas import keep_delta
 from clawloop_server.vault.forgetting import Graves
 from clawloop_server.vault.groups import TrajectoryState
 from clawloop_server.vault.intake import (
+    MAX_ASIDE_BYTES,
     MAX_GROUP,
     MAX_TARGET_SIGNALS,
     MAX_TRAJECTORY_STEPS,
@@ -93,7 +94,7 @@ class Receiver:
         if self._graves.hold_name("item", item.item_id):
             return self._now_ms, False
         if known is not None:
-            body = b"" if item.kind == DELTA_KIND else item.body
+            body = b"" if item.kind == DELTA_KIND else item.body[:MAX_ASIDE_BYTES]
             self._set_aside(Refused(Reason.CHANGED, "an item with this id was sent before with another body", body))
             return self._now_ms, False
         facts = msgspec.msgpack.encode([item.item_id[:256], item.receipt_id[:256], item.kind[:64]])
@@ -230,7 +231,8 @@ class Receiver:
 
     def _check_same(self, record: Step | Signal, plain: bytes, *, digest: bytes) -> None:
         if self._seal.digest(plain) != digest:
-            self._set_aside(refuse(Reason.CHANGED, "sent before with other content", record=record))
+            found = refuse(Reason.CHANGED, "sent before with other content", record=record)
+            self._set_aside(msgspec.structs.replace(found, record=found.record[:MAX_ASIDE_BYTES]))
 
     # marks
 
