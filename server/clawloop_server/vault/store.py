@@ -7,6 +7,7 @@ round that was. Knows no HTTP, no Flower and no tensor.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,8 @@ from clawloop_server.vault.deltas import Deltas
 from clawloop_server.vault.forgetting import Erased, erase_device, forget
 from clawloop_server.vault.groups import TrajectoryState, deadlines
 from clawloop_server.vault.judging import Answer, answers, keep_values
+from clawloop_server.vault.parts import FOLDER as BLOBS
+from clawloop_server.vault.parts import drop_all_parts, drop_parts
 from clawloop_server.vault.pins import Pins
 from clawloop_server.vault.reading import names_of, read_trajectory
 from clawloop_server.vault.receiving import Receiver
@@ -29,10 +32,13 @@ from clawloop_server.vault.rejudging import rejudge
 from clawloop_server.vault.seal import DeviceSeal
 from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.settings import DEFAULT_SETTINGS, RewardSettings
+from clawloop_shared.errors import StorageError
 from clawloop_shared.files import sha256
 from clawloop_shared.messages import ForgetReceipt, ForgetRequest, ItemReceived, UploadItem
 from clawloop_shared.records import Channel, Trajectory
 from clawloop_shared.signals import Account, account_of
+
+_log = logging.getLogger(__name__)
 
 _ACCOUNT = msgspec.msgpack.Decoder(Account)
 
@@ -307,6 +313,7 @@ class Vault:
             StorageError: nothing was deleted, or a key not removed, or the log not emptied; ask again.
         """
         now_ms = now_ms or _now_ms()
+        self._drop_parts(request.device_id, None if request.everything else request.record_ids)
         receipt = forget(self.database, self._seals, request=request, now_ms=now_ms)
         self._seals.bury()
         self.database.scrub()
@@ -318,11 +325,26 @@ class Vault:
         Raises:
             StorageError: rows are deleted, but its key could not be, or the log not be emptied; run it again.
         """
+        self._drop_parts(device_id, None)
         with self.database.write() as database:
             erased = erase_device(database, device_id)
         self._seals.bury()
         self.database.scrub()
         return erased
+
+    def _drop_parts(self, device_id: str, item_ids: Sequence[str] | None) -> None:
+        """Remove what came so far of items (None: of all) that come in parts; while the key is there that names it."""
+        blobs = self._home.folder / BLOBS
+        try:
+            seal = self._seals.get(device_id)
+        except StorageError as error:  # they open no more, and go when the hub sweeps
+            _log.warning("parts of items of device %s cannot be found: %s", device_id, error)
+            return
+        try:
+            if seal is not None:
+                drop_all_parts(blobs, seal) if item_ids is None else drop_parts(blobs, seal, item_ids)
+        except OSError as error:
+            raise StorageError(f"parts of items in {blobs} cannot be removed: {error}") from error
 
     def stats(self) -> VaultStats:
         """What is in the vault, in numbers."""
