@@ -37,7 +37,8 @@ class FederateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     aggregation: str = "svd"
     """`svd`: the exact mean of the updates, cut to `[train] rank`; `fedavg`: the mean of the factors, for comparison"""
     buffer: int = 0
-    """deltas that make a round; 0: a quarter of the devices, 2 to 8"""
+    """devices whose deltas make a round; 0: more than half of those that let them out, at least 3 if there are so many,
+    at most 64"""
     max_wait_s: float = 1800.0
     """fewer make one after so long"""
     max_staleness: int = 4
@@ -50,7 +51,8 @@ class FederateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """`gate`: by the cosine with the server's own update, or with what most agree on where there is none; `multi-krum`,
     `geometric-median`; `mean`: no defence, for comparison"""
     max_norm: float = 1.0
-    """an update is cut to so many times the median norm, one five times longer is left out; inf: neither"""
+    """an update is cut to so many times the median norm, of three or more one five times longer is left out; inf:
+    neither"""
     min_cosine: float = 0.0
     """an update whose cosine with that is lower is left out, by `gate`"""
     duplicate_cosine: float = 0.98

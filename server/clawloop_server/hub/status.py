@@ -19,6 +19,7 @@ from clawloop_server.hub.devices import Devices
 from clawloop_server.hub.training import Training, duration
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
+from clawloop_server.vault.learners import learners
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import devices_in
 from clawloop_shared.files import publish_secret
@@ -173,12 +174,13 @@ def read_status(home: Home, config: ServerConfig, *, vault: Vault) -> ServerStat
 
 def _deltas(vault: Vault, settings: FederateSettings, *, line_id: str) -> DeltaCounts:
     waiting = vault.deltas.waiting(line_id)
+    devices = frozenset[str]().union(*(devices_in(vault.database, delta.device_id) for delta in waiting))
     now_ms = time.time_ns() // 1_000_000
     return DeltaCounts(
         states=vault.deltas.counts(line_id),
         waiting=len(waiting),
-        devices=len(frozenset[str]().union(*(devices_in(vault.database, delta.device_id) for delta in waiting))),
-        needed=buffer_size(settings, Devices(vault.database).count_joined(line_id)),
+        devices=len(devices),
+        needed=buffer_size(settings, len(learners(vault.database, line_id) | devices)),
         min_devices=settings.min_devices,
         oldest_s=max(0.0, (now_ms - waiting[0].received_ms) / 1000) if waiting else 0.0,
         max_wait_s=settings.max_wait_s,

@@ -71,9 +71,9 @@ class Cohorting:
         return Heard(cohort, evidence, find(evidence, self._settings), members, before)
 
     def part(self, heard: Heard) -> list[dict[str, Any]]:
-        """Keep what was heard; the new cohorts that come of it, each with its name, its devices, the reason, the version
-        `since` which they disagree, and whether those that stay go `back` to it, too; empty if none do. Part of the
-        transaction that records the round.
+        """Keep what was heard; the new cohorts that come of it, each with its name, its devices, the reason, the
+        version `since` which they disagree, and whether those that stay go `back` to it, too; empty if none do. Part of
+        the transaction that records the round.
 
         Where devices came or went since, nobody parts: the next round says it again.
         """

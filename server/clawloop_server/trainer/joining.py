@@ -30,8 +30,10 @@ from clawloop_server.release.records import AdapterRecord, AdapterState
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.loop import RoundResult
+from clawloop_server.trainer.memory import free_bytes
 from clawloop_server.trainer.running import LessonsLost
 from clawloop_server.vault.deltas import DeltaFacts
+from clawloop_server.vault.learners import learners
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import devices_in
 from clawloop_shared.deltas import A, B, LoraDelta, Method
@@ -41,6 +43,11 @@ from clawloop_shared.frozen_factors import frozen_a
 from clawloop_shared.lora import WEIGHTS_FILE
 
 _log = logging.getLogger("clawloop.trainer")
+
+MOST_DELTAS = 64
+"""of a round without a larger `buffer`; the others wait for the next"""
+IN_MEMORY = 4
+"""times its size is what a delta takes while it is joined: as it came, in float32, and what is made of it"""
 
 PREFIX = "base_model.model."
 """of the names that PEFT gives to an adapter's tensors"""
@@ -64,6 +71,7 @@ class Joining:
         self._vault, self._registry, self._engine, self._line_id = vault, registry, engine, line_id
         self._settings = settings
         self._lost_devices: set[str] = set()
+        self._tried: set[str] = set()
         self._devices: dict[str, str] = {}
         self._served = cache(self._read_served)
         self._drawn = cache(drawn)
@@ -77,24 +85,41 @@ class Joining:
         now_ms = now_ms or time.time_ns() // 1_000_000
         if not self._enough(waiting, now_ms, cohort):  # most often nothing waits, and this is asked again and again
             return False
-        return self._enough([one.facts for one in self.fresh(newest(), cohort=cohort)], now_ms, cohort)
+        fresh = [one.facts for one in self.fresh(newest(), cohort=cohort)]
+        known = self._tried.issuperset(delta.delta_id for delta in fresh)
+        if known and not self._waited(fresh, now_ms):  # the same would come of the same
+            return False
+        return self._enough(fresh, now_ms, cohort)
 
     def _enough(self, waiting: Sequence[DeltaFacts], now_ms: int, cohort: str) -> bool:
         waiting = [delta for delta in waiting if delta.device_id not in self._lost_devices]
         if not waiting:
             return False
-        oldest_s = (now_ms - waiting[0].received_ms) / 1000
-        devices = len(self._devices_of(waiting))
-        return makes_round(self._settings, devices, devices=self._joined_devices(cohort), oldest_s=oldest_s)
+        oldest_s = (now_ms - min(delta.received_ms for delta in waiting)) / 1000
+        sent = self._devices_of(waiting)
+        learn = sent | learners(self._vault.database, self._line_id, cohort=cohort)
+        return makes_round(self._settings, len(sent), devices=len(learn), oldest_s=oldest_s)
+
+    def _waited(self, deltas: Sequence[DeltaFacts], now_ms: int) -> bool:
+        """Whether the oldest of these waited as long as one may."""
+        return any(now_ms - delta.received_ms >= 1000 * self._settings.max_wait_s for delta in deltas)
 
     def _devices_of(self, deltas: Iterable[DeltaFacts]) -> frozenset[str]:
         """The devices that deltas are of, members of secure sums among them."""
         found = (devices_in(self._vault.database, delta.device_id) for delta in deltas)
         return frozenset[str]().union(*found)
 
-    def _joined_devices(self, cohort: str) -> int:
-        sql = "SELECT count(*) FROM devices WHERE state = 'joined' AND line_id = ? AND cohort = ?"
-        return self._vault.database.count(sql, [self._line_id, cohort])
+    def taken(self, newest: AdapterRecord | None, *, cohort: str = "") -> list[Waiting]:
+        """Those of the fresh deltas that one round takes, the longest waiting: as many as it may have, and as fit in
+        memory, but `min_devices` in any case. The others wait on."""
+        free, taken = free_bytes(torch.device("cpu")), list[Waiting]()
+        for one in self.fresh(newest, cohort=cohort)[: max(MOST_DELTAS, self._settings.buffer)]:
+            free -= IN_MEMORY * one.facts.size_bytes
+            if free < 0 and len(taken) >= self._settings.min_devices:
+                _log.warning("%d deltas fill the memory that is free; the others wait for another round", len(taken))
+                break
+            taken.append(one)
+        return taken
 
     def fresh(self, newest: AdapterRecord | None, *, cohort: str = "") -> list[Waiting]:
         """The deltas of a cohort that wait and are not too old, the longest waiting first; the others are noted as
@@ -104,13 +129,24 @@ class Joining:
             return []
         line, found = self._ancestors(newest), list[Waiting]()
         for delta in waiting:
-            age = self._age(delta, line)
+            age = self._of_two(delta) or self._age(delta, line)
             if isinstance(age, str):
                 self._vault.deltas.outdate(delta.delta_id, age)
                 _log.info("delta %s of device %s is stale: %s", delta.delta_id, delta.device_id, age)
             elif delta.device_id not in self._lost_devices:
                 found.append(Waiting(delta, age))
         return found
+
+    def _of_two(self, delta: DeltaFacts) -> str:
+        """Why it is of no cohort, if it is a sum of devices that learn apart by now."""
+        devices = sorted(self._devices_of([delta]))
+        if devices == [delta.device_id]:
+            return ""
+        marks = ", ".join("?" * len(devices))
+        sql = f"SELECT count(DISTINCT cohort) FROM devices WHERE device_id IN ({marks})"  # noqa: S608 only marks
+        if self._vault.database.count(sql, devices) < 2:
+            return ""
+        return f"it is the sum of {len(devices)} devices, and these learn in different cohorts by now"
 
     def _ancestors(self, newest: AdapterRecord | None) -> list[str]:
         """The rounds that the adapter came from, the latest first, as far as a delta may reach back; the line as it is
@@ -172,11 +208,14 @@ class Joining:
             joined = join(base, contributions, settings=self._settings, rank=rank, seed=seed)
         except JoinRefused as error:
             _log.warning("no delta is joined: %s", error)
-            fates = _fates(error.account, otherwise=str(error))
+            self._tried.update(one.facts.delta_id for one in waiting)
+            waited = self._waited([one.facts for one in waiting], time.time_ns() // 1_000_000)
+            fates = _fates(error.account, otherwise=str(error), waited=waited)
             return msgspec.structs.replace(result, deltas=left_out | fates, joined=msgspec.to_builtins(error.account))
         fates = _fates(joined.account)
         if any(not why for why in fates.values()):  # else the round stays what it would be without
             self._put(before, joined)
+            self._tried.clear()
         return msgspec.structs.replace(
             result,
             deltas=left_out | fates,
@@ -308,10 +347,14 @@ def between(before: Tensors, after: Tensors, *, scale: float) -> dict[str, Facto
     return found
 
 
-def _fates(account: Account, *, otherwise: str = "") -> dict[str, str]:
+def _fates(account: Account, *, otherwise: str = "", waited: bool = False) -> dict[str, str]:
     """Why each delta is not in the adapter, empty if it is; `otherwise` stands for empty. Those that only lack company
-    are not among them: they wait on."""
-    told = (share for share in account.shares if share.source != OWN and not share.left_out.startswith(TOO_FEW))
+    are not among them: they wait on. Nor are, where too few counted, those that were left out for what they are beside
+    the others, unless they have `waited` long enough: then their devices should rather learn anew."""
+    deltas = [share for share in account.shares if share.source != OWN]
+    lacking = [share for share in deltas if share.left_out.startswith(TOO_FEW)]
+    waits = [share for share in deltas if share.by_others] if lacking and not waited else lacking
+    told = (share for share in deltas if share not in waits)
     return {share.source: share.left_out or otherwise for share in told}
 
 

@@ -238,7 +238,7 @@ class Worker:
 
     def _waiting(self, cohort: str) -> list[Waiting]:
         """The deltas that a round of a cohort may join."""
-        return self._joining.fresh(self._saves.newest(cohort), cohort=cohort)
+        return self._joining.taken(self._saves.newest(cohort), cohort=cohort)
 
     def _begin(self, turn: _Turn, *, clock: Callable[[], float]) -> _Began:
         """The round that was cut off, or a new one.

@@ -22,7 +22,7 @@ from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.records import RoundState
 from clawloop_server.release.release import release_candidate, roll_back
 from clawloop_server.trainer.delta_round import DEADLY_DELTA
-from clawloop_server.trainer.joining import PREFIX
+from clawloop_server.trainer.joining import IN_MEMORY, PREFIX
 from clawloop_server.trainer.reports import RoundBegan
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.deltas import DeltaState
@@ -310,29 +310,59 @@ def _all(vault: Vault) -> list[Any]:
     return [delta for device in devices for delta in vault.deltas.of_device(device)]
 
 
+def let_deltas_out(vault: Vault, device: str) -> None:
+    with vault.database.write() as database:
+        database.run("UPDATE devices SET level = ? WHERE device_id = ?", [Level.DELTAS, device])
+
+
 def test_fewer_make_a_round_after_a_while_and_too_few_never_do(
     vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str], learn: Any
 ) -> None:
-    for _ in range(20):
-        add_device()
+    for n in range(20):
+        device = add_device()
+        if n < 8:  # the others send trajectories, or nothing
+            let_deltas_out(vault, device)
     worker = opened()
     now_ms = time.time_ns() // 1_000_000
     old = make_delta(base.shape, base.line_id, seed=1, targets=TARGETS)
     send_delta(vault, add_device(), old, now_ms=now_ms - 1_799_000)
     assert worker.missing == PER_ROUND
     learn(2)
-    assert worker.missing == PER_ROUND, "two of 22 devices, and none waited long enough"
+    assert worker.missing == PER_ROUND, "two of 10 that let deltas out, and none waited long enough"
     newest = worker._saves.newest
     assert not worker._joining.ready(newest, now_ms=now_ms)
     assert worker._joining.ready(newest, now_ms=now_ms + 2_000)
-    for seed in range(3, 8):  # of 27 devices by now
+    for seed in range(3, 9):  # 8 of 16
         learn(seed)
+    assert worker.missing == PER_ROUND, "half of them may be those that answer first because they lie"
+    learn(9)
     make_ready(worker)
     settings = FederateSettings()
-    sizes = {n: buffer_size(settings, n) for n in (0, 1, 2, 5, 8, 9, 12, 22, 100)}
-    assert sizes == {0: 2, 1: 2, 2: 2, 5: 2, 8: 2, 9: 3, 12: 3, 22: 6, 100: 8}
+    sizes = {n: buffer_size(settings, n) for n in (0, 1, 2, 3, 4, 5, 6, 8, 20, 100, 127, 1000)}
+    wanted = {0: 2, 1: 2, 2: 2, 3: 3, 4: 3, 5: 3, 6: 4, 8: 5, 20: 11, 100: 51, 127: 64, 1000: 64}
+    assert sizes == wanted
     alone = msgspec.structs.replace(settings, min_devices=1)
-    assert (buffer_size(alone, 1), buffer_size(alone, 5)) == (1, 2)
+    assert (buffer_size(alone, 1), buffer_size(alone, 5)) == (1, 3)
+    given = msgspec.structs.replace(settings, buffer=2)
+    assert (buffer_size(given, 1), buffer_size(given, 20)) == (2, 2)
+
+
+def test_a_round_takes_what_it_may_and_the_others_wait_for_the_next(
+    vault: Vault, opened: Callable[[], Worker], learn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = opened()
+    ids = [learn(seed)[0] for seed in range(4)]
+    sizes = {delta.delta_id: delta.size_bytes for delta in vault.deltas.waiting(worker._base.line_id)}
+    order = [delta.delta_id for delta in vault.deltas.waiting(worker._base.line_id)]
+    monkeypatch.setattr("clawloop_server.trainer.joining.MOST_DELTAS", 3)
+    assert [one.facts.delta_id for one in worker._waiting("")] == order[:3]
+    room = IN_MEMORY * sum(sizes[name] for name in order[:3]) - 1
+    monkeypatch.setattr("clawloop_server.trainer.joining.free_bytes", lambda device: float(room))
+    assert [one.facts.delta_id for one in worker._waiting("")] == order[:2], "the third does not fit"
+    monkeypatch.setattr("clawloop_server.trainer.joining.free_bytes", lambda device: 0.0)
+    assert len(worker._waiting("")) == 2, "too little memory for two is no reason to wait for ever"
+    assert worker.run().deltas == 2
+    assert {d.delta_id for d in vault.deltas.waiting(worker._base.line_id)} == set(ids) - set(order[:2])
 
 
 def test_a_replaced_delta_is_not_joined_and_its_device_counts_once(
@@ -516,10 +546,8 @@ def test_what_a_refused_round_had_joined_is_refused_with_it(
     assert worker.missing == PER_ROUND
 
 
-def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
-    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str]
-) -> None:
-    members = [add_device() for _ in range(3)]
+def add_sum(vault: Vault, base: Base, members: list[str]) -> None:
+    """Have what these devices learned wait as one sum."""
     delta = make_delta(base.shape, base.line_id, seed=1, targets=TARGETS, method=Method.FFA, trajectories=9)
     sum_id = new_id()
     with vault.database.write() as database:
@@ -533,6 +561,29 @@ def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
             sql = "INSERT INTO secure_members (sum_id, device_id) VALUES (?, ?)"
             database.run(sql, [sum_id, member])
         assert SumDeltas(database, vault._seals)(sum_id, delta, dict.fromkeys(members, "item")) == ""
+
+
+def test_a_sum_of_devices_that_learn_apart_by_now_is_in_no_cohorts_round(
+    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str], learn: Any
+) -> None:
+    members = [add_device() for _ in range(3)]
+    add_sum(vault, base, members)
+    learn(1)
+    with vault.database.write() as database:
+        database.run("UPDATE devices SET cohort = 'b' WHERE device_id = ?", [members[0]])
+    worker = opened()
+    assert worker.missing == PER_ROUND
+    assert states(vault, base.line_id) == {"stale": 1, "waiting": 1}
+    (reason,) = [d.reason for d in _all(vault) if d.state is DeltaState.STALE]
+    assert "the sum of 3 devices" in reason
+    assert "different cohorts" in reason
+
+
+def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
+    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str]
+) -> None:
+    members = [add_device() for _ in range(3)]
+    add_sum(vault, base, members)
     worker = opened()
     make_ready(worker)
     report = worker.run()
@@ -554,10 +605,28 @@ def test_what_only_lacks_company_waits_on_when_the_others_are_left_out(
     make_ready(worker)
     report = worker.run()
     assert (report.state, report.version) == (RoundState.FAILED, None)
-    assert "a copy of" in report.reason
-    assert states(vault, base.line_id) == {"left out": 1, "waiting": 1}
-    assert worker.missing == PER_ROUND
+    assert states(vault, base.line_id) == {"waiting": 2}, "a round that did not happen uses nothing up"
+    assert worker.missing == PER_ROUND, "and is not made of the same again and again"
     learn(2)
+    make_ready(worker)
     assert worker.run().deltas == 2
     assert {d.state for d in _all(vault) if d.delta_id in (first, copied)} == {DeltaState.JOINED, DeltaState.LEFT_OUT}
+    worker.close()
+
+
+def test_what_was_left_out_and_waited_for_others_in_vain_is_learned_anew(
+    home: Home, vault: Vault, keys: ServerKeys, base: Base, learn: Any
+) -> None:
+    configure(home, train=TRAIN, federate=PLAIN | {"duplicate_cosine": 0.98})
+    learn(1)
+    learn(1)
+    worker = Worker.open(home)
+    assert worker.run().version is None
+    assert worker.missing == PER_ROUND
+    with vault.database.write() as database:
+        database.run("UPDATE deltas SET received_ms = received_ms - 1800000")
+    make_ready(worker)
+    assert "a copy of" in worker.run().reason
+    assert states(vault, base.line_id) == {"left out": 1, "waiting": 1}, "a device whose delta waits is asked nothing"
+    assert worker.missing == PER_ROUND
     worker.close()
