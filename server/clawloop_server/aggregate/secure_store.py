@@ -19,6 +19,7 @@ from clawloop_server.aggregate.secure import SecureSum, Status, SumState
 from clawloop_server.aggregate.secure_delivery import deliver, terms_of
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.vault.database import ServerDatabase
+from clawloop_server.vault.sums import gone_since
 from clawloop_shared import secure
 from clawloop_shared.deltas import LearnTask, LoraDelta
 from clawloop_shared.errors import ClawloopError, StorageError
@@ -143,18 +144,23 @@ class SecureSums:
         self._begin(now_ms)
 
     def _leave_gone(self, now_ms: int) -> None:
-        """Who was revoked takes no part any more; a sum that has the values of one that was deleted is none."""
+        """Who was revoked, or asked to forget everything, takes no part any more; a sum that has the values of one that
+        asked that, or was deleted, is none."""
         for each in list(self._sums.values()):
-            marks = ", ".join("?" * len(each.state.devices))
+            ids = list(each.state.devices)
+            marks = ", ".join("?" * len(ids))
             sql = f"SELECT device_id FROM devices WHERE state = 'joined' AND device_id IN ({marks})"  # noqa: S608 marks alone
-            joined = {row[0] for row in self._database.rows(sql, list(each.state.devices))}
-            for device_id in each.state.devices.keys() - joined - each.state.out.keys():
-                state = self._database.row("SELECT state FROM devices WHERE device_id = ?", [device_id])
-                if device_id in each.members and (state is None or state[0] == "deleted"):
-                    each.fail(f"device {device_id} was deleted, and its values are in the sum")
+            joined = {row[0] for row in self._database.rows(sql, ids)}
+            gone = gone_since(self._database, each.state.terms.sum_id, ids)
+            leaving = [name for name in ids if name not in each.state.out and (name in gone or name not in joined)]
+            for device_id in leaving:
+                if device_id in each.members and device_id in gone:
+                    each.fail(f"device {device_id} {gone[device_id]}, and its values are in the sum")
                 else:
-                    each.leave(device_id, "it may not sync any more", now_ms=now_ms)
+                    each.leave(device_id, gone.get(device_id, "it may not sync any more"), now_ms=now_ms)
                 self._keep(each)
+                if each.state.status is not Status.RUNNING:
+                    break
 
     # beginning
 
@@ -281,7 +287,8 @@ class SecureSums:
         )
         members = each.members
         self._database.run_each(
-            "INSERT INTO secure_members (sum_id, device_id) VALUES (?, ?)", [(sum_id, name) for name in members]
+            "INSERT OR IGNORE INTO secure_members (sum_id, device_id) VALUES (?, ?)",
+            [(sum_id, name) for name in members],
         )
         self._forget_expected(each, members)
         if each.result is not None:

@@ -5,6 +5,8 @@ Nobody can take one device's part out of a sum, so a sum goes whole with the fir
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from clawloop_server.errors import DeviceError
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.deltas import keep_delta
@@ -30,7 +32,9 @@ class SumDeltas:
 
     def __call__(self, sum_id: str, delta: LoraDelta, items: dict[str, str], /) -> str:
         """Keep the mean of these devices' deltas (`items`: what each calls its part), unless one has asked to forget
-        its part since; then say so. Part of the transaction that is open."""
+        its part since, or everything, or was deleted; then say so. Part of the transaction that is open."""
+        for device_id, why in gone_since(self._database, sum_id, items).items():
+            return f"device {device_id} {why}, so the sum was not kept"
         names = dict[str, bytes]()
         for device_id, item_id in items.items():
             seal = self._seal(device_id)
@@ -53,6 +57,21 @@ class SumDeltas:
             return self._seals.get(device_id) or self._seals.ensure(device_id)
         except DeviceError:
             return None
+
+
+def gone_since(database: ServerDatabase, sum_id: str, device_ids: Iterable[str]) -> dict[str, str]:
+    """Of which of these devices nothing may be in a sum that runs, and why: it was deleted, or asked to forget
+    everything since the sum began (by the server's clock)."""
+    ids = list(device_ids)
+    these = f"device_id IN ({', '.join('?' * len(ids))})"
+    there = database.rows(f"SELECT device_id FROM devices WHERE state != 'deleted' AND {these}", ids)  # noqa: S608 marks alone
+    emptied = database.rows(
+        f"SELECT DISTINCT device_id FROM forgotten WHERE {these} AND before_ms > 0"  # noqa: S608 marks alone
+        " AND at_ms >= (SELECT began_ms FROM secure_sums WHERE sum_id = ?)",
+        [*ids, sum_id],
+    )
+    gone = dict.fromkeys(set(ids) - {row[0] for row in there}, "was deleted")
+    return {row[0]: "asked to forget everything" for row in emptied} | gone
 
 
 def devices_in(database: ServerDatabase, device_id: str) -> frozenset[str]:
