@@ -5,6 +5,7 @@ linear layer is `alpha / rank * B A` with A (rank, inputs) and B (outputs, rank)
 learns, and sends, is the task's method. Knows no tensor library; formats: docs/formats/deltas.md.
 """
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from msgspec import Meta
 from clawloop_shared.errors import AdapterInvalid
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import LINEARS, MAX_RANK, ModelShape
-from clawloop_shared.objective import LossSettings
+from clawloop_shared.objective import LossSettings, loss_rules
 from clawloop_shared.safetensors_header import TensorInfo, read_header
 
 DELTA_KIND = "delta.v1"
@@ -89,6 +90,17 @@ class LearnTask(msgspec.Struct, frozen=True, kw_only=True, tag="learn-task.v1"):
     clip: _Size = 0.0
     sigma: _Size = 0.0
     secure: bool = False
+
+
+def task_rules(task: LearnTask) -> dict[str, bool]:
+    """What must hold of a task's numbers, beyond their own bounds (which what is no number slips through), by what to
+    say where it does not."""
+    sizes = {"lr": task.lr, "alpha": task.alpha, "clip": task.clip, "sigma": task.sigma}
+    return {
+        f"reward_low {task.reward_low} is not below reward_high {task.reward_high}": task.reward_low < task.reward_high,
+        **{f"{name} is {size}": math.isfinite(size) for name, size in sizes.items()},
+        **{f"its loss: {rule}": holds for rule, holds in loss_rules(task.loss).items()},
+    }
 
 
 class LearnReply(msgspec.Struct, frozen=True, kw_only=True, tag="learn-reply.v1"):

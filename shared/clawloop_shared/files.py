@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 from clawloop_shared.errors import StorageError
@@ -18,21 +19,37 @@ def publish(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     Raises:
         StorageError: the folder is missing or not writable.
     """
+    publish_parts(path, [data], mode=mode)
+
+
+def publish_parts(path: Path, parts: Iterable[bytes], *, mode: int = 0o644) -> None:
+    """Like `publish`, part by part as they are made; what making them raises is raised, and the old file stays.
+
+    Raises:
+        StorageError: the folder is missing or not writable.
+    """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        _remove(draft)
         raise StorageError(
             f"cannot write {path}: {error.strerror}; check that the folder exists and is yours"
         ) from error
+    except BaseException:
+        _remove(draft)
+        raise
+
+
+def _remove(draft: Path) -> None:
+    with contextlib.suppress(OSError):
+        draft.unlink()
 
 
 def publish_secret(path: Path, data: bytes) -> None:

@@ -18,12 +18,15 @@ from typing import Any
 import msgspec
 
 from clawloop_edge.child import behave, connect, held_bytes
+from clawloop_edge.errors import NotLearnable
 from clawloop_edge.learn.job import Job, Learned
 from clawloop_shared.errors import ClawloopError
 
 MOST_BYTES = 8 << 30
 """of a message"""
 BEAT_S = 0.25
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""of our own or of the numbers: the same comes to the same"""
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -54,9 +57,10 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
-    """Why nothing can come of it."""
+    """Why nothing can come of it; `final`: nor could it another time."""
 
     reason: str
+    final: bool = False
 
 
 Message = Held | Kept | Done | Trouble
@@ -135,11 +139,11 @@ def _outcome(begin: Begin, pipe: _Pipe) -> Done | Trouble:
     try:
         return Done(_learn(begin, pipe))
     except ClawloopError as error:
-        return Trouble(str(error))
+        return Trouble(str(error), isinstance(error, NotLearnable))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must learn of it, and nobody else may
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}"
-        return Trouble(f"learning broke off in update {pipe.updates + 1}: {place}")
+        return Trouble(f"learning broke off in update {pipe.updates + 1}: {place}", isinstance(error, _FAULTS))
 
 
 def _learn(begin: Begin, pipe: _Pipe) -> Learned:

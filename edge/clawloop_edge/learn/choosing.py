@@ -6,11 +6,13 @@ curation and rewards are not remembered: they are asked each time. docs/formats/
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from clawloop_edge.learn.job import Interrupted
 from clawloop_edge.pool.curation import KIND as CURATION
 from clawloop_edge.pool.curation import Curations
 from clawloop_edge.pool.heads import current
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 CURSOR = "learn.cursor"
 BITE, LOOKED_AT = 2000, 200
 """changes that are followed at once, and rows of the index that are looked at: about 0.2 s"""
-MAX_TOKENS = 4 << 20
+MAX_TOKENS = 1 << 20
 """of all trajectories of one run together, which are in memory at once; beyond the least number of them"""
+MAX_TRAJECTORIES = 1024
+"""of one run, beyond the least number of them, whatever a task says of updates and batches"""
+MAX_LOOKED = 4
+"""sources that are read for each that may be chosen; the others are looked at another time"""
 MAX_STEPS = 1024
 """of one trajectory; a longer one is not learned from at home"""
 NEW, READY = "new", "ready"
@@ -98,18 +104,26 @@ class Chooser:
         """How many sources wait to be learned from, by their level, as far as the index knows. Opens nothing."""
         return ready_in(self._pool)
 
-    def choose(self, level: Level, *, at_most: int, at_least: int = 1) -> Chosen:
+    def choose(
+        self, level: Level, *, at_most: int, at_least: int = 1, go_on: Callable[[], bool] = lambda: True
+    ) -> Chosen:
         """The latest trajectories of a level that were not learned from before; none if there are none. More than
         `at_least` only as long as they are not too much for memory.
+
+        Raises:
+            Interrupted: `go_on` said no; it is asked before each one that is read.
         """
+        at_most = min(at_most, max(at_least, MAX_TRAJECTORIES))
         with self._pool.reading() as reading:
             looker = _Looker(reading, self._consent.within(reading.database), self._limits)
             refused = Counter[str]()
             given: list[tuple[Source, Trajectory]] = []
             useless, tokens = list[Source](), 0
-            for source in _rows(reading.database, f"{READY} {level}"):
+            for source in islice(_rows(reading.database, f"{READY} {level}"), MAX_LOOKED * at_most):
                 if len(given) >= at_most or (len(given) >= at_least and tokens > MAX_TOKENS):
                     break
+                if not go_on():
+                    raise Interrupted
                 before = len(given)
                 found = (one for each in looker.look(source) if _is_of(each, level) for one in looker.read(each))
                 given += [(source, one) for one in found if _fits(one, self._limits, refused)]

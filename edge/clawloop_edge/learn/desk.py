@@ -5,22 +5,28 @@ learned; what cannot is refused here. Knows no learner. Called in the node's thr
 """
 
 from collections.abc import Callable, Iterator
+from math import prod
 
 import msgspec
 
 from clawloop_edge.errors import ConsentError
-from clawloop_edge.learn.release import Releaser
+from clawloop_edge.learn.release import MAX_BODY_BYTES, Releaser
 from clawloop_edge.learn.runs import Runs
 from clawloop_edge.learn.settings import LearnSettings
+from clawloop_edge.learn.shares import most_share
 from clawloop_edge.privacy.consent import ConsentLog
-from clawloop_shared.deltas import LearnReply, LearnTask, Method, delta_shapes
+from clawloop_shared.deltas import LearnReply, LearnTask, Method, delta_shapes, task_rules
 from clawloop_shared.errors import AdapterInvalid
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import ModelShape
-from clawloop_shared.objective import loss_rules
 from clawloop_shared.records import Policy
+from clawloop_shared.secure import MAX_SIGMA, MAX_VALUES
 
 _REASON_CHARS = 300
+LEAST_BATCH = 8
+"""trajectories of an update: of so many, split evenly, none needs more than a quarter"""
+FLOAT_BYTES, HEADER_BYTES = 4, 256
+"""of a value as it may leave, and about the most that the name of a tensor takes"""
 
 
 class Desk:
@@ -85,13 +91,38 @@ class Desk:
         """What of its numbers cannot be lowered, or is wrong."""
         if task.method is not Method.LORA and task.rank > self._settings.max_rank:
             yield f"rank {task.rank} is over this device's {self._settings.max_rank}, and {task.method} has no other"
-        try:
-            delta_shapes(task.target_modules, self._shape, rank=task.rank, method=task.method)
-        except AdapterInvalid as error:
-            yield str(error)
-        yield from (f"its loss: {rule}" for rule, holds in loss_rules(task.loss).items() if not holds)
+        yield from (rule for rule, holds in task_rules(task).items() if not holds)
+        yield from self._tells_too_much(task)
+        yield from self._too_large(task)
         if task.secure and not self._sums:
             yield "this device takes no part in secure sums"
+
+    def _tells_too_much(self, task: LearnTask) -> Iterator[str]:
+        """What would let few trajectories be most of an update; the child measures it once more, on what is learned."""
+        least = self._settings.min_trajectories
+        most = most_share(least)
+        if task.loss.max_trajectory_share > most:
+            yield f"max_trajectory_share {task.loss.max_trajectory_share} is over this device's {most:g}"
+        if task.batch_trajectories < (few := min(least, LEAST_BATCH)):
+            yield f"batch_trajectories {task.batch_trajectories} is below this device's {few}"
+
+    def _too_large(self, task: LearnTask) -> Iterator[str]:
+        """A delta that could not be put into the outbox, or into one message of a sum."""
+        _, rank = lowered(task, self._settings)
+        try:
+            shapes = delta_shapes(task.target_modules, self._shape, rank=rank, method=task.method)
+        except AdapterInvalid as error:
+            yield str(error)
+            return
+        values = sum(prod(shape) for shape in shapes.values())
+        if (size := values * FLOAT_BYTES + HEADER_BYTES * len(shapes)) > MAX_BODY_BYTES:
+            yield f"its delta has {size} bytes, over this device's {MAX_BODY_BYTES}; lower the rank"
+        if not task.secure:
+            return
+        if values > MAX_VALUES:
+            yield f"its delta has {values} values, and one message of a secure sum {MAX_VALUES}"
+        if task.method.is_linear and task.clip > 0 and (sigma := self._releaser.noise_of(task)[0]) > MAX_SIGMA:
+            yield f"its noise is {sigma:g}, and a secure sum takes {MAX_SIGMA:g}"
 
     def _unfit_for(self, task: LearnTask, levels: set[Level]) -> Iterator[str]:
         """Why it cannot be learned at the only level that this device has for it."""

@@ -11,11 +11,12 @@ import msgspec
 from clawloop_edge.adapters.store import kept_files
 from clawloop_edge.learn.choosing import Chooser
 from clawloop_edge.learn.desk import Desk
+from clawloop_edge.learn.going import Place
 from clawloop_edge.learn.masked import MaskedItems, PoolMembers
 from clawloop_edge.learn.power import power
 from clawloop_edge.learn.release import Releaser
 from clawloop_edge.learn.runs import Runs
-from clawloop_edge.learn.schedule import Place, Schedule
+from clawloop_edge.learn.schedule import Schedule
 from clawloop_edge.learn.sums import SumMember, SumRules
 from clawloop_edge.privacy.ledger import Ledger
 from clawloop_shared.model_line import read_shape

@@ -14,6 +14,10 @@ MASKED = "the task's loss lets nothing be learned from it"
 """of what was set aside: it is as good as it was, and is learned from another time"""
 
 
+class Interrupted(Exception):
+    """Who was asked whether to go on said no."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One task with all that it needs. `adapter` are the files of the adapter that the task starts from (empty: there
     is none yet), `trajectories` what is learned from, judged; their order does not matter. `rank` is the task's, or
@@ -48,14 +52,23 @@ class Learner(Protocol):
     """Does jobs, one at a time."""
 
     def learn(
-        self, job: Job, *, go_on: Callable[[], bool], kept: bytes = b"", keep: Callable[[bytes], None] = lambda _: None
+        self,
+        job: Job,
+        *,
+        go_on: Callable[[], bool],
+        kept: bytes = b"",
+        keep: Callable[[bytes], None] = lambda _: None,
+        told: Callable[[int], None] = lambda _: None,
     ) -> Learned | None:
         """What came of the job; None if `go_on` said no before it was done. Blocking: for a thread.
 
-        `keep` gets the state after each update, and `kept` is the last that it got of this very job: then it goes on
-        from there, and comes to the same. The state holds parts of what was learned from; it is for the pool alone.
+        `keep` gets the state after an update, now and then, and that after the last whole one before this ends without
+        a result; it may be slow, and is called in another thread, one at a time. `kept` is the last that it got of this
+        very job: then it goes on from there, and comes to the same. The state holds parts of what was learned from; it
+        is for the pool alone. `told` gets how many updates are done.
 
         Raises:
+            NotLearnable: it cannot be done, however often it is tried.
             LearnFailed: it cannot be done, with the reason.
         """
         ...

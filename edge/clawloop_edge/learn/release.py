@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from clawloop_edge.errors import ConsentError, LearnFailed
+from clawloop_edge.errors import ConsentError, NotLearnable
 from clawloop_edge.learn import noise
 from clawloop_edge.learn.choosing import Chosen
 from clawloop_edge.learn.job import Learned
@@ -22,15 +22,17 @@ from clawloop_edge.learn.runs import Outcome, Run, Runs, begin_run, drop_run, en
 from clawloop_edge.learn.settings import LearnSettings
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
-from clawloop_edge.privacy.deltas import DeltaDraft, check_sources, put_delta
-from clawloop_edge.privacy.items import DeltaFacts
+from clawloop_edge.privacy.deltas import DeltaDraft, check_sources, put_delta, seal_body
+from clawloop_edge.privacy.items import DeltaFacts, Items
 from clawloop_edge.privacy.ledger import Ledger, epsilon_of, sigma_for
+from clawloop_edge.privacy.schema import ItemState, take_back
 from clawloop_shared import wire
-from clawloop_shared.deltas import LearnTask, LoraDelta, delta_tensors
+from clawloop_shared.deltas import DELTA_KIND, LearnTask, LoraDelta, delta_tensors
 from clawloop_shared.errors import AdapterInvalid
 from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import ModelShape
+from clawloop_shared.records import Policy
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -39,6 +41,8 @@ MAX_CLIP = 100.0
 """the largest norm that this device lets a noised delta have, whatever the server asks for"""
 MAX_BODY_BYTES = 256 << 20
 """of an item: what is sealed at once"""
+BEHIND = 4
+"""versions, as many as a server takes deltas from ([federate] max_staleness), after which a sum has no use for one"""
 HALF_ERROR = 1e-3
 """the relative error (L2, of each factor) up to which 16 bits are enough: less than the server's own cut by far"""
 Arrays = dict[str, NDArray[np.float32]]
@@ -118,6 +122,26 @@ class Releaser:
         self._runs.keep_trajectories(begun, chosen.trajectories)
         return begun
 
+    def take_back_stale(self, served: Policy) -> int:
+        """Take back what waits for a secure sum that begins from an adapter of this line that is more than `BEHIND`
+        versions old: its release is given back, and what it was learned from is learned from again. Gives how many.
+        """
+        with self._pool.read() as database:
+            if not self._stale(database, served):
+                return 0
+        return self._pool.submit(
+            lambda database: take_back(database, self._pool.keyring, item_ids=self._stale(database, served))
+        ).result()
+
+    def _stale(self, database: "Database", served: Policy) -> list[str]:
+        waiting = f" WHERE kind = '{DELTA_KIND}' AND state IN ('{ItemState.QUEUED}', '{ItemState.APPROVED}')"
+        found = [item for item in Items(self._pool.keyring).all(database, waiting) if item.goes_masked and item.delta]
+        return [
+            item.item_id
+            for item in found
+            if item.delta and item.delta.line_id == served.line and item.delta.base_version < served.version - BEHIND
+        ]
+
     def may_go_on(self, run: Run) -> bool:
         """Whether what a run learns may still leave: it was not given up, and no level was lowered."""
         with self._pool.read() as database:
@@ -135,7 +159,7 @@ class Releaser:
 
         Raises:
             ConsentError: it may not leave any more, or was learned from too little. The run is not ended.
-            LearnFailed: what was learned is not a delta of that task.
+            NotLearnable: what was learned is not a delta of that task.
         """
         least = self._settings.min_trajectories
         if len(learned.trajectory_ids) < least:
@@ -145,16 +169,17 @@ class Releaser:
                 f" set aside: {counts or 'none'}"
             )
         delta, parameters = self._delta(run, learned)
+        body = wire.encode(delta)
+        if len(body) > MAX_BODY_BYTES:
+            raise NotLearnable(f"a delta of {len(body)} bytes is too large; lower [learn] max_rank")
         draft = DeltaDraft(
-            body=wire.encode(delta),
+            body=seal_body(self._pool.keyring, new_id(), body),
             level=run.level,
             facts=_facts(delta, run, parameters=parameters),
             step_ids=run.step_ids,
             sources=list(run.sources.values()),
             entry_id=run.entry_id,
         )
-        if len(draft.body) > MAX_BODY_BYTES:
-            raise LearnFailed(f"a delta of {len(draft.body)} bytes is too large; lower [learn] max_rank")
         return self._pool.submit(lambda database: self._put(database, run, draft, learned)).result()
 
     def _put(self, database: "Database", run: Run, draft: DeltaDraft, learned: Learned) -> Outcome:
@@ -187,7 +212,7 @@ class Releaser:
 
         task, factors = run.task, load(learned.weights)
         if not all(np.isfinite(each).all() for each in factors.values()):
-            raise LearnFailed("what was learned has numbers that are infinite, or none")
+            raise NotLearnable("what was learned has numbers that are infinite, or none")
         private = run.level is Level.PRIVATE_DELTAS
         if private:
             key = secrets.token_bytes(noise.KEY_BYTES)
@@ -213,7 +238,7 @@ class Releaser:
         try:
             delta_tensors(delta, self._shape)
         except AdapterInvalid as error:
-            raise LearnFailed(str(error)) from error
+            raise NotLearnable(str(error)) from error
         return delta, sum(each.size for each in factors.values())
 
 

@@ -6,19 +6,20 @@ agent says, and that forgetting one of its sessions makes all of it unreadable. 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from clawloop_edge.learn.job import Interrupted
 from clawloop_edge.pool.forgetting import Going
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.deltas import Source
 from clawloop_shared.deltas import LearnTask
 from clawloop_shared.errors import ClawloopError
-from clawloop_shared.files import publish
+from clawloop_shared.files import publish_parts
 from clawloop_shared.levels import Level
 from clawloop_shared.records import Trajectory
 
@@ -34,8 +35,10 @@ FOLDER = "learning"
 """of a home: what a run under way needs, sealed"""
 HISTORY_LENGTH = 50
 _JOB, _STATE = "job", "state"
-_PART_BYTES = 64 << 20
-"""of a file that are sealed together"""
+_PART_BYTES = 4 << 20
+"""of a file that are sealed together: some milliseconds, in which nothing else of this process runs"""
+_MOST_PART_BYTES = 64 << 20
+"""of one that an earlier version wrote"""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +64,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a run: a delta in the outbox (`item_id`), or why there is none. `epsilon` is what the ledger counts
-    for the line since then. Not `done`: the task may be tried again."""
+    for the line since then. Not `done`: the task may be tried again. `failed`: it was what the task or the data are,
+    or learning broke; the next one waits for a while."""
 
     task_id: str
     line_id: str
@@ -77,6 +81,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     set_aside: dict[str, int] = {}
     epsilon: float = 0.0
     done: bool = True
+    failed: bool = False
 
 
 class _Trajectories(msgspec.Struct, frozen=True):
@@ -118,14 +123,18 @@ class Runs:
         with self._pool.read() as database:
             return run_in(database, self._pool)
 
-    def read_trajectories(self, run: Run) -> list[Trajectory] | None:
-        """What it learns from, exactly as when it began; None if that cannot be read any more."""
-        raw = self._read(run, _JOB)
+    def read_trajectories(self, run: Run, *, go_on: Callable[[], bool] = lambda: True) -> list[Trajectory] | None:
+        """What it learns from, exactly as when it began; None if that cannot be read any more.
+
+        Raises:
+            Interrupted: `go_on` said no.
+        """
+        raw = self._read(run, _JOB, go_on)
         return msgspec.msgpack.decode(raw, type=_Trajectories).trajectories if raw else None
 
-    def read_state(self, run: Run) -> bytes:
-        """The learner's own state that was kept last; empty if there is none."""
-        return self._read(run, _STATE) or b""
+    def read_state(self, run: Run, *, go_on: Callable[[], bool] = lambda: True) -> bytes:
+        """The learner's own state that was kept last; empty if there is none. Raises Interrupted."""
+        return self._read(run, _STATE, go_on) or b""
 
     def keep_state(self, run: Run, state: bytes) -> None:
         """Keep the learner's own state in the place of the one before.
@@ -151,7 +160,11 @@ class Runs:
         self.clear_files()
 
     def clear_files(self) -> None:
-        """Remove the files of runs that are over; nothing opens them any more."""
+        """Remove the files of runs that are over, which nothing opens any more, and what a process that was killed has
+        left half written. For the one thread that writes them."""
+        for name in (_JOB, _STATE):
+            for draft in (self._pool.folder / FOLDER).glob(f".{name}.sealed.*"):
+                draft.unlink(missing_ok=True)
         if self.run() is None:
             for name in (_JOB, _STATE):
                 self._path(name).unlink(missing_ok=True)
@@ -167,6 +180,11 @@ class Runs:
         """Have the edge learn as soon as it can, idle and on power or not."""
         self._pool.set_state(NOW, now_ms.to_bytes(8, "big")).result()
 
+    def asked_done(self) -> None:
+        """That was heard: it is done once for each time that it was asked."""
+        if self.asked_ms():
+            self._pool.set_state(NOW, b"").result()
+
     def asked_ms(self) -> int:
         """When its owner last asked for that; 0: never, or it was done."""
         return int.from_bytes(self._pool.get_state(NOW) or b"", "big")
@@ -179,24 +197,38 @@ class Runs:
             return self._pool.keyring.find(database, run.scope)
 
     def _write(self, run: Run, name: str, plain: bytes) -> None:
-        scope, parts = self._scope(run), range(0, max(len(plain), 1), _PART_BYTES)
-        sealed = [
-            scope.seal("learn", run.run_id, column=f"{name}/{start}/{len(plain)}", plain=plain[start:][:_PART_BYTES])
-            for start in parts
-        ]
         self._path(name).parent.mkdir(mode=0o700, exist_ok=True)
-        publish(self._path(name), msgspec.msgpack.encode((len(plain), sealed)), mode=0o600)
+        publish_parts(self._path(name), _sealed(self._scope(run), run, name=name, plain=plain), mode=0o600)
 
-    def _read(self, run: Run, name: str) -> bytes | None:
+    def _read(self, run: Run, name: str, go_on: Callable[[], bool] = lambda: True) -> bytes | None:
         """None if it is not there, or of another run, or damaged: then the run begins anew, with the same release."""
         with contextlib.suppress(OSError, ClawloopError, msgspec.DecodeError):
             size, parts = msgspec.msgpack.decode(self._path(name).read_bytes(), type=tuple[int, list[bytes]])
-            scope, starts = self._scope(run), range(0, max(size, 1), _PART_BYTES)
-            columns = [f"{name}/{start}/{size}" for start in starts]
-            if len(columns) == len(parts):
-                named = zip(columns, parts, strict=True)
-                return b"".join(scope.unseal("learn", run.run_id, column=at, sealed=part) for at, part in named)
+            scope, plain = self._scope(run), bytearray()
+            part_bytes = _PART_BYTES if len(parts) == _count(size, _PART_BYTES) else _MOST_PART_BYTES
+            if len(parts) != _count(size, part_bytes):
+                return None
+            for at, part in enumerate(parts):
+                if not go_on():
+                    raise Interrupted
+                column = f"{name}/{at * part_bytes}/{size}"
+                plain += scope.unseal("learn", run.run_id, column=column, sealed=part)
+            return bytes(plain)
         return None
+
+
+def _count(size: int, part_bytes: int) -> int:
+    return max(1, -(-size // part_bytes))
+
+
+def _sealed(scope: "Scope", run: Run, *, name: str, plain: bytes) -> Iterator[bytes]:
+    """The file of `plain`, part by part: msgpack of `[bytes, parts]`."""
+    view, encode = memoryview(plain), msgspec.msgpack.encode
+    yield b"\x92" + encode(len(plain))
+    yield b"\xdd" + _count(len(plain), _PART_BYTES).to_bytes(4, "big")
+    for start in range(0, max(len(plain), 1), _PART_BYTES):
+        part, column = bytes(view[start : start + _PART_BYTES]), f"{name}/{start}/{len(plain)}"
+        yield encode(scope.seal("learn", run.run_id, column=column, plain=part))
 
 
 # Inside any transaction or snapshot
@@ -241,6 +273,7 @@ def end_in(database: "Database", pool: Pool, outcome: Outcome) -> None:
     before = msgspec.msgpack.decode(raw, type=list[Outcome]) if raw else []
     kept = [*before, outcome][-HISTORY_LENGTH:]
     write_state(database, keyring, name=HISTORY, value=msgspec.msgpack.encode(kept))
+    write_state(database, keyring, name=NOW, value=b"")
     raw = read_state(database, keyring, name=TASK)
     if outcome.done and raw and msgspec.msgpack.decode(raw, type=LearnTask).task_id == outcome.task_id:
         write_state(database, keyring, name=TASK, value=b"")

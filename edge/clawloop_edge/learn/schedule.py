@@ -10,15 +10,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
 import msgspec
 
-from clawloop_edge.errors import ConsentError, LearnFailed
+from clawloop_edge.errors import ConsentError, LearnFailed, NotLearnable
 from clawloop_edge.learn.choosing import Chooser
 from clawloop_edge.learn.desk import fitting_levels, learning_levels, lowered
-from clawloop_edge.learn.job import Job, Learned, Learner
+from clawloop_edge.learn.going import Place, Quiet, RunGoing
+from clawloop_edge.learn.job import MASKED, Interrupted, Job, Learned, Learner
 from clawloop_edge.learn.power import Power
 from clawloop_edge.learn.release import Releaser, alpha_of
 from clawloop_edge.learn.runs import Outcome, Run, Runs
@@ -27,32 +29,20 @@ from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
 from clawloop_shared.deltas import LearnTask
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.levels import Level
-from clawloop_shared.records import Policy, Trajectory
+from clawloop_shared.records import Policy
 
 _log = logging.getLogger(__name__)
 
 OFF, NO_TASK, WAITING, LEARNING = "off", "no task", "waiting", "learning"
 _JITTER = 0.2
 _ASKED_EVERY_S = 0.5
-"""how often it is looked whether its owner asked to learn at once, and, in a run, whether it may go on"""
-_POWER_EVERY_S = 5.0
+"""how often it is looked whether its owner asked to learn at once"""
+_BACK_OFF_S, _BACK_OFF_MOST_S = 600, 86_400
+"""after a task that came to nothing, until another is begun: twice as long after each one more"""
+_INTERRUPTED = "it was interrupted, and goes on when nobody calls"
 _MAX_BITES = 100
 _MAX_FAILURES = 3
 """of a run, or in a row of a kind that nobody foresaw; then the run is given up"""
-
-
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """What the schedule knows of this device, each asked when it is needed: how long nobody has called (0: a call is in
-    flight), where power comes from, the room on the disk and how much of it must stay, which policy serves, the files
-    of its adapter, and the folder of its model."""
-
-    idle_s: Callable[[], float]
-    power: Callable[[], Power]
-    free_bytes: Callable[[], int]
-    served: Callable[[], Policy]
-    adapter: Callable[[Policy], dict[str, bytes]]
-    model: Path
-    floor_bytes: int = 0
 
 
 class LearnStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +83,7 @@ class Schedule:
         self._thread: threading.Thread | None = None
         self._status = LearnStatus(wanted=settings.min_trajectories)
         self._failures, self._tries = 0, dict[str, int]()
+        self._tidied_for: Policy | None = None
 
     @property
     def status(self) -> LearnStatus:
@@ -123,6 +114,7 @@ class Schedule:
     def tick(self) -> LearnStatus:
         """Look once, and learn if all is well. Blocking: for a thread."""
         self._catch_up()
+        self._take_back()
         run = self._current_run()
         task = run.task if run else self._runs.task()
         if not self._settings.enabled or not (levels := learning_levels(self._consent)):
@@ -154,6 +146,14 @@ class Schedule:
             if self._stopping.is_set() or not self._place.idle_s() or not self._chooser.catch_up():
                 return
 
+    def _take_back(self) -> None:
+        """What waits for a sum of an adapter that is long gone comes back, with its release and its trajectories."""
+        served = self._place.served()
+        if served != self._tidied_for:
+            if count := self._releaser.take_back_stale(served):
+                _log.info("%d deltas waited for a secure sum that never came, and were taken back", count)
+            self._tidied_for = served
+
     def _current_run(self) -> Run | None:
         """The run under way; one that may not go on is given up."""
         run = self._runs.run()
@@ -182,7 +182,7 @@ class Schedule:
         state, place, settings = self._consent.state(), self._place, self._settings
         idle_s, source, asked = place.idle_s(), place.power(), bool(self._runs.asked_ms())
         self._status = msgspec.structs.replace(self._status, power=str(source))
-        least = settings.min_trajectories
+        least, (failed, after_ms) = settings.min_trajectories, self._backs_off()
         rules = {
             f"everything is paused: {state.reason}": not state.paused_until_ms,
             f"at the levels here nothing can be learned by {task.method}": level is not None,
@@ -194,6 +194,9 @@ class Schedule:
                 idle_s > 0 and (asked or idle_s >= settings.idle_s)
             ),
             f"power: {source}": asked or not settings.on_power or source is not Power.BATTERY,
+            f"tasks in a row that came to nothing: {failed}; the next begins {_at(after_ms)}": (
+                begun or asked or self._clock() >= after_ms
+            ),
             f"room: {place.free_bytes() >> 20} MiB of disk are left": place.free_bytes() > place.floor_bytes,
         }
         missing = [words for words, holds in rules.items() if not holds]
@@ -204,6 +207,15 @@ class Schedule:
                 missing.append(f"budget: {error}")
         return missing
 
+    def _backs_off(self) -> tuple[int, int]:
+        """How many tasks in a row came to nothing, and until when no other is begun."""
+        history = self._runs.history()
+        failed = len([*takewhile(lambda each: each.failed, reversed(history))])
+        if not failed:
+            return 0, 0
+        wait_ms = min(_BACK_OFF_S * 2 ** (failed - 1), _BACK_OFF_MOST_S) * 1000
+        return failed, min(history[-1].at_ms, self._clock()) + wait_ms
+
     def _why_off(self) -> str:
         if not self._settings.enabled:
             return "[learn] enabled is false"
@@ -213,8 +225,15 @@ class Schedule:
 
     def _begin(self, task: LearnTask, level: Level) -> Run | None:
         task, rank = lowered(task, self._settings)
-        at_most = max(self._settings.min_trajectories, task.updates * task.batch_trajectories)
-        chosen = self._chooser.choose(level, at_most=at_most, at_least=self._settings.min_trajectories)
+        least = self._settings.min_trajectories
+        at_most = max(least, task.updates * task.batch_trajectories)
+        try:
+            chosen = self._chooser.choose(
+                level, at_most=at_most, at_least=least, go_on=Quiet(self._place, self._stopping)
+            )
+        except Interrupted:
+            self._tell(state=WAITING, missing=[_INTERRUPTED])
+            return None
         self._chooser.pass_by(chosen.useless)
         try:
             return self._releaser.begin(task, chosen, rank=rank)
@@ -224,65 +243,90 @@ class Schedule:
             return None
 
     def _learn(self, run: Run) -> None:
-        trajectories = self._runs.read_trajectories(run)
-        if trajectories is None:
-            self._end(run, "what it learns from cannot be read any more, and is chosen anew", done=False)
-            return
+        self._runs.asked_done()
+        self._runs.clear_files()
         self._tell(state=LEARNING, missing=[], updates=0)
         _log.info("learning at home: task %s, %d trajectories", run.task.task_id, len(run.sources))
         try:
-            learned = self._learned(run, trajectories)
+            learned = self._learned(run)
             if learned is None:
-                self._tell(state=WAITING, missing=["it was interrupted, and goes on when nobody calls"])
+                self._tell(state=WAITING, missing=[_INTERRUPTED])
                 return
             outcome = self._released(run, learned)
+        except Interrupted:
+            self._tell(state=WAITING, missing=[_INTERRUPTED])
+        except _Unreadable:
+            self._end(run, "what it learns from cannot be read any more, and is chosen anew", done=False)
         except LearnFailed as error:
-            self._came_to_nothing(run, str(error))
-            return
-        if outcome is not None:
-            _log.info("what was learned is in the outbox as item %s", outcome.item_id)
-            self._tell(state=NO_TASK)
-            self._runs.clear_files()
-            self._done()
+            self._came_to_nothing(run, error)
+        else:
+            if outcome is not None:
+                _log.info("what was learned is in the outbox as item %s", outcome.item_id)
+                self._tell(state=NO_TASK)
+                self._runs.clear_files()
+                self._done()
 
-    def _learned(self, run: Run, trajectories: list[Trajectory]) -> Learned | None:
-        task = msgspec.structs.replace(run.task, rank=run.rank, alpha=alpha_of(run.task, run.rank))
-        settings, going = self._settings, _Going(self, run)
-        job = Job(
-            task=task,
+    def _learned(self, run: Run) -> Learned | None:
+        going = RunGoing(
+            run,
+            self._runs,
+            self._releaser,
+            consent=self._consent,
+            place=self._place,
+            on_power=self._settings.on_power,
+            stopping=self._stopping,
+        )
+        kept = self._runs.read_state(run, go_on=going.on)
+        learned = self._learner.learn(
+            self._job(run, going), go_on=going.on, kept=kept, keep=going.keep, told=self._told
+        )
+        return None if going.broken else learned
+
+    def _told(self, updates: int) -> None:
+        self._status = msgspec.structs.replace(self._status, updates=updates)
+
+    def _job(self, run: Run, going: RunGoing) -> Job:
+        """Made where it is handed on, so that nothing here holds all of its trajectories while it is done."""
+        trajectories = self._runs.read_trajectories(run, go_on=going.on)
+        if trajectories is None:
+            raise _Unreadable
+        settings = self._settings
+        return Job(
+            task=msgspec.structs.replace(run.task, rank=run.rank, alpha=alpha_of(run.task, run.rank)),
             rank=run.rank,
             model=self._place.model,
-            adapter=self._place.adapter(self._place.served()) if task.base_version else {},
+            adapter=self._place.adapter(self._place.served()) if run.task.base_version else {},
             trajectories=trajectories,
             rules=self._chooser.rules,
             max_updates=settings.max_updates,
             max_sample_tokens=settings.max_sample_tokens,
             max_memory_bytes=settings.max_memory_bytes,
+            min_trajectories=settings.min_trajectories,
         )
-        learned = self._learner.learn(job, go_on=going.on, kept=self._runs.read_state(run), keep=going.keep)
-        return None if going.broken else learned
 
     def _released(self, run: Run, learned: Learned) -> Outcome | None:
         try:
             return self._releaser.release(run, learned)
         except ConsentError as error:
             few = len(learned.trajectory_ids) < self._settings.min_trajectories
-            self._end(run, str(error), done=few)
+            self._end(run, str(error), done=few, failed=few)
             if few:
-                gone = (run.sources[name] for name in learned.set_aside if name in run.sources)
+                aside = (name for name, why in learned.set_aside.items() if why != MASKED and name in run.sources)
+                gone = (run.sources[name] for name in aside)
                 self._chooser.pass_by(gone)
             return None
 
-    def _came_to_nothing(self, run: Run, reason: str) -> None:
+    def _came_to_nothing(self, run: Run, error: LearnFailed) -> None:
         """Try again from where it was, a few times: a process may be ended by whoever needs its memory more."""
+        reason = str(error)
         self._tries[run.run_id] = self._tries.get(run.run_id, 0) + 1
-        if self._tries[run.run_id] >= _MAX_FAILURES:
-            self._end(run, reason, done=True)
+        if isinstance(error, NotLearnable) or self._tries[run.run_id] >= _MAX_FAILURES:
+            self._end(run, reason, done=True, failed=True)
             return
         _log.warning("learning at home: %s; trying again", reason)
         self._tell(state=WAITING, missing=[f"it failed: {reason}"], problem=reason)
 
-    def _end(self, run: Run, reason: str, *, done: bool) -> None:
+    def _end(self, run: Run, reason: str, *, done: bool, failed: bool = False) -> None:
         _log.warning("nothing was learned of task %s: %s", run.task.task_id, reason)
         now_ms = self._clock()
         outcome = Outcome(
@@ -295,6 +339,7 @@ class Schedule:
             trajectories=len(run.sources),
             reason=reason,
             done=done,
+            failed=failed,
         )
         self._tries.pop(run.run_id, None)
         self._runs.end(run, outcome)
@@ -326,7 +371,7 @@ class Schedule:
         self._failures = 0
         try:
             if (run := self._runs.run()) is not None:
-                self._end(run, problem, done=True)
+                self._end(run, problem, done=True, failed=True)
         except ClawloopError as error:
             _log.warning("learning at home: %s", error)
 
@@ -350,40 +395,12 @@ class Schedule:
         return self._status
 
 
-class _Going:
-    """Whether a run goes on, and keeping where it is."""
+class _Unreadable(Exception):
+    """What a run learns from is not to be read any more."""
 
-    def __init__(self, schedule: Schedule, run: Run) -> None:
-        self._schedule, self._run = schedule, run
-        self._began_s = time.monotonic()
-        self._asked_s = self._power_s = self._began_s
-        self._on_battery = schedule._place.power() is Power.BATTERY
-        self.broken = False
 
-    def on(self) -> bool:
-        """No: somebody calls, the plug was pulled, the owner lowered something, or the edge stops."""
-        schedule, now_s = self._schedule, time.monotonic()
-        place = schedule._place
-        if self.broken or schedule._stopping.is_set() or place.idle_s() < now_s - self._began_s:
-            return False
-        if now_s - self._power_s >= _POWER_EVERY_S:
-            self._power_s = now_s
-            if schedule._settings.on_power and not self._on_battery and place.power() is Power.BATTERY:
-                return False
-        if now_s - self._asked_s >= _ASKED_EVERY_S:
-            self._asked_s = now_s
-            if schedule._consent.state().paused_until_ms or not schedule._releaser.may_go_on(self._run):
-                self.broken = True
-        return not self.broken
-
-    def keep(self, state: bytes) -> None:
-        """Keep the learner's state. Where that fails the run goes on; after a crash it would begin anew."""
-        try:
-            schedule = self._schedule
-            schedule._runs.keep_state(self._run, state)
-            schedule._status = msgspec.structs.replace(schedule._status, updates=schedule._status.updates + 1)
-        except ClawloopError as error:
-            _log.warning("learning at home: %s", error)
+def _at(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _is_served(task: LearnTask, served: Policy) -> bool:

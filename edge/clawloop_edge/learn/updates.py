@@ -75,8 +75,8 @@ def fingerprint(job: Job) -> bytes:
     """What a state must be of to be gone on from: all of the job that decides what comes of it."""
     names = sorted(trajectory.trajectory_id for trajectory in job.trajectories)
     adapter = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.adapter.items())}
-    told = (job.task, job.rank, adapter, names, job.rules, job.max_updates, job.max_sample_tokens)
-    told = (*told, job.min_trajectories)
+    limits = (job.max_updates, job.max_sample_tokens, job.min_trajectories)
+    told = (job.task, job.rank, adapter, names, job.rules, limits)
     return hashlib.sha256(msgspec.msgpack.encode(told)).digest()
 
 
@@ -294,7 +294,8 @@ def _masses(parts: Sequence[Any], samples: Sequence[Sample]) -> dict[int, float]
     """The sum of the absolute slopes of each trajectory."""
     found = dict[int, float]()
     for sample, part in zip(samples, parts, strict=True):
-        found[sample.trajectory] = found.get(sample.trajectory, 0.0) + float(mx.abs(part).sum().item())
+        mass: Any = mx.abs(part).sum()
+        found[sample.trajectory] = found.get(sample.trajectory, 0.0) + float(mass.item())
     return found
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from clawloop_edge.errors import LearnFailed
+from clawloop_edge.errors import LearnFailed, NotLearnable
 from clawloop_edge.learn.choosing import Chooser
 from clawloop_edge.learn.desk import Desk
+from clawloop_edge.learn.going import Place
 from clawloop_edge.learn.job import Job, Learned
 from clawloop_edge.learn.power import Power
 from clawloop_edge.learn.release import Releaser
 from clawloop_edge.learn.runs import Runs, prepare
-from clawloop_edge.learn.schedule import Place, Schedule
+from clawloop_edge.learn.schedule import Schedule
 from clawloop_edge.learn.settings import LearnSettings
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.records import KeptStep
@@ -96,14 +97,22 @@ class ScriptedLearner:
         self.jobs: list[Job] = []
         self.resumed: list[bytes] = []
         self.set_aside: dict[str, str] = {}
-        self.fails = ""
+        self.fails = self.hopeless = ""
 
     def learn(
-        self, job: Job, *, go_on: Callable[[], bool], kept: bytes = b"", keep: Callable[[bytes], None] = lambda _: None
+        self,
+        job: Job,
+        *,
+        go_on: Callable[[], bool],
+        kept: bytes = b"",
+        keep: Callable[[bytes], None] = lambda _: None,
+        told: Callable[[int], None] = lambda _: None,
     ) -> Learned | None:
         """Factors of the task's own method and rank."""
         self.jobs.append(job)
         self.resumed.append(kept)
+        if self.hopeless:
+            raise NotLearnable(self.hopeless)
         if self.fails:
             raise LearnFailed(self.fails)
         for update in range(int(kept or b"0"), job.task.updates):
@@ -111,6 +120,7 @@ class ScriptedLearner:
             if not go_on():
                 return None
             keep(str(update + 1).encode())
+            told(update + 1)
         rng = np.random.default_rng(3)
         shapes = delta_shapes(job.task.target_modules, SHAPE, rank=job.rank, method=job.task.method)
         factors = {name: rng.normal(0, self.size, shape).astype(np.float32) for name, shape in shapes.items()}

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import msgspec
 import psutil
 import pytest
 
-from clawloop_edge.errors import LearnFailed
-from clawloop_edge.learn.learner import MlxLearner
+from clawloop_edge.errors import LearnFailed, NotLearnable
+from clawloop_edge.learn.child import Held, Kept
+from clawloop_edge.learn.learner import MlxLearner, _Heard, _Saver
 from clawloop_edge.learn.opening import open_job
+from clawloop_edge.learn.updates import Progress
 
 from .home_jobs import a_job, finish
 
@@ -26,18 +29,19 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_killed_process_is_told_and_its_state_is_gone_on_from_bit_for_bit(random_model: Path) -> None:
-    job, learner, kept = a_job(random_model), MlxLearner(), list[bytes]()
+    job, learner, kept = a_job(random_model, updates=50), MlxLearner(), list[bytes]()
 
     def keep(state: bytes) -> None:
         kept.append(state)
         assert learner.pid is not None
-        os.kill(learner.pid, signal.SIGKILL)
+        if len(kept) == 1:
+            os.kill(learner.pid, signal.SIGKILL)
 
-    with pytest.raises(LearnFailed, match=r"was ended by SIGKILL in update \d; try again"):
+    with pytest.raises(LearnFailed, match=r"was ended by SIGKILL in update \d+; try again"):
         learner.learn(job, go_on=lambda: True, keep=keep)
     assert kept
     assert learner.pid is None
-    after = learner.learn(job, go_on=lambda: True, kept=kept[0])
+    after = learner.learn(job, go_on=lambda: True, kept=kept[-1])
     assert after == finish(open_job(job, kept=b"", memory_bytes=0)).result()
 
 
@@ -71,6 +75,69 @@ def test_a_job_that_cannot_be_done_says_why_and_nothing_of_what_was_said(random_
         MlxLearner().learn(msgspec.structs.replace(job, trajectories=other), go_on=lambda: True)
     with pytest.raises(LearnFailed, match=r"config.json"):
         MlxLearner().learn(msgspec.structs.replace(job, model=Path("/nowhere")), go_on=lambda: True)
+
+
+def test_while_a_state_is_being_kept_it_is_asked_on_and_memory_holds_two(random_model: Path) -> None:
+    """A disk that takes its time neither holds up who calls nor makes states wait in memory."""
+    job = msgspec.structs.replace(a_job(random_model, updates=10_000), max_updates=10_000)
+    learner, free = MlxLearner(save_s=0.0), threading.Event()
+    kept, seen, asked = list[bytes](), list[int](), list[bool]()
+
+    def keep(state: bytes) -> None:
+        kept.append(state)
+        if len(kept) == 1:
+            assert free.wait(60)
+
+    def go_on() -> bool:
+        if kept and len(set(seen)) > 12:  # it has got that much further while the first state is still being kept
+            asked.append(free.is_set())
+            free.set()
+            return False
+        return True
+
+    assert learner.learn(job, go_on=go_on, keep=keep, told=seen.append) is None
+    assert asked == [False], "it was asked while the first was being kept"
+    assert len(kept) == 2, "the others were passed over, but for the last"
+    first, last = (msgspec.msgpack.decode(state, type=Progress).at_update for state in kept)
+    assert first < 5
+    assert last >= max(seen) - 1
+    assert len(open_job(job, kept=kept[-1], memory_bytes=0).progress.updates) == last
+
+
+def test_only_the_latest_state_is_held() -> None:
+    heard, kept = _Heard(), list[bytes]()
+    for number in range(50):
+        heard.put(Kept(bytes(1000 + number)))
+        heard.put(Held(number, number))
+    assert heard.held_bytes == 1049
+    assert heard.take(0.0) == [Kept(bytes(1049)), Held(49, 49)]
+    heard.put(None)
+    assert heard.take(0.0) == heard.take(0.0) == [None]
+    saver = _Saver(kept.append, every_s=60.0)
+    for number in range(5):
+        saver.offer(bytes(number))
+        saver.look(float(number))
+    assert saver.held_bytes >= 4
+    saver.finish(last=True)
+    assert kept == [bytes(0), bytes(4)], "the first, and the last; the rest within a minute is passed over"
+    assert saver.held_bytes == 0
+
+
+def test_what_keeping_a_state_raised_is_heard() -> None:
+    def keep(state: bytes) -> None:
+        raise RuntimeError("no such key")
+
+    saver = _Saver(keep, every_s=0.0)
+    saver.offer(b"state")
+    saver.look(0.0)
+    with pytest.raises(RuntimeError, match="no such key"):
+        saver.finish(last=False)
+
+
+def test_a_task_whose_numbers_break_learning_is_given_up_at_once(random_model: Path) -> None:
+    job = a_job(random_model, reward_low=0.5, reward_high=0.5)
+    with pytest.raises(NotLearnable, match="ZeroDivisionError at"):
+        MlxLearner().learn(job, go_on=lambda: True)
 
 
 PARENT = """

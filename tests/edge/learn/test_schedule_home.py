@@ -1,5 +1,6 @@
 """When a device learns: what is waited for, what interrupts it, and that it goes on where it was."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,7 +181,32 @@ def test_a_learner_that_fails_is_tried_again_and_then_ends_the_task_and_gives_it
     assert (reply.accepted, reply.reason) == (False, "it was tried, and nothing could be learned")
     device.learner.fails = ""
     device.learn(learn_task())
+    assert device.schedule.status.missing == ["tasks in a row that came to nothing: 1; the next begins 1970-01-01 00:26 UTC"]
+    device.now_ms += 600_000
+    device.schedule.tick()
     assert len(device.outbox.list()) == 1
+
+
+def test_what_can_never_be_learned_is_tried_once_and_tasks_that_fail_are_begun_less_and_less_often(
+    device: LearningDevice,
+) -> None:
+    device.keep_many(2)
+    device.learner.hopeless, waits = "nothing to tell good from bad", list[int]()
+    for _ in range(10):
+        device.learn(learn_task())
+        assert device.runs.run() is None
+        before, jobs = device.now_ms, len(device.learner.jobs)
+        device.desk.offered(learn_task())
+        while device.schedule.tick().missing and len(device.learner.jobs) == jobs:
+            device.now_ms += 300_000
+        waits.append((device.now_ms - before) // 60_000)
+    assert waits[:3] == [10, 20, 40]
+    assert waits[-1] == 24 * 60
+    assert len(device.learner.jobs) == 11, "each was tried once"
+    device.learner.hopeless = ""
+    device.runs.ask_now(device.now_ms)
+    device.learn(learn_task())
+    assert len(device.outbox.list()) == 1, "its owner's word counts for more"
 
 
 def test_a_task_is_kept_over_a_restart_and_learned_once(tmp_path: Path) -> None:
@@ -210,6 +236,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rank that cannot be lowered": ({"rank": 64}, "over this device's 32"),
     "a layer that is not there": ({"target_modules": ("router",)}, "no linear layers"),
     "a loss that makes no sense": ({"loss": LossSettings(kl_beta=-1.0)}, "its loss"),
+    "rewards that cannot be told apart": ({"reward_low": 0.5, "reward_high": 0.5}, "reward_low 0.5 is not below"),
+    "rewards upside down": ({"reward_low": 0.5, "reward_high": -0.5}, "is not below reward_high"),
+    "no number": ({"lr": math.nan}, "lr is nan"),
+    "updates of one trajectory": ({"batch_trajectories": 1}, "batch_trajectories 1 is below this device's 2"),
     "a secure sum": ({"secure": True}, "no part in secure sums"),
 }
 
