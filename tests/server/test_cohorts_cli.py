@@ -13,7 +13,7 @@ from clawloop_server.home import Home
 from clawloop_server.hub.devices import Devices
 from clawloop_server.hub.members import HubReleases
 from clawloop_server.release.keys import ServerKeys
-from clawloop_server.release.records import Candidate, RoundState
+from clawloop_server.release.records import AdapterState, Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_waiting
 from clawloop_server.vault.store import Vault
@@ -38,9 +38,9 @@ def registry(vault: Vault, home: Home) -> Registry:
     return Registry(vault.database, home.adapters)
 
 
-def release(registry: Registry, keys: ServerKeys, base: Base, cohort: str) -> None:
+def release(registry: Registry, keys: ServerKeys, base: Base, cohort: str, *, round_id: str = "round") -> None:
     made = Candidate(
-        round_id="round",
+        round_id=round_id,
         line=base.line,
         files={CONFIG_FILE: b"{}", WEIGHTS_FILE: b"weights"},
         rank=8,
@@ -97,9 +97,54 @@ def test_a_device_is_moved_by_the_operator_and_gets_the_adapters_of_its_cohort(
     run("cohorts", "move", other, "--to", "new-one", "--yes")
     assert releases.apart() == {one: 2, other: 1}, "a cohort without an adapter has the shared one"
     assert "everybody else" in run("cohorts", "move", one, "--yes")
-    assert releases.apart() == {other: 1}
+    assert releases.apart() == {other: 3}, "the device has 2 and takes no 1, so that it is given again"
+    assert (releases.current_version(), registry.adapter(3).origin) == (3, 1), "training goes on from what it was"
+    assert registry.files(3) == registry.files(1)
     assert "letters" in run("cohorts", "move", one, "--to", "a b", "--yes", code=2)
     run("cohorts", "move", "nobody", "--yes", code=1)
+
+
+def test_a_device_that_has_a_higher_version_than_its_new_cohort_is_not_stuck(
+    run: Callable[..., str], registry: Registry, keys: ServerKeys, base: Base, vault: Vault, add_device: Any
+) -> None:
+    device, alone = add_device(), add_device()
+    for cohort in ("quiet", "", ""):
+        release(registry, keys, base, cohort)
+    Devices(vault.database).mark_seen(device, 3)
+    moved = run("cohorts", "move", device, "--to", "quiet", "--yes")
+    assert "released again, as 4" in moved
+    found = registry.current(base.line_id, cohort="quiet")
+    assert found is not None
+    assert (found.version, found.origin) == (4, 1)
+    assert "released again" not in run("cohorts", "move", alone, "--to", "quiet", "--yes")
+    assert registry.current(base.line_id) == registry.adapter(3), "the others keep theirs"
+
+
+def test_a_rollback_names_the_cohorts_that_go_on_from_what_is_taken_back_and_takes_them_along(
+    run: Callable[..., str], registry: Registry, keys: ServerKeys, base: Base
+) -> None:
+    def made(cohort: str, on: int) -> int:
+        round_id = registry.start_round(base.line_id, base_version=on, trajectories=0, steps=0, cohort=cohort)
+        release(registry, keys, base, cohort, round_id=round_id)
+        version = registry.adapters()[0].version
+        registry.finish_round(round_id, RoundState.PASSED, version=version)
+        return version
+
+    first = made("", 0)
+    apart = made("other", first)  # went on from what stays
+    bad = made("", first)
+    copied = registry.copy_adapter(bad, cohort="a")  # as a split begins
+    release_waiting(registry, keys)
+    assert made("a", copied) == 5
+    assert apart == 2
+
+    refused = run("adapters", "rollback", "--to", str(first), "--json", code=1)
+    assert "cohort a: goes on" in refused
+    found = json.loads(run("adapters", "rollback", "--to", str(first), "--with-cohorts", "--yes", "--json"))
+    assert (found["version"], found["cohorts"], found["cohorts_kept"]) == (6, {"a": 7}, [])
+    states = {a.version: a.state for a in registry.adapters()}
+    assert [version for version, state in states.items() if state is AdapterState.ROLLED_BACK] == [5, 4, 3]
+    assert registry.adapter(7).facts.round_id == registry.adapter(first).facts.round_id
 
 
 def test_a_rollback_of_a_cohort_says_whose_and_leaves_the_others(

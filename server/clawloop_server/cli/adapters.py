@@ -120,22 +120,36 @@ def rollback(
     cohort: Annotated[
         str | None, typer.Option(metavar="NAME", help="For that cohort; without, for whom the older one was.")
     ] = None,
+    with_cohorts: Annotated[
+        bool, typer.Option("--with-cohorts", help="Also the cohorts that go on from what is taken back.")
+    ] = False,
     home: HomeOption = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Go back: release the files of an older adapter as a new version, since versions only grow."""
     from clawloop_server.release.keys import load_keys
-    from clawloop_server.release.release import roll_back
+    from clawloop_server.release.release import descendants, roll_back
 
     with open_server(home) as server:
         whose = server.registry.adapter(to).cohort if cohort is None else cohort
         devices = f"all devices of cohort {whose}" if whose else "all devices that are in no cohort"
-        confirm(f"Take back every adapter after {to} on {devices}?", yes=yes)
+        others = descendants(server.registry, to_version=to, cohort=whose)
+        named = f"cohort {', '.join(others)}"
+        if others and not with_cohorts:
+            typer.echo(f"{named}: goes on from what is taken back, and keeps it without --with-cohorts", err=True)
+        more = f" and of {named}" if others and with_cohorts else ""
+        confirm(f"Take back every adapter after {to} on {devices}{more}?", yes=yes)
         days = server.config.release.expires_days
-        keys = load_keys(server.home)
-        version = roll_back(server.registry, keys, to_version=to, cohort=cohort, expires_days=days)
+        keys, cohorts = load_keys(server.home), dict[str, int]()
+        with server.registry.within():
+            version = roll_back(server.registry, keys, to_version=to, cohort=whose, expires_days=days)
+            for name in others if with_cohorts else ():
+                cohorts[name] = roll_back(server.registry, keys, to_version=to, cohort=name, expires_days=days)
     if as_json:
-        print_json({"version": version, "files_of": to})
+        kept = [] if with_cohorts else others
+        print_json({"version": version, "files_of": to, "cohorts": cohorts, "cohorts_kept": kept})
         return
     typer.echo(f"adapter {version} is released; it has the files of {to}")
+    for name, copy in cohorts.items():
+        typer.echo(f"so does {copy}, for cohort {name}")

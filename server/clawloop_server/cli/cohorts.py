@@ -94,11 +94,27 @@ def move(
     home: HomeOption = None,
     yes: YesOption = False,
 ) -> None:
-    """Have a device learn with those of a cohort from now on, and get that cohort's adapters."""
+    """Have a device learn with those of a cohort from now on, and get that cohort's adapters.
+
+    Devices take no lower version than they have: where it has a higher one than that of the cohort, this is released
+    again under a new one."""
+    from clawloop_server.release.keys import load_keys
+    from clawloop_server.release.release import give_again
+
     if to and not _NAME.fullmatch(to):
         raise typer.BadParameter(f"{to!r}: a name has up to 32 letters, digits and -", param_hint="--to")
     with open_server(home) as server:
         found = server.devices.get(device)
         confirm(f"Move device {device} from {found.cohort or MAIN} to {to or MAIN}?", yes=yes)
-        server.devices.set_cohort(device, to)
+        registry, line_id = server.registry, found.line_id
+        mine, keys = registry.current(line_id, cohort=found.cohort), load_keys(server.home)
+        above, days = max(found.adapter_version, mine.version if mine else 0), server.config.release.expires_days
+        with registry.within():
+            server.devices.set_cohort(device, to)
+            again = give_again(registry, keys, line_id=line_id, cohort=to, above=above, expires_days=days)
+            current = registry.current(line_id, cohort=to)
     typer.echo(f"device {device} learns with {to or MAIN}")
+    if again:
+        typer.echo(f"their adapter is released again, as {again}: the device may have {above}, and takes none below")
+    elif above and current is None:
+        typer.echo(f"they have no adapter yet, so that it may keep {above} until there is one")

@@ -120,6 +120,59 @@ def roll_back(
     return copy
 
 
+def descendants(registry: Registry, *, to_version: int, cohort: str | None = None) -> list[str]:
+    """The cohorts, beside the one that would be rolled back, that go on from what would be taken back.
+
+    Raises:
+        ReleaseError: no such version.
+    """
+    old = registry.adapter(to_version)
+    cohort = old.cohort if cohort is None else cohort
+    live = [a for a in registry.adapters(line_id=old.line_id) if a.state is not AdapterState.ROLLED_BACK]
+    gone = {a.facts.round_id for a in live if a.cohort == cohort and a.version > to_version}
+    gone -= _rounds_of(registry, old)
+    newest = {name: next((a for a in live if a.cohort == name), None) for name in registry.cohorts(old.line_id)}
+    return [name for name, a in newest.items() if a and name != cohort and gone & _rounds_of(registry, a)]
+
+
+def _rounds_of(registry: Registry, record: AdapterRecord) -> set[str]:
+    """The rounds that an adapter came from."""
+    found = set[str]()
+    while True:
+        found.add(record.facts.round_id)
+        try:
+            record = registry.adapter(registry.round(record.facts.round_id).base_version)
+        except ReleaseError:  # the first of its line, or one that no round made
+            return found
+
+
+def give_again(
+    registry: Registry,
+    keys: ServerKeys,
+    *,
+    line_id: str,
+    cohort: str,
+    above: int,
+    expires_days: float = DEFAULT_EXPIRES_DAYS,
+    now_ms: int | None = None,
+) -> int | None:
+    """Release the current adapter of a cohort again under a new version, if it is not newer than `above`, which a
+    device has that comes to it: devices take no lower version. The new one, or None. What training goes on from stays
+    what it is."""
+    now_ms = now_ms or time.time_ns() // 1_000_000
+    current = registry.current(line_id, cohort=cohort)
+    if current is None or current.version >= above:
+        return None
+    return _again(registry, keys, current, expires_days=expires_days, now_ms=now_ms)
+
+
+def _again(registry: Registry, keys: ServerKeys, current: AdapterRecord, *, expires_days: float, now_ms: int) -> int:
+    with registry.within():
+        copy = registry.copy_adapter(current.version, copy_of=current.origin, now_ms=now_ms)
+        _sign_and_release(registry, keys, copy, expires_days=expires_days, created_ms=now_ms)
+    return copy
+
+
 def release_waiting(
     registry: Registry, keys: ServerKeys, *, expires_days: float = DEFAULT_EXPIRES_DAYS, now_ms: int | None = None
 ) -> list[int]:
@@ -166,7 +219,4 @@ def renew_expiring(
     manifest = open_manifest(current.manifest, keys.release_public)
     if manifest.expires_ms - now_ms > (manifest.expires_ms - manifest.created_ms) / 4:
         return None
-    with registry.within():
-        copy = registry.copy_adapter(current.version, copy_of=current.origin, now_ms=now_ms)
-        _sign_and_release(registry, keys, copy, expires_days=expires_days, created_ms=now_ms)
-    return copy
+    return _again(registry, keys, current, expires_days=expires_days, now_ms=now_ms)
