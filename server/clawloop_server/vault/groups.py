@@ -74,7 +74,7 @@ class ReadyGroup(msgspec.Struct, frozen=True):
 
 
 def whole_groups(ready: Iterable[ReadyGroup], limit: int) -> list[str]:
-    """The groups that a round of at most `limit` trajectories takes, the longest waiting first. None is split.
+    """The groups that a round of at most `limit` trajectories takes, in the order in which they come. None is split.
 
     The first goes even if it is larger than the limit, or it would never go. One that does not fit any more is passed
     by, and is first in a later round.

@@ -46,8 +46,7 @@ class Pins:
     def take(
         self, round_id: str, line_id: str, limit: int, *, deadlines: dict[Stage, int], cohort: str = ""
     ) -> tuple[int, int]:
-        """Pin what is ready for a cohort to a round, whole groups, the longest waiting first; how many trajectories and
-        steps.
+        """Pin what is ready for a cohort to a round, whole groups, in turns by device; how many trajectories and steps.
 
         Opens no record, so that it holds up nobody. What the round had before is let go.
         """

@@ -179,7 +179,7 @@ CREATE INDEX vault_keys_dead ON vault_keys (owner_id) WHERE digest IS NULL;
 
 _TURNS = """
 CREATE INDEX trajectory_groups_in_turn
-  ON trajectory_groups (line_id, channel, stage, device_id, arrived_ms, arrival, judged);
+  ON trajectory_groups (line_id, channel, stage, device_id, arrived_ms, arrival, group_id);
 CREATE INDEX trajectories_by_device_round ON trajectories (device_id, round_id);
 """
 

@@ -6,7 +6,9 @@ and stage follows from what is in `groups`; formats: docs/formats/vault.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
 
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.groups import PENDING, ReadyGroup, Stage, TrajectoryState, stage_of, whole_groups
@@ -23,6 +25,20 @@ _READY = (
     " FROM trajectory_groups WHERE line_id = ? AND channel = ? AND stage = ? AND arrived_ms <= ?"
     " AND device_id IN (SELECT device_id FROM devices WHERE cohort = ?)"
 )
+_STAGE = "trajectory_groups WHERE line_id = ?1 AND channel = ?2 AND stage = ?3"
+# each device is one look at the index
+_DEVICES = (
+    f"WITH RECURSIVE waits (name) AS (SELECT min(device_id) FROM {_STAGE} UNION ALL"  # noqa: S608 constant text
+    f" SELECT (SELECT min(device_id) FROM {_STAGE} AND device_id > name) FROM waits WHERE name IS NOT NULL)"
+    " SELECT name FROM waits CROSS JOIN devices ON device_id = name WHERE cohort = ?4"
+)
+_SERVED = "SELECT max(round_id) FROM trajectories WHERE device_id = ?1"
+_OF_DEVICE = (
+    f"SELECT arrived_ms, arrival, group_id, judged FROM {_STAGE} AND device_id = ?4 AND arrived_ms <= ?5"  # noqa: S608
+    " AND (arrived_ms, arrival, group_id) > (?6, ?7, ?8) ORDER BY arrived_ms, arrival, group_id LIMIT ?9"
+)
+_Place = tuple[int, int, str]
+"""where a group stands among its device's: its last arrival in ms and in order, its id"""
 
 
 def enter(database: ServerDatabase, trajectory_id: str, *, size: int) -> None:
@@ -72,11 +88,53 @@ def ready_groups(
     limit: int,
     cohort: str = "",
 ) -> list[ReadyGroup]:
-    """Up to `limit` groups of a cohort's devices that go, the longest waiting first."""
-    part = "SELECT group_id, judged, arrived_ms, arrival" + _READY
-    sql = " UNION ALL ".join([part] * len(deadlines)) + " ORDER BY arrived_ms, arrival LIMIT ?"
-    values = [value for stage, at_ms in deadlines.items() for value in (line_id, channel, stage, at_ms, cohort)]
-    return [ReadyGroup(row[0], row[1]) for row in database.rows(sql, [*values, limit])]
+    """Up to `limit` groups of a cohort's devices that go, in turns: the next one is of the device that has the fewest
+    trajectories among them so far, its longest waiting one. Of several such devices it is the one that a round learned
+    from the longest ago (never: first), then the one that waits the longest.
+
+    So no device has more than its share while others wait, however much it sends and however large its groups are.
+    Costs some looks at an index for each device that waits, and twice `limit` groups, however many there are.
+    """
+    wheres = [(line_id, channel, stage) for stage in deadlines]
+    devices = sorted({name for where in wheres for (name,) in database.rows(_DEVICES, [*where, cohort])})
+    page = max(1, -(-limit // max(1, len(devices))))
+    heads = list[tuple[int, str, _Place, int, str, Iterator[tuple[_Place, int]]]]()
+
+    def queue(before: int, served: str, device_id: str, waiting: Iterator[tuple[_Place, int]]) -> None:
+        for place, judged in itertools.islice(waiting, 1):
+            heapq.heappush(heads, (before, served, place, judged, device_id, waiting))
+
+    for device_id in devices:
+        served = database.row(_SERVED, [device_id])
+        waiting = _waiting(database, line_id, channel, device_id, deadlines=deadlines, page=page)
+        queue(0, served[0] or "" if served else "", device_id, waiting)
+    found = list[ReadyGroup]()
+    while heads and len(found) < limit:
+        before, last, place, judged, device_id, waiting = heapq.heappop(heads)
+        found.append(ReadyGroup(place[-1], judged))
+        queue(before + judged, last, device_id, waiting)
+    return found
+
+
+def _waiting(
+    database: ServerDatabase, line_id: str, channel: str, device_id: str, *, deadlines: dict[Stage, int], page: int
+) -> Iterator[tuple[_Place, int]]:
+    """Where the groups of a device that go stand, and how many of each are judged, the longest waiting first; read in
+    pages of so many."""
+    after: _Place = (-1, -1, "")
+    while True:
+        rows = [
+            ((arrived_ms, arrival, group_id), judged)
+            for stage, until_ms in deadlines.items()
+            for arrived_ms, arrival, group_id, judged in database.rows(
+                _OF_DEVICE, [line_id, channel, stage, device_id, until_ms, *after, page]
+            )
+        ]
+        rows = sorted(rows)[:page]
+        yield from rows
+        if len(rows) < page:
+            return
+        after = rows[-1][0]
 
 
 def chosen(
@@ -88,8 +146,8 @@ def chosen(
     limit: int,
     cohort: str = "",
 ) -> list[tuple[str, str]]:
-    """The trajectories that a round of up to `limit` takes for a cohort, with their devices: whole groups, the longest
-    waiting first."""
+    """The trajectories that a round of up to `limit` takes for a cohort, with their devices: whole groups, in turns by
+    device."""
     found = ready_groups(database, line_id, channel, deadlines=deadlines, limit=limit, cohort=cohort)
     sql = (
         "SELECT trajectory_id, device_id FROM trajectories WHERE group_id = ? AND state = ?"
