@@ -261,6 +261,8 @@ class Edge:
         found = await asyncio.to_thread(finishing.latest, self.pool)
         if found.note_id != self._forgotten:
             await self.drop_forgotten()
+            if self.learning is not None and self.learning.sums is not None:
+                await asyncio.to_thread(self.learning.sums.drop_values)
             self._forgotten = found.note_id
         if found.parts and time.monotonic() >= self._finish_at_s:
             self._finish_at_s = time.monotonic() + FINISH_S

@@ -82,12 +82,12 @@ class Device:
             raise SumError("what was learned has left already")
         return Summand(item_id="item", delta=self.delta) if self.ready else None
 
-    def leaving(self, summand: Summand, body: bytes) -> None:
+    def leaving(self, item_id: str, body: bytes) -> None:
         if self.left:
             raise SumError("what was learned has left already")
         self.left.append(body)
 
-    def arrived(self, summand: Summand) -> None:
+    def arrived(self, item_id: str) -> None:
         self.has_arrived = True
 
     def known(self) -> set[bytes]:

@@ -9,10 +9,12 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from clawloop_edge.learn import sums
 from clawloop_edge.learn.sums import SumMember, SumRules
 from clawloop_server.aggregate.secure import Status
 from clawloop_shared import masking, secure, signing, wire
-from clawloop_shared.deltas import Method
+from clawloop_shared.deltas import LoraDelta, Method
+from clawloop_shared.errors import ClawloopError, StorageError, SumError
 from clawloop_shared.flat import unflatten
 from clawloop_shared.levels import Level
 from clawloop_shared.messages import SecureReply, SecureRequest
@@ -52,7 +54,7 @@ def test_a_server_that_asks_for_both_secrets_gets_neither() -> None:
     fewer = everybody[:-1]
     assert asked(play, name_at(play, 1), Phase.CONFIRM, secure.Survivors(roster=digest, places=everybody)).body
     refused = asked(play, name_at(play, 1), Phase.CONFIRM, secure.Survivors(roster=digest, places=fewer))
-    assert "asked before, otherwise" in refused.refused
+    assert refused.refused == sums.ONCE
     for place in everybody:
         again = secure.Confirmations(roster=digest, places=fewer, signatures={})
         assert asked(play, name_at(play, place), Phase.UNMASK, again).refused
@@ -83,7 +85,7 @@ def name_at(play: Play, place: int) -> str:
     return play.sum._ids()[place]
 
 
-def test_invented_members_need_signatures_and_new_ones_a_minority() -> None:
+def test_invented_members_need_signatures_and_new_ones_a_minority(caplog: pytest.LogCaptureFixture) -> None:
     play = Play(6)
     play.run()
     known = play.devices["d00"].seen
@@ -98,7 +100,8 @@ def test_invented_members_need_signatures_and_new_ones_a_minority() -> None:
         key=lambda advert: advert.device_key,
     )
     reply = asked(forged, "d00", Phase.SHARE, msgspec.structs.replace(body, adverts=ghosts))
-    assert "6 of 6 other members were never in a sum with this device" in reply.refused
+    assert reply.refused == sums.MEMBERS
+    assert "6 of 6 other members were never in a sum with this device" in caplog.text
 
 
 def invented(number: int, terms: secure.Terms = TERMS) -> secure.SignedAdvert:
@@ -169,11 +172,12 @@ def replaced_keys(play: Play) -> secure.SignedAdvert:
         "what this device signed",
     ],
 )
-def test_a_roster_that_breaks_a_rule_ends_the_part(reason: str) -> None:
+def test_a_roster_that_breaks_a_rule_ends_the_part(reason: str, caplog: pytest.LogCaptureFixture) -> None:
     play = Play(6)
     play.until(Phase.SHARE)
     reply = asked(play, "d00", Phase.SHARE, rosters(play)[reason])
-    assert reason in reply.refused
+    assert reply.refused in (sums.BROKEN, sums.MEMBERS)
+    assert reason in caplog.text
     assert asked(play, "d00", Phase.SHARE, wire.decode(play.sum._body("d00"), secure.Roster)).refused
     assert not play.devices["d00"].left
 
@@ -207,7 +211,7 @@ def test_the_same_question_gets_the_same_answer_and_another_none() -> None:
     assert len(play.devices["d00"].left) == 1
     late = last_request(play, "d00", secure.Delivery)
     reply = asked(play, "d00", Phase.MASKED, late)
-    assert "phase masked is over" in reply.refused
+    assert reply.refused == sums.OVER
     play.run()
     play.is_right()
 
@@ -226,7 +230,7 @@ def test_a_second_masked_vector_is_refused() -> None:
         sealed=delivery.sealed[:at] + delivery.sealed[at + 1 :],
         hashes=delivery.hashes[:at] + delivery.hashes[at + 1 :],
     )
-    assert "asked before, otherwise" in asked(play, "d00", Phase.MASKED, fewer).refused
+    assert asked(play, "d00", Phase.MASKED, fewer).refused == sums.ONCE
     assert len(play.devices["d00"].left) == 1
 
 
@@ -234,16 +238,16 @@ def test_what_was_given_to_one_sum_is_not_given_to_another() -> None:
     play = Play(6)
     play.run()
     other = asked(play, "d00", Phase.ADVERTISE, msgspec.structs.replace(TERMS, sum_id="next"), sum_id="next")
-    assert "has left already" in other.refused
+    assert other.refused == sums.NOTHING
 
 
 def test_phases_out_of_turn_and_unknown_sums_are_refused() -> None:
     play = Play(5)
-    assert "knows nothing of that sum" in asked(play, "d00", Phase.SHARE, TERMS).refused
+    assert asked(play, "d00", Phase.SHARE, TERMS).refused == sums.UNKNOWN
     asked(play, "d01", Phase.ADVERTISE, TERMS)
-    assert "out of turn" in asked(play, "d01", Phase.UNMASK, TERMS).refused
+    assert asked(play, "d01", Phase.UNMASK, TERMS).refused == sums.ONCE
     asked(play, "d03", Phase.ADVERTISE, TERMS)
-    assert "unknown phase" in play.devices["d03"].member.asked(SecureRequest("sum", "steal", b"")).refused
+    assert play.devices["d03"].member.asked(SecureRequest("sum", "steal", b"")).refused == sums.BROKEN
 
 
 @pytest.mark.parametrize(
@@ -259,10 +263,13 @@ def test_phases_out_of_turn_and_unknown_sums_are_refused() -> None:
         ({"sum_id": "else"}, "the terms are of sum else"),
     ],
 )
-def test_other_terms_than_the_tasks_are_refused(change: dict[str, object], reason: str) -> None:
+def test_other_terms_than_the_tasks_are_refused(
+    change: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     play = Play(5)
     reply = asked(play, "d00", Phase.ADVERTISE, msgspec.structs.replace(TERMS, **change))
-    assert reason in reply.refused
+    assert reply.refused in (sums.NOT_OURS, sums.MEMBERS)
+    assert reason in caplog.text
     assert not reply.body
 
 
@@ -271,7 +278,60 @@ def test_a_delta_that_is_not_noised_enters_no_sum() -> None:
         play = Play(5)
         device = play.devices["d00"]
         device.delta = msgspec.structs.replace(device.delta, **change)
-        assert "not a sum for what was learned here" in asked(play, "d00", Phase.ADVERTISE, TERMS).refused
+        assert asked(play, "d00", Phase.ADVERTISE, TERMS).refused == sums.NOT_OURS
+
+
+@pytest.mark.parametrize("error", [StorageError, SumError])
+def test_what_goes_on_in_a_device_is_told_to_its_log_alone(
+    error: type[ClawloopError], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = Play(6)
+    play.until(Phase.MASKED)
+    delivery = wire.decode(play.sum._body("d00"), secure.Delivery)
+
+    def leaving(item_id: str, body: bytes) -> None:
+        raise error("/Users/somebody/pool.sqlite: item took back 3 of 8 sessions")
+
+    monkeypatch.setattr(play.devices["d00"], "leaving", leaving)
+    assert asked(play, "d00", Phase.MASKED, delivery).refused == sums.NOTHING
+    assert "/Users/somebody" in caplog.text
+    monkeypatch.setattr(play.devices["d01"], "keep", lambda _: leaving("", b""))
+    play.until(Phase.CONFIRM)
+    request = play.sum.due("d01", now_ms=play.now_ms)
+    assert request is not None
+    reply = play.devices["d01"].member.asked(request)
+    assert reply.refused == (sums.HERE if error is StorageError else sums.BROKEN)
+
+
+def test_who_fell_out_of_a_sum_is_not_known_by_it() -> None:
+    play = Play(8)
+    play.until(Phase.MASKED)
+    play.gone.add("d07")
+    play.run()
+    play.is_right()
+    assert "d07" not in play.sum.members
+    fell_out = signing.public_key(play.devices["d07"].key)
+    assert all(fell_out not in play.devices[name].seen for name in play.sum.members)
+    assert all(len(play.devices[name].seen) == 6 for name in play.sum.members)
+
+
+def test_what_was_learned_is_out_of_memory_once_it_is_masked_or_something_was_forgotten() -> None:
+    play = Play(7)
+    play.until(Phase.MASKED)
+    forgetful, other = play.devices["d06"].member, play.devices["d00"].member
+    play.ask("d00")
+    held = other._parts["sum"]
+    assert isinstance(held, sums._Part)
+    assert not held.holds_values
+    assert not any(isinstance(value, LoraDelta | sums.Summand) for value in vars(held).values())
+    for member in (forgetful, other):
+        member.drop_values()
+    assert forgetful._parts["sum"] == sums.NOTHING
+    assert other._parts["sum"] is held
+    play.run()
+    play.is_right()
+    assert "d06" not in play.sum.members
+    assert not play.devices["d06"].left
 
 
 # members that lie

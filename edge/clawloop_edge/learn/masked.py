@@ -17,11 +17,11 @@ from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.audit import SENT, AuditLog
 from clawloop_edge.privacy.consent import ConsentLog, wall_clock_ms
+from clawloop_edge.privacy.deltas import SealedBody, seal_body
 from clawloop_edge.privacy.items import Facts, Items, OutboxItem
 from clawloop_edge.privacy.schema import ItemState, count_release, item_scope
 from clawloop_shared import wire
 from clawloop_shared.deltas import DELTA_KIND, MAX_DELTA_BYTES, LoraDelta
-from clawloop_shared.files import sha256
 from clawloop_shared.secure import MASKED_KIND
 
 if TYPE_CHECKING:
@@ -60,21 +60,22 @@ class MaskedItems:
             body = self._items.upload(database, item.item_id).body
         return Summand(item_id=item.item_id, delta=wire.decode(body, LoraDelta, max_bytes=MAX_DELTA_BYTES))
 
-    def leaving(self, summand: Summand, body: bytes) -> None:
+    def leaving(self, item_id: str, body: bytes) -> None:
         """Put these bytes in the place of the delta, as sent. Waits for the disk; nothing may go out before.
 
         Raises:
             ConsentError: a level was lowered, or the item taken back or sent meanwhile.
         """
-        self._pool.submit(lambda database: self._leaving(database, summand.item_id, body)).result()
+        sealed = seal_body(self._pool.keyring, item_id, body)
+        self._pool.submit(lambda database: self._leaving(database, sealed)).result()
         self._pool.anchor()
 
-    def arrived(self, summand: Summand) -> None:
+    def arrived(self, item_id: str) -> None:
         """The server counts this device among those whose values came. Waits for the disk."""
 
         def operation(database: Database) -> None:
             update = "UPDATE outbox SET state = ?, received_ms = ? WHERE item_id = ? AND kind = ? AND state = ?"
-            facts = (ItemState.RECEIVED, self._clock(), summand.item_id, MASKED_KIND, ItemState.SENT)
+            facts = (ItemState.RECEIVED, self._clock(), item_id, MASKED_KIND, ItemState.SENT)
             database.conn.execute(update, facts)
 
         self._pool.submit(operation).result()
@@ -88,14 +89,15 @@ class MaskedItems:
 
     # Inside a write transaction
 
-    def _leaving(self, database: Database, item_id: str, body: bytes) -> None:
+    def _leaving(self, database: Database, masked: SealedBody) -> None:
+        item_id = masked.item_id
         item, now_ms = self._items.find(database, item_id), self._clock()
         waits = item.state in (ItemState.QUEUED, ItemState.APPROVED) and item.kind == DELTA_KIND and item.goes_masked
         if not waits or not self._consent.within(database).lets_out(item) or not item.may_leave(now_ms):
             raise ConsentError(f"item {item_id} is {item.state} at level {item.level} and may not leave now")
         keyring = self._pool.keyring
         facts = Facts(
-            sha256=sha256(body),
+            sha256=masked.sha256,
             steps=item.steps,
             signals=item.signals,
             created_ms=item.created_ms,
@@ -103,17 +105,16 @@ class MaskedItems:
         )
         plain = msgspec.msgpack.encode(facts)
         sealed = keyring.find(database, POOL_SCOPE).seal("outbox", item_id, column="facts", plain=plain)
-        keyring.destroy(database, item_scope(item_id))
-        packed = keyring.ensure(database, item_scope(item_id)).seal("outbox", item_id, column="body", plain=body)
+        masked.keep_key(database, keyring)  # and that of the delta is gone
         database.conn.execute(
             "UPDATE outbox SET kind = ?, state = ?, size = ?, facts = ?, body = ? WHERE item_id = ?",
-            (MASKED_KIND, ItemState.SENT, len(body), sealed, packed, item_id),
+            (MASKED_KIND, ItemState.SENT, masked.size, sealed, masked.body, item_id),
         )
         count_release(database, item_id)
         self._audit.append_in(
             database,
             SENT,
-            size_bytes=len(body),
+            size_bytes=masked.size,
             sha256=facts.sha256,
             receipt_id=item.receipt_id,
             item_id=item_id,

@@ -20,7 +20,7 @@ import numpy as np
 
 from clawloop_shared import masking, secure, signing, wire
 from clawloop_shared.deltas import LoraDelta
-from clawloop_shared.errors import ClawloopError, SumError, WireError
+from clawloop_shared.errors import ClawloopError, InvalidError, SumError, WireError
 from clawloop_shared.fixed_point import to_ring
 from clawloop_shared.flat import flatten
 from clawloop_shared.messages import SecureReply, SecureRequest
@@ -32,7 +32,27 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class _Done(SumError):
+UNKNOWN = "this device knows nothing of that sum; it was started anew since, or never asked"
+NOT_OURS = "not a sum for what was learned here"
+NOTHING = "nothing that was learned here leaves in that sum"
+MEMBERS = "its members are too few, or too many of them new"
+ONCE = "asked out of turn, or asked before, otherwise; each phase is answered once"
+OVER = "that phase is over"
+BROKEN = "what was asked breaks a rule"
+HERE = "this device cannot, for a reason of its own"
+"""all that a server is told of why not, but for whose shares were wrong; more is in this device's own log"""
+_WRONG = "sealed shares do not open"
+
+
+class _Refusal(SumError):
+    """Why not: as the server is told, and as the log is."""
+
+    def __init__(self, said: str, why: str = "") -> None:
+        super().__init__(why or said)
+        self.said = said
+
+
+class _Done(_Refusal):
     """It was answered, and the answer is not here any more: a late copy of a question, which changes nothing."""
 
 
@@ -58,7 +78,7 @@ class Summands(Protocol):
         """
         ...
 
-    def leaving(self, summand: Summand, body: bytes) -> None:
+    def leaving(self, item_id: str, body: bytes) -> None:
         """Note, on disk, that these bytes are about to leave in place of the delta, which leaves no other way.
 
         Raises:
@@ -66,7 +86,7 @@ class Summands(Protocol):
         """
         ...
 
-    def arrived(self, summand: Summand) -> None:
+    def arrived(self, item_id: str) -> None:
         """The server says that it has them."""
         ...
 
@@ -114,15 +134,23 @@ class SumMember:
             except ClawloopError as error:
                 _log.warning("secure sum %.64s, %.20s: refused: %s", request.sum_id, request.phase, error)
                 if not isinstance(error, _Done):
-                    self._remember(request.sum_id, str(error)[:200])
-                return SecureReply(request.sum_id, request.phase, refused=str(error)[:300])
+                    self._remember(request.sum_id, _said(error))
+                return SecureReply(request.sum_id, request.phase, refused=_said(error))
         return SecureReply(request.sum_id, request.phase, body, item_id=item_id)
+
+    def drop_values(self) -> None:
+        """Take no further part in sums to which nothing was given yet: what was learned may be of what was forgotten.
+        It stays in the outbox, if it is there still, for another sum."""
+        with self._lock:
+            for sum_id, part in self._parts.items():
+                if isinstance(part, _Part) and part.holds_values:
+                    self._parts[sum_id] = NOTHING
 
     def _answer(self, request: SecureRequest) -> tuple[bytes, str]:
         """The body, and the item that it is."""
         part = self._parts.get(request.sum_id)
         if isinstance(part, str):
-            raise SumError(part)
+            raise _Refusal(part)
         if part is None:
             part = self._begin(request)
             if part is None:
@@ -138,19 +166,23 @@ class SumMember:
 
     def _begin(self, request: SecureRequest) -> _Part | None:
         if request.phase != Phase.ADVERTISE:
-            raise SumError("this device knows nothing of that sum; it was started anew since, or never asked")
+            raise _Refusal(UNKNOWN)
         terms = _read(request.body, secure.Terms)
         if terms.sum_id != request.sum_id or terms.min_members < self._rules.min_members:
-            raise SumError(
+            raise _Refusal(
+                MEMBERS,
                 f"the terms are of sum {terms.sum_id} with at least {terms.min_members} members; this device asks for"
-                f" {self._rules.min_members} ([learn] secure_min_members)"
+                f" {self._rules.min_members} ([learn] secure_min_members)",
             )
-        summand = self._summands.summand(terms.task_id)
+        try:
+            summand = self._summands.summand(terms.task_id)
+        except ClawloopError as error:
+            raise _Refusal(NOTHING, str(error)) from error
         if summand is None:
             return None
         unfit = secure.terms_fit(terms, summand.delta)
         if unfit:
-            raise SumError(f"not a sum for what was learned here: {unfit}")
+            raise _Refusal(NOT_OURS, f"{NOT_OURS}: {unfit}")
         return _Part(self, terms, summand)
 
     # What a part asks of its device
@@ -170,9 +202,10 @@ class SumMember:
         known = self._known.known()
         new = others - known
         if known and len(new) > self._rules.max_new * len(others):
-            raise SumError(
+            raise _Refusal(
+                MEMBERS,
                 f"{len(new)} of {len(others)} other members were never in a sum with this device; at most"
-                f" {self._rules.max_new:.0%} may be new ([learn] secure_new_members)"
+                f" {self._rules.max_new:.0%} may be new ([learn] secure_new_members)",
             )
         return new
 
@@ -191,10 +224,11 @@ class _Part:
     """One sum: the secrets that this device made for it, and what it has answered."""
 
     def __init__(self, device: SumMember, terms: secure.Terms, summand: Summand) -> None:
-        self._device, self._terms, self._summand = device, terms, summand
+        self._device, self._terms, self.item_id = device, terms, summand.item_id
+        self._sigma, self._trajectories = summand.delta.sigma, summand.delta.trajectories
         self._values = flatten(summand.delta.weights)
         if len(self._values) != terms.values:
-            raise SumError(f"the sum is of {terms.values} values, what was learned has {len(self._values)}")
+            raise _Refusal(NOT_OURS, f"the sum is of {terms.values} values, what was learned has {len(self._values)}")
         self._key = device.device_key
         self._mask_key, self._share_key, self._seed = (masking.new_secret() for _ in range(3))
         self._advert: secure.SignedAdvert | None = None
@@ -208,9 +242,9 @@ class _Part:
         self._answered: dict[Phase, tuple[bytes, bytes]] = {}
 
     @property
-    def item_id(self) -> str:
-        """The outbox item of what is summed."""
-        return self._summand.item_id
+    def holds_values(self) -> bool:
+        """Whether what was learned is in memory here, not masked yet."""
+        return len(self._values) > 0
 
     def answer(self, request: SecureRequest) -> bytes:
         """The answer to a phase, each once. Raises ClawloopError."""
@@ -220,12 +254,13 @@ class _Part:
         if phase in self._answered:
             known, body = self._answered[phase]
             if known != asked:
-                raise SumError(f"phase {phase} was asked before, otherwise; each is answered once")
+                raise _Refusal(ONCE, f"phase {phase} was asked before, otherwise; each is answered once")
             if not body:
-                raise _Done(f"phase {phase} is over")
+                raise _Done(OVER, f"phase {phase} is over")
             return body
         if len(self._answered) != list(Phase).index(phase):
-            raise SumError(f"phase {phase} is out of turn: {len(self._answered)} of {len(Phase)} were answered")
+            answered = f"{len(self._answered)} of {len(Phase)} were answered"
+            raise _Refusal(ONCE, f"phase {phase} is out of turn: {answered}")
         steps = {
             Phase.ADVERTISE: self._advertise,
             Phase.SHARE: self._share,
@@ -243,7 +278,7 @@ class _Part:
             mask_key=masking.public_of(self._mask_key),
             share_key=masking.public_of(self._share_key),
             commitment=secure.commitment_of(self._seed, self._terms),
-            sigma=self._summand.delta.sigma,
+            sigma=self._sigma,
         )
         self._advert = secure.sign_advert(advert, self._key)
         return wire.encode(self._advert)
@@ -255,7 +290,7 @@ class _Part:
         if place is None or roster.adverts[place - 1] != self._advert:
             raise SumError("the roster does not have what this device signed")
         if len(members.members) < self._device.least(members):
-            raise SumError(f"the roster has {len(members.members)} members, too few for this device")
+            raise _Refusal(MEMBERS, f"the roster has {len(members.members)} members, too few for this device")
         self._new = self._device.new_among(members, own=signing.public_key(self._key))
         self._members, self._place = members, place
         return wire.encode(self._shares(members))
@@ -287,13 +322,15 @@ class _Part:
         self._sharing = delivery.places
         masked = secure.Masked(
             sum_id=members.sum_id,
-            item_id=self._summand.item_id,
+            item_id=self.item_id,
             roster=members.digest,
             values=self._masked(members),
         )
         out = wire.encode(masked)
-        self._device.summands.leaving(self._summand, out)
-        self._device.known.keep(self._new)  # not before: a sum that comes to nothing makes nobody known
+        try:
+            self._device.summands.leaving(self.item_id, out)
+        except ClawloopError as error:
+            raise _Refusal(NOTHING, str(error)) from error
         self._values = np.zeros(0, np.float32)
         return out
 
@@ -306,12 +343,12 @@ class _Part:
             if len(plain) != 2 * SHARE_BYTES or secure.share_hashes(members, own, key, **pair) != hashes:
                 raise SumError("they are not what their sender says of them")
         except SumError as error:
-            raise SumError(secure.accusation(sender, str(error))) from error
+            raise _Refusal(secure.accusation(sender, _WRONG), secure.accusation(sender, str(error))) from error
         return own, key
 
     def _masked(self, members: secure.Members) -> bytes:
         ring = to_ring(self._values, members.bound, members=len(members.members))
-        ring = np.append(ring, np.uint32(self._summand.delta.trajectories))
+        ring = np.append(ring, np.uint32(self._trajectories))
         others = {
             place: secure.pair_key(self._mask_key, members, mine=self._place, other=place)
             for place in self._sharing
@@ -326,9 +363,12 @@ class _Part:
         survivors = _read(body, secure.Survivors)
         self._check(survivors.roster, survivors.places, among=self._sharing)
         self._survivors = survivors.places
+        # Not before: what comes to nothing makes nobody known, nor does a sum make known who fell out of it.
+        members = [member for member in self._roster().members if member.place in survivors.places]
+        self._device.known.keep(self._new & {member.device_key for member in members})
         asked, _ = self._answered[Phase.MASKED]
         self._answered[Phase.MASKED] = asked, b""  # the server has it, or it could not say that it came
-        self._device.summands.arrived(self._summand)
+        self._device.summands.arrived(self.item_id)
         return wire.encode(
             secure.Confirmed(signature=secure.sign_survivors(self._roster(), self._survivors, self._key))
         )
@@ -361,6 +401,13 @@ class _Part:
     def _roster(self) -> secure.Members:
         assert self._members is not None, "phases are answered in their order"
         return self._members
+
+
+def _said(error: ClawloopError) -> str:
+    """What the server is told: one of a few phrases, which name nothing of this device."""
+    if isinstance(error, _Refusal):
+        return error.said
+    return BROKEN if isinstance(error, InvalidError) else HERE
 
 
 def _read(body: bytes, kind: type[T]) -> T:

@@ -111,12 +111,20 @@ class Keyring:
     def ensure(self, database: "Database", name: str) -> Scope:
         """The scope `name`, made if it is new. Needs a write transaction."""
         found = self._look_up(database, name)
-        if found is not None:
-            return found
-        key, version = new_data_key(), kek_version(database)
-        insert = "INSERT INTO keys (scope, kek, wrapped) VALUES (?, ?, ?)"
-        database.conn.execute(insert, (name, version, self.wrap(name, key, version=version)))
-        return self._scope(name, key)
+        if found is None:
+            found = self.draft(name)
+            self.adopt(database, found)
+        return found
+
+    def draft(self, name: str) -> Scope:
+        """A scope `name` with a new key that is nowhere yet: to seal what is large before the transaction."""
+        return self._scope(name, new_data_key())
+
+    def adopt(self, database: "Database", scope: Scope) -> None:
+        """Keep the key of a drafted scope in the place of any of that name. Needs a write transaction."""
+        version = kek_version(database)
+        insert = "INSERT OR REPLACE INTO keys (scope, kek, wrapped) VALUES (?, ?, ?)"
+        database.conn.execute(insert, (scope.name, version, self.wrap(scope.name, scope.key, version=version)))
 
     def _scope(self, name: str, key: bytes) -> Scope:
         return Scope(self.pool_id, name, key, self._bucket_bytes)

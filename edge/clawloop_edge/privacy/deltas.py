@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from clawloop_edge.errors import ConsentError
-from clawloop_edge.pool.crypt import POOL_SCOPE
+from clawloop_edge.pool.crypt import POOL_SCOPE, Keyring, Scope
 from clawloop_edge.pool.curation import Curations
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.consent import Allowance
@@ -19,7 +19,6 @@ from clawloop_edge.privacy.ladder import Ladder
 from clawloop_edge.privacy.schema import ItemState, item_scope
 from clawloop_shared.deltas import DELTA_KIND
 from clawloop_shared.files import sha256
-from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
 
 if TYPE_CHECKING:
@@ -44,11 +43,36 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
     session_id: str
 
 
+class SealedBody(msgspec.Struct, frozen=True):
+    """The bytes of an item, compressed and sealed under a key that is nowhere yet; hash and size of what it was.
+
+    A delta has up to 256 MiB, which takes seconds: so it is done before the transaction that keeps it, in which nothing
+    else could be kept."""
+
+    item_id: str
+    scope: Scope
+    body: bytes
+    sha256: str
+    size: int
+
+    def keep_key(self, database: "Database", keyring: Keyring) -> None:
+        """Make it readable, and whatever was sealed for that item before not any more. Needs a write transaction."""
+        keyring.adopt(database, self.scope)
+
+
+def seal_body(keyring: Keyring, item_id: str, plain: bytes) -> SealedBody:
+    """The bytes of an item as they are kept. Takes a while for large ones: not for a transaction."""
+    scope = keyring.draft(item_scope(item_id))
+    return SealedBody(
+        item_id, scope, scope.seal("outbox", item_id, column="body", plain=plain), sha256(plain), len(plain)
+    )
+
+
 class DeltaDraft(msgspec.Struct, frozen=True, kw_only=True):
     """A delta that may become an item: its bytes, what is told of it, and what it was learned from. `entry_id` is the
     ledger's, of a noised one."""
 
-    body: bytes
+    body: SealedBody
     level: Level
     facts: DeltaFacts
     step_ids: Sequence[str]
@@ -102,17 +126,17 @@ def put_delta(
     if receipt is None:
         raise ConsentError("nobody has allowed anything to leave")
     sessions = check_sources(database, pool, allowance, step_ids=draft.step_ids, level=draft.level)
-    run, keyring, item_id = database.conn.execute, pool.keyring, new_id()
-    facts = Facts(sha256=sha256(draft.body), steps=0, signals=0, created_ms=now_ms, delta=draft.facts)
+    run, keyring, item_id = database.conn.execute, pool.keyring, draft.body.item_id
+    facts = Facts(sha256=draft.body.sha256, steps=0, signals=0, created_ms=now_ms, delta=draft.facts)
     scope = keyring.find(database, POOL_SCOPE)
     sealed = scope.seal("outbox", item_id, column="facts", plain=msgspec.msgpack.encode(facts))
-    body = keyring.ensure(database, item_scope(item_id)).seal("outbox", item_id, column="body", plain=draft.body)
+    draft.body.keep_key(database, keyring)
     insert = (
         "INSERT INTO outbox (item_id, session_id, level, state, kind, receipt_id, release_ms, received_ms, size,"
         " facts, body) VALUES (?, '', ?, ?, ?, ?, ?, 0, ?, ?, ?)"
     )
     plain = (item_id, draft.level, ItemState.QUEUED, DELTA_KIND, receipt.receipt_id, now_ms + hold_ms)
-    run(insert, (*plain, len(draft.body), sealed, body))
+    run(insert, (*plain, draft.body.size, sealed, draft.body.body))
     _name(database, item_id, draft=draft, sessions=sessions)
     return item_id
 

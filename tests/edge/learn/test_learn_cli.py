@@ -150,7 +150,7 @@ def test_what_went_into_a_secure_sum_is_shown_as_what_it_is(home: EdgeHome) -> N
     masked = MaskedItems(device.pool, device.consent, clock=device.clock)
     summand = masked.summand(task.task_id)
     assert summand is not None
-    masked.leaving(summand, b"masked bytes")
+    masked.leaving(summand.item_id, b"masked bytes")
     assert device.ledger.spent("line").releases == 1
     device.close()
     shown = ok(home, "outbox", "show", item.item_id)

@@ -1,14 +1,17 @@
 """A delta that leaves in a secure sum: what goes out is an item of the outbox, once, and no other bytes of it ever."""
 
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clawloop_edge.errors import ConsentError
 from clawloop_edge.learn.masked import MaskedItems, PoolMembers
 from clawloop_edge.learn.sums import SumMember, SumRules
+from clawloop_edge.pool.crypt import Scope
 from clawloop_edge.privacy.audit import SENT, AuditLog
 from clawloop_edge.privacy.items import OutboxItem
 from clawloop_edge.privacy.schema import ItemState
@@ -113,10 +116,10 @@ def test_it_waits_for_its_owner_and_leaves_no_other_way(device: LearningDevice, 
     assert device.outbox.next_items(1 << 20)[0] == []
     with pytest.raises(ConsentError):
         device.outbox.mark_sent([item.item_id])
-    items.leaving(summand, b"masked")
+    items.leaving(summand.item_id, b"masked")
     assert device.outbox.get(item.item_id).body == b"masked"
     with pytest.raises(ConsentError):
-        items.leaving(summand, b"again")
+        items.leaving(summand.item_id, b"again")
     with pytest.raises(ConsentError):
         items.summand("task")
 
@@ -127,17 +130,45 @@ def test_what_was_dropped_or_lowered_is_in_no_sum(device: LearningDevice, task: 
     assert summand is not None
     device.set_level(Level.METRICS)
     with pytest.raises(ConsentError):
-        items.leaving(summand, b"masked")
+        items.leaving(summand.item_id, b"masked")
     with pytest.raises(ConsentError):
         items.summand("task")
     assert released(device) == ["returned"], "nothing left, so nothing is counted"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_large_is_sealed_before_the_transaction_that_keeps_it(
+    device: LearningDevice, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that an agent says can be kept while one lasts."""
+    threads = dict[str, int]()
+    plain = Scope.seal
+
+    def seal(self: Scope, table: str, record: str, *, column: str, **rest: Any) -> bytes:
+        threads[f"{table}.{column}"] = threading.get_ident()
+        return plain(self, table, record, column=column, **rest)
+
+    device.desk._sums = True
+    if masked:
+        device.learn(learn_task(secure=True, task_id="task"))
+        items = masked_items(device)
+        summand = items.summand("task")
+        assert summand is not None
+        monkeypatch.setattr(Scope, "seal", seal)
+        items.leaving(summand.item_id, b"masked")
+    else:
+        monkeypatch.setattr(Scope, "seal", seal)
+        device.learn(learn_task(secure=True, task_id="task"))
+    assert threads["outbox.body"] == threading.get_ident()
+    assert threads["outbox.facts"] != threading.get_ident(), "the writer's thread"
+    assert device.outbox.get(the_item(device).item_id).body
 
 
 def test_forgetting_a_session_reaches_the_server_by_the_items_name(device: LearningDevice, task: LearnTask) -> None:
     items = masked_items(device)
     summand = items.summand("task")
     assert summand is not None
-    items.leaving(summand, b"masked")
+    items.leaving(summand.item_id, b"masked")
     with device.pool.read() as database:
         query = "SELECT DISTINCT sent_as FROM outbox_records WHERE item_id = ?"
         names = [row[0] for row in database.conn.execute(query, (summand.item_id,))]
@@ -149,7 +180,7 @@ def test_a_restart_in_mid_sum_is_a_drop_out(device: LearningDevice, task: LearnT
     items = masked_items(device)
     summand = items.summand("task")
     assert summand is not None
-    items.leaving(summand, b"masked")
+    items.leaving(summand.item_id, b"masked")
     with pytest.raises(ConsentError):
         masked_items(device).summand("task")
     member = SumMember(masked_items(device), PoolMembers(device.pool), device_key=signing.new_key, rules=SumRules())
