@@ -14,6 +14,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -196,14 +197,29 @@ class Channel:
         exchange = await _read(reader, Exchange, limit=MAX_FRAME_BYTES)
         self._last_s = time.monotonic()
         for reply in exchange.replies:
-            await self._port.reply(reply)
-        out = await self._port.work(exchange.online)
+            with _going_on("taking a reply"):
+                await self._port.reply(reply)
+        out = await self._work(exchange.online)
         if not out and exchange.wait_s > 0:
             await self._port.wait(exchange.wait_s)
-            out = await self._port.work(None)
+            out = await self._work(None)
         frame = msgspec.msgpack.encode(Orders(out))
         writer.write(_LENGTH.pack(len(frame)) + frame)
         await writer.drain()
+
+    async def _work(self, online: list[NodeInfo] | None) -> list[Outgoing]:
+        with _going_on("looking for work"):
+            return await self._port.work(online)
+        return []
+
+
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """Whatever goes wrong is said, and does not end the line: one bridge serves all devices."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        _log.exception("%s for the bridge failed", what)
 
 
 class Line:

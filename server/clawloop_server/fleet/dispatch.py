@@ -174,11 +174,11 @@ class Dispatcher:
         the same as before."""
         try:
             await self._see(online)
-            out = await self._offering()
-            out += await self._looking_up()
         except ClawloopError as error:  # the bridge must not end for it: it comes again in a moment
             _log.error("it cannot be seen what devices should be asked: %s", error)
             return []
+        out = await self._offering()
+        out += await self._looking_up()
         while len(out) < _MAX_ORDERS and self._turns.next_s() <= self._clock() and (self._few or self._budget.take()):
             node_id = self._turns.pop(self._clock())
             if node_id is not None:
@@ -210,6 +210,9 @@ class Dispatcher:
         except ClawloopError as error:
             _log.error("what device %s sent could not be kept", device.device_id)
             self._failed(device, reply.type, str(error))
+        except Exception as error:  # noqa: BLE001
+            _log.exception("what device %s sent could not be taken", device.device_id)
+            self._failed(device, reply.type, f"{type(error).__name__} here")
 
     # whose turn it is
 
@@ -307,8 +310,8 @@ class Dispatcher:
     async def _offers_of(self, version: int, due: list[int]) -> list[Outgoing]:
         try:
             payload = await asyncio.to_thread(self._packed_offer, version)
-        except ClawloopError as error:
-            _log.error("adapter %d cannot be sent: %s", version, error)
+        except Exception as error:  # noqa: BLE001
+            _log.error("adapter %d cannot be sent: %s", version, error, exc_info=not isinstance(error, ClawloopError))
             for node_id in due:
                 self._devices[node_id].refused = {version: self._clock() + _MAX_BACK_OFF_S}
             return []
@@ -330,8 +333,9 @@ class Dispatcher:
                 self._plan(node_id)
 
     def _look_up(self, due: list[int]) -> list[Outgoing]:
-        """What these devices are to learn, and their parts in secure sums. Blocks."""
-        out = list[Outgoing]()
+        """What these devices are to learn, and their parts in secure sums; one for which that cannot be told has its
+        next turn. Blocks."""
+        out, errors = list[Outgoing](), list[tuple[str, Exception]]()
         again_s = max(self._settings.ask_every_s, len(self._roster.known) / _LOOKUPS_PER_S)
         for node_id in due:
             device = self._devices[node_id]
@@ -339,9 +343,17 @@ class Dispatcher:
                 if not device.may_ask(kind, self._clock()):
                     continue
                 device.asked_due_s[kind] = self._clock() + again_s
-                request = self._asked(kind, device)
+                try:
+                    request = self._asked(kind, device)
+                except Exception as error:  # noqa: BLE001 told below, once for all
+                    errors.append((device.device_id, error))
+                    continue
                 if request is not None:
                     out.append(self._send(node_id, kind, request))
+        for device_id, error in errors[:1]:
+            known, others = isinstance(error, ClawloopError), len(errors) - 1
+            text = "what device %s is to do cannot be looked up (nor for %d others): %s"
+            _log.error(text, device_id, others, error, exc_info=None if known else error)
         return out
 
     def _asked(self, kind: str, device: Standing) -> LearnTask | SecureRequest | None:
