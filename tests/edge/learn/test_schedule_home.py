@@ -181,7 +181,8 @@ def test_a_learner_that_fails_is_tried_again_and_then_ends_the_task_and_gives_it
     assert (reply.accepted, reply.reason) == (False, "it was tried, and nothing could be learned")
     device.learner.fails = ""
     device.learn(learn_task())
-    assert device.schedule.status.missing == ["tasks in a row that came to nothing: 1; the next begins 1970-01-01 00:26 UTC"]
+    (missing,) = device.schedule.status.missing
+    assert missing == "tasks in a row that came to nothing: 1; the next begins 1970-01-01 00:26 UTC"
     device.now_ms += 600_000
     device.schedule.tick()
     assert len(device.outbox.list()) == 1
