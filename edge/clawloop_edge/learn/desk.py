@@ -4,6 +4,7 @@ What can be lowered without changing what is asked for (how many updates, the ra
 learned; what cannot is refused here. Knows no learner. Called in the node's thread.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from math import prod
 
@@ -21,6 +22,8 @@ from clawloop_shared.levels import Level
 from clawloop_shared.lora import ModelShape
 from clawloop_shared.records import Policy
 from clawloop_shared.secure import MAX_SIGMA, MAX_VALUES
+
+_log = logging.getLogger(__name__)
 
 _REASON_CHARS = 300
 LEAST_BATCH = 8
@@ -78,12 +81,12 @@ class Desk:
             yield "learning at home is switched off here"
         levels = learning_levels(self._consent)
         if not levels:
-            yield f"the level is {self._consent.level()}, at which no delta leaves"
+            yield "no delta leaves at its level"
         served = self._served()
         if task.line_id != served.line:
             yield "it is for another model line than the one served"
         if (task.base_version, task.weights_sha256) != (served.version, served.adapter_sha256):
-            yield f"it begins from adapter {task.base_version}, and {served.version} or other weights are served"
+            yield f"it begins from adapter {task.base_version}, and another one or other weights are served"
         yield from self._unfit(task)
         yield from self._unfit_for(task, levels)
 
@@ -130,10 +133,13 @@ class Desk:
             return
         if not task.method.is_linear:
             yield f"at {Level.PRIVATE_DELTAS} noise is added, which makes no sense with method {task.method}"
+        if task.clip <= 0:
+            yield "it has no clip, so no noise could hide what is learned"
         try:
             self._releaser.check_budget(task)
-        except ConsentError as error:
-            yield f"no privacy is left to spend on it: {error}"
+        except ConsentError as error:  # what was spent, also for other servers, is its owner's to know
+            _log.info("task %.64s is not taken on: %s", task.task_id, error)
+            yield "no privacy is left to spend on it"
 
 
 def learning_levels(consent: ConsentLog) -> set[Level]:

@@ -247,7 +247,7 @@ def test_the_budget_lasts_for_as_many_releases_as_it_is_spread_over_and_no_more(
     assert device.runs.history()[-1].epsilon == pytest.approx(4.0, rel=1e-6)
     reply = device.desk.offered(learn_task())
     assert not reply.accepted
-    assert "no privacy is left" in reply.reason
+    assert reply.reason == "no privacy is left to spend on it", "what was spent is its owner's to know"
     device.close()
 
 
