@@ -100,7 +100,7 @@ def set_level(
     if app or session:
         if include_past or since:
             raise typer.BadParameter("a limit of an app or a session lets nothing more out; leave --include-past away")
-        _set_limit(context, level, app=app, session=session, as_json=as_json)
+        _set_limit(context, level, app=app, session=session, yes=yes, as_json=as_json)
         return
     if since and not include_past:
         raise typer.BadParameter("--since says how much of the past; give --include-past with it")
@@ -235,11 +235,18 @@ def _print_deletions(context: typer.Context, deletions: list[Deletion]) -> None:
     console.print(shown(f"{number} to delete {wait} for the server's signed word{said}: {see}"))
 
 
-def _set_limit(context: typer.Context, level: Level, *, app: str, session: str, as_json: bool) -> None:
+def _set_limit(context: typer.Context, level: Level, *, app: str, session: str, yes: bool, as_json: bool) -> None:
+    """A limit lets nothing more out, but at a level at which devices learn something else: so that is asked."""
     from clawloop_edge.privacy.consent import ConsentLog
+    from clawloop_edge.privacy.policy import TEXTS
 
     with opened_pool(context) as pool:
         subject, name = _subject(context, pool, app=app, session=session)
+        if level.learns_at_home:
+            typer.echo(f"level {level}: {TEXTS[level]}", err=as_json)
+            if level is Level.PRIVATE_DELTAS:
+                typer.echo(advice_for(context, pool), err=as_json)
+            confirm(f"Let that leave of {subject} {name}, where this device's level allows it?", yes=yes)
         limit = ConsentLog(pool).set_limit(subject, name, level=level)
         known = {each.app for each in pool.step_counts()} if app else {app}
         left = _left(pool, app=app, session=name if session else "")

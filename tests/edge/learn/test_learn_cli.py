@@ -16,6 +16,7 @@ from clawloop_edge.learn.masked import MaskedItems
 from clawloop_edge.opening import open_pool
 from clawloop_edge.privacy.consent import wall_clock_ms
 from clawloop_edge.privacy.ledger import keep_cohort
+from clawloop_edge.privacy.policy import TEXTS
 from clawloop_shared.deltas import A
 from clawloop_shared.levels import Level
 
@@ -158,3 +159,17 @@ def test_what_went_into_a_secure_sum_is_shown_as_what_it_is(home: EdgeHome) -> N
     assert facts(home, "outbox", "show", item.item_id)["kind"] == "masked.v1"
     assert run(home, "outbox", "show", item.item_id, "--raw").stdout_bytes == b"masked bytes"
     assert "went into a secure sum" in ok(home, "outbox", "list")
+
+
+@pytest.mark.parametrize("level", [Level.DELTAS, Level.PRIVATE_DELTAS])
+def test_a_limit_at_which_a_device_begins_to_learn_is_shown_and_asked(home: EdgeHome, level: Level) -> None:
+    ok(home, "privacy", "set", "full", "--yes")
+    command = ["--home", str(home.folder), "privacy", "set", level, "--app", "agent"]
+    refused = CliRunner().invoke(app, command, input="n\n")
+    assert refused.exit_code == 1
+    assert TEXTS[level] in refused.output
+    assert facts(home, "privacy", "show")["limits"] == []
+    assert CliRunner().invoke(app, command, input="y\n").exit_code == 0
+    (limit,) = facts(home, "privacy", "show")["limits"]
+    assert (limit["name"], limit["level"]) == ("agent", level)
+    ok(home, "privacy", "set", "metrics", "--app", "agent")  # at which nothing is learned: nothing is asked
