@@ -171,6 +171,7 @@ class ServerApp:
             federate=self.config.federate,
             train=self.config.train,
             took=sums.expect,
+            gathering=sums.gathering,
         )
 
     async def _start_fleet(self, dispatcher: Dispatcher) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from clawloop_server.aggregate.secure_store import SecureSums
 from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import Base
@@ -17,7 +18,9 @@ from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
 from clawloop_server.release.release import release_candidate
 from clawloop_server.trainer.settings import TrainSettings
+from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
+from clawloop_server.vault.sums import SumDeltas
 from clawloop_shared import wire
 from clawloop_shared.deltas import LearnReply, LearnTask, Method
 from clawloop_shared.levels import Level
@@ -55,7 +58,11 @@ def registry(vault: Vault, home: Home) -> Registry:
 def open_tasks(vault: Vault, registry: Registry, base: Base, clock: Clock) -> Callable[..., HubTasks]:
     """The hub's tasks with these `[federate]` settings."""
 
-    def make(took: Any = lambda device, task: None, **settings: Any) -> HubTasks:
+    def make(
+        took: Any = lambda device, task: None,
+        gathering: Any = lambda task, cohort: task.task_id,
+        **settings: Any,
+    ) -> HubTasks:
         return HubTasks(
             registry=registry,
             devices=Devices(vault.database),
@@ -64,6 +71,7 @@ def open_tasks(vault: Vault, registry: Registry, base: Base, clock: Clock) -> Ca
             federate=FederateSettings(**settings),
             train=TRAIN,
             took=took,
+            gathering=gathering,
             clock=clock,
         )
 
@@ -179,7 +187,7 @@ def test_only_who_uses_the_released_adapter_is_asked(
 
 
 def test_a_device_is_asked_once_and_again_after_a_round_that_was_refused(
-    open_tasks: Callable[..., HubTasks], at: Any, registry: Registry, base: Base, clock: Clock
+    open_tasks: Callable[..., HubTasks], at: Any, registry: Registry, vault: Vault, base: Base, clock: Clock
 ) -> None:
     tasks, device = open_tasks(), at("deltas")
     task = asked(tasks, device)
@@ -189,9 +197,11 @@ def test_a_device_is_asked_once_and_again_after_a_round_that_was_refused(
     tasks.answered(device, LearnReply(task_id=task.task_id, accepted=True))
     assert tasks.due(device, adapter_version=0) is None
 
+    delta_id = send_delta(vault, device, make_delta(base.shape, base.line_id))
     round_id = registry.start_round(base.line_id, base_version=0, trajectories=0, steps=0)
-    clock.now_s += 2
+    clock.now_s += LOOK_AGAIN_S
     assert tasks.due(device, adapter_version=0) is None, "a round that runs changes nothing"
+    vault.deltas.refuse(delta_id, "part of a round that was refused", round_id=round_id)
     registry.finish_round(round_id, RoundState.REFUSED, reason="worse")
     clock.now_s += 2
     again = asked(tasks, device)
@@ -263,3 +273,62 @@ def test_a_cohort_learns_beside_its_own_adapter(
     assert tasks.due(other, adapter_version=shared) is None
     assert asked(tasks, other, version=own).base_version == own
     assert asked(tasks, one, version=shared).base_version == shared
+
+
+@pytest.mark.parametrize("cohort", ["", "other"])
+def test_rounds_that_took_no_deltas_and_those_of_other_cohorts_make_no_other_task(
+    open_tasks: Callable[..., HubTasks],
+    at: Any,
+    registry: Registry,
+    vault: Vault,
+    base: Base,
+    clock: Clock,
+    cohort: str,
+) -> None:
+    tasks, device, another = open_tasks(), at("deltas"), at("deltas")
+    task = asked(tasks, device)
+    for took in (False, True):
+        round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1, cohort=cohort)
+        if took:
+            delta_id = send_delta(vault, another, make_delta(base.shape, base.line_id))
+            vault.deltas.refuse(delta_id, "worse", round_id=round_id)
+        registry.finish_round(round_id, RoundState.REFUSED, reason="worse")
+        clock.now_s += 2
+        assert (asked(tasks, device).task_id == task.task_id) is (not took or cohort == "other")
+
+
+def test_while_a_sum_gathers_a_round_makes_no_other_task_for_those_that_may_join_it(
+    open_tasks: Callable[..., HubTasks],
+    at: Any,
+    registry: Registry,
+    vault: Vault,
+    keys: ServerKeys,
+    base: Base,
+    clock: Clock,
+) -> None:
+    sums = SecureSums(
+        vault.database,
+        settings=FederateSettings(),
+        shape_of=lambda line_id: base.shape,
+        keep=SumDeltas(vault.database, DeviceSeals(vault.database, keys.master)),
+    )
+    settings: dict[str, Any] = {"method": "ffa", "secure": True, "gathering": sums.gathering}
+    tasks = open_tasks(sums.expect, **settings)
+    one, two, open_ = at("private-deltas"), at("private-deltas"), at("deltas")
+    task = asked(tasks, one)
+    tasks.answered(one, LearnReply(task_id=task.task_id, accepted=True))
+    round_id = registry.start_round(base.line_id, base_version=0, trajectories=1, steps=1)
+    delta_id = send_delta(vault, open_, make_delta(base.shape, base.line_id))
+    vault.deltas.refuse(delta_id, "worse", round_id=round_id)
+    registry.finish_round(round_id, RoundState.REFUSED, reason="worse")
+    clock.now_s += LOOK_AGAIN_S
+    assert asked(tasks, two) == task
+    assert tasks.due(one, adapter_version=0) is None, "it waits for that sum"
+    assert asked(open_tasks(rank=3, **settings), two).task_id != task.task_id, "of other settings no sum can be made"
+    with vault.database.write() as database:
+        sql = "INSERT INTO secure_sums (sum_id, task_id, line_id, status, phase, reason, began_ms)"
+        database.run(f"{sql} VALUES ('s', ?, ?, 'done', 'unmask', '', 1)", [task.task_id, base.line_id])
+        database.run("INSERT INTO secure_members (sum_id, device_id) VALUES ('s', 'third')")
+    clock.now_s += LOOK_AGAIN_S
+    again = asked(tasks, one)
+    assert again.task_id != task.task_id, "who was in its sum comes into no other one of that task"

@@ -98,6 +98,20 @@ class SecureSums:
                 [task.task_id, device_id, msgspec.msgpack.encode(task), self._clock_ms()],
             )
 
+    def gathering(self, task: LearnTask, cohort: str) -> str:
+        """The id of a task that is this one but for its id, and for which devices of the cohort wait, none of which was
+        in a sum yet; else its own. Those that waited longest count."""
+        rows = self._database.rows(
+            "SELECT task_id, task FROM secure_expected JOIN devices USING (device_id)"
+            " WHERE state = 'joined' AND cohort = ? AND NOT EXISTS (SELECT 1 FROM secure_sums"
+            " JOIN secure_members USING (sum_id) WHERE secure_sums.task_id = secure_expected.task_id)"
+            " GROUP BY task_id ORDER BY min(since_ms), task_id",
+            [cohort],
+        )
+        wanted = msgspec.structs.replace(task, task_id="")
+        same = (name for name, kept in rows if msgspec.structs.replace(_TASK.decode(kept), task_id="") == wanted)
+        return next(same, task.task_id)
+
     # the dispatcher's side
 
     def due(self, device_id: str) -> SecureRequest | None:

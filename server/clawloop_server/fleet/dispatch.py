@@ -350,10 +350,10 @@ class Dispatcher:
                     continue
                 if request is not None:
                     out.append(self._send(node_id, kind, request))
-        for device_id, error in errors[:1]:
-            known, others = isinstance(error, ClawloopError), len(errors) - 1
+        for device_id, first in errors[:1]:
+            known, others = isinstance(first, ClawloopError), len(errors) - 1
             text = "what device %s is to do cannot be looked up (nor for %d others): %s"
-            _log.error(text, device_id, others, error, exc_info=None if known else error)
+            _log.error(text, device_id, others, first, exc_info=None if known else first)
         return out
 
     def _asked(self, kind: str, device: Standing) -> LearnTask | SecureRequest | None:

@@ -1,8 +1,10 @@
 """What each device is asked to learn at home, and which device answered what.
 
-A task belongs to the released adapter and to the number of rounds that ended: a new one of either makes a new task, so
-that a device learns again after a round that was refused. Answers are kept in memory alone: after a restart a device is
-asked once more, and says the same. Knows no Flower and no socket; what a device does with a task is its own affair.
+A task belongs to the released adapter and to the number of rounds of its cohort that took deltas: a new one of either
+makes a new task, so that a device learns again after a round that was refused. While devices wait for a secure sum of a
+task, others are asked for the same one: those of two tasks make no sum together. Answers are kept in memory alone:
+after a restart a device is asked once more, and says the same. Knows no Flower and no socket; what a device does with
+a task is its own affair.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import Base
 from clawloop_server.hub.devices import Device, Devices, DeviceState
-from clawloop_server.release.records import AdapterRecord, RoundState
+from clawloop_server.release.records import AdapterRecord
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.settings import TrainSettings
 from clawloop_server.vault.deltas import Deltas
@@ -33,13 +37,14 @@ ACCEPTED_AGAIN_S = 6 * 3600.0
 """after it took one and nothing came of it: it may have been switched off, or have lost what it had"""
 _REFRESH_S = 1.0
 """how old what is known of adapters and rounds may be: every device is asked about again and again"""
+_MAX_KEPT = 64
 LOOK_AGAIN_S = 5.0
 """and how old may be that a device is to be asked nothing"""
 
 
 class Beside(NamedTuple):
     """What all tasks of a cohort are about at one moment: its released adapter (None: the line as it is), and how many
-    rounds of the server ended."""
+    rounds of the cohort took deltas and ended."""
 
     adapter: AdapterRecord | None
     ended: int
@@ -78,10 +83,13 @@ class HubTasks:
         federate: FederateSettings,
         train: TrainSettings,
         took: Callable[[str, LearnTask], None] = lambda device_id, task: None,
+        gathering: Callable[[LearnTask, str], str] = lambda task, cohort: task.task_id,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`took`: hears which device will learn what."""
-        self._took = took
+        """`took`: hears which device will learn what; `gathering`: the id under which devices of a cohort wait for a
+        sum of such a task already, else its own."""
+        self._took, self._gathering = took, gathering
+        self._kept: dict[str, tuple[float, str]] = {}
         self._registry, self._devices, self._deltas, self._base = registry, devices, deltas, base
         self._federate, self._train, self._clock = federate, train, clock
         self._answers: dict[str, _Answer] = {}
@@ -117,7 +125,19 @@ class HubTasks:
         if not learns(device, line_id=self._base.line_id):
             return None
         task = task_for(Level(device.level), beside, base=self._base, federate=self._federate, train=self._train)
+        if task.secure:
+            task = msgspec.structs.replace(task, task_id=self._id_of(task, device.cohort))
         return None if self._has_answered(device.device_id, task) or self._has_sent(device, beside) else task
+
+    def _id_of(self, task: LearnTask, cohort: str) -> str:
+        with self._lock:
+            at_s, found = self._kept.get(task.task_id, (float("-inf"), ""))
+            if self._clock() - at_s >= _REFRESH_S:
+                found = self._gathering(task, cohort)
+                if len(self._kept) >= _MAX_KEPT:
+                    self._kept.clear()
+                self._kept[task.task_id] = self._clock(), found
+            return found
 
     def answered(self, device_id: str, reply: LearnReply) -> None:
         """Keep whether it will. An answer to what it was not asked is passed over."""
@@ -136,8 +156,7 @@ class HubTasks:
         with self._lock:
             found = self._beside.get(cohort)
             if found is None or self._clock() - found[0] >= _REFRESH_S:
-                counts = self._registry.round_counts()
-                ended = sum(number for state, number in counts.items() if state != RoundState.RUNNING)
+                ended = self._registry.count_with_deltas(self._base.line_id, cohort=cohort)
                 adapter = self._registry.current(self._base.line_id, cohort=cohort)
                 found = self._beside[cohort] = self._clock(), Beside(adapter, ended, cohort)
             return found[1]

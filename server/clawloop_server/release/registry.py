@@ -168,6 +168,14 @@ class Registry:
         """How many rounds are in each state."""
         return dict(self._database.rows("SELECT state, count(*) FROM rounds GROUP BY 1"))
 
+    def count_with_deltas(self, line_id: str, *, cohort: str = "") -> int:
+        """How many rounds of a cohort ended that had taken deltas, whatever came of them."""
+        return self._database.count(
+            "SELECT count(*) FROM rounds r WHERE line_id = ? AND cohort = ? AND state != ?"
+            " AND EXISTS (SELECT 1 FROM deltas d WHERE d.round_id = r.round_id)",
+            [line_id, cohort, RoundState.RUNNING],
+        )
+
     # adapters
 
     def record_candidate(self, candidate: Candidate, *, now_ms: int | None = None) -> int:
