@@ -214,6 +214,34 @@ def test_what_is_forgotten_while_a_round_runs_is_not_published_with_it(
     assert vault.database.row("SELECT state FROM trajectories WHERE trajectory_id = ?", [rest]) == ("consumed",)
 
 
+def test_who_forgets_piece_by_piece_makes_a_round_begin_again_twice_at_most(
+    filled: Home,
+    opened: Callable[[], Worker],
+    vault: Vault,
+    device: str,
+    add_device: Callable[[], str],
+    make_step: MakeStep,
+    make_signal: MakeSignal,
+) -> None:
+    """The second time all that the device has in the round waits for another one."""
+    other = add_device()
+    fill(vault, other, count=4, make_step=make_step, make_signal=make_signal, name="other")
+    configure(filled, train=TRAIN | {"updates_per_round": 5})
+    worker, began = opened(), list[int]()
+
+    def report(metrics: dict[str, float]) -> None:
+        mine = {pin.trajectory_id for pin in vault.pins.of(under_way(worker).round_id) if pin.device_id == device}
+        saved = learned(worker) if (filled.trainer / RUNNING_FILE).exists() else []
+        if known := [name for name in saved if name in mine]:
+            forget(vault, device, step_names(worker, known[0]))
+
+    done = worker.run(report, began=lambda round_: began.append(round_.done))
+    assert len(began) == 3
+    assert (done.state, done.trajectories) == (RoundState.PASSED, 4)
+    assert {lesson.device_id for lesson in vault.lessons(done.round_id)} == {other}
+    assert worker.missing == 6, "the others of the device wait for the next"
+
+
 def test_what_was_not_learned_from_yet_is_passed_by_without_beginning_again(
     opened: Callable[[], Worker], vault: Vault, device: str
 ) -> None:
