@@ -3,12 +3,14 @@ its keys, and names a server that is not the one that was joined."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from clawloop_edge.node import standing
 from clawloop_edge.node.join import Membership, join
-from clawloop_edge.node.standing import SILENT_MS, MemberTransport, new_instance, wall_clock_ms
+from clawloop_edge.node.standing import SILENT_MS, MemberTransport, ask_standing, new_instance, wall_clock_ms
 from clawloop_edge.node.transport import (
     Answer,
     ClockOff,
@@ -22,7 +24,7 @@ from clawloop_edge.node.transport import (
 )
 from clawloop_server.fleet.tls import ensure_tls
 from clawloop_shared import signing
-from clawloop_shared.membership import Standing
+from clawloop_shared.membership import KeyStatement, Stand, Standing
 
 from .members_hub import LINE, MembersHub, serving
 
@@ -218,6 +220,33 @@ def test_another_release_key_is_refused_and_named(hub: MembersHub, member: Membe
     edge = Edge(msgspec.structs.replace(member, release_key=signing.public_key(signing.new_key())))
     with pytest.raises(NodeRefused, match="does not prove that it is the server that was joined"):
         edge.transport.connect()
+
+
+def test_a_server_that_shows_no_word_of_its_root_key_is_held_to_the_one_that_it_showed_on_joining(
+    hub: MembersHub, member: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whoever stole the release key alone would do."""
+    heard = ask_standing
+
+    def without(*args: Any, **kwargs: Any) -> Standing:
+        return msgspec.structs.replace(heard(*args, **kwargs), statement=None)
+
+    monkeypatch.setattr(standing, "ask_standing", without)
+    assert member.statement is not None
+    Edge(member).transport.connect()
+    until_ms = msgspec.json.decode(member.statement.payload, type=KeyStatement).expires_ms
+    hub.clock_off_ms = until_ms - wall_clock_ms() + 1000
+    edge = Edge(member)
+    edge.off_ms = hub.clock_off_ms
+    with pytest.raises(NodeRefused, match="root key that was compared"):
+        edge.transport.connect()
+    with pytest.raises(NodeRefused, match="shows no word of its root key"):
+        Edge(msgspec.structs.replace(member, statement=None)).transport._check_release_key(
+            Standing(device_id="", instance="", at_ms=0, state=Stand.JOINED, holds=True, held_ms=0)
+        )
+    monkeypatch.setattr(standing, "ask_standing", heard)
+    edge.transport.connect()  # a new word
+    hub.clock_off_ms = 0
 
 
 def test_a_release_key_that_the_root_does_not_vouch_for_is_refused_on_joining(

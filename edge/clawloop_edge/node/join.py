@@ -20,6 +20,7 @@ from clawloop_shared.messages import (
     Invitation,
     JoinReply,
     JoinRequest,
+    SignedAnswer,
     read_invitation,
 )
 from clawloop_shared.model_line import ModelLine
@@ -42,6 +43,8 @@ class Membership(msgspec.Struct, frozen=True, tag="membership.v1"):
     node_id: int
     waiting: bool = False
     """as it was on joining: whether the operator had to approve it first"""
+    statement: SignedAnswer | None = None
+    """the root key's word for the release key, as it was on joining"""
 
     def __repr__(self) -> str:
         return f"Membership(device_id={self.device_id!r}, url={self.url!r})"
@@ -92,6 +95,7 @@ def join(
         node_key_pem=keys.node_key_pem,
         node_id=reply.node_id,
         waiting=reply.waiting,
+        statement=reply.statement,
     )
 
 

@@ -170,10 +170,11 @@ class MemberTransport:
             raise ClockOff(f"this device's clock is {off} of {self._member.url}'s; set it, and sync goes on by itself")
 
     def _check_release_key(self, found: Standing) -> None:
-        if found.statement is None:
-            return
+        statement = found.statement or self._member.statement  # without a new word, the old one holds until it is over
+        if statement is None:
+            raise NodeRefused(f"{self._member.url} shows no word of its root key; is it the server that was joined?")
         try:
-            said = open_statement(found.statement, self._member.root_key, purpose=RELEASE, now_ms=self._now_ms())
+            said = open_statement(statement, self._member.root_key, purpose=RELEASE, now_ms=self._now_ms())
         except InvalidError as error:
             raise NodeRefused(f"{self._member.url} does not have the root key that was compared: {error}") from error
         if said.key != self._member.release_key:
