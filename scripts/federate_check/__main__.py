@@ -97,13 +97,17 @@ def _attack_table(run: Attacked) -> Table:
     names = [*DEFENCES, PLAIN]
     table = Table(title=f"held-out reward after one cycle from {run.before:.3f}, 4 of 20 attack, seed {run.seed}")
     table.add_column("attack")
-    for name in (*names, "attackers that gate let count"):
+    for name in (*names, "attackers that gate let count", "attackers first", "and one more"):
         table.add_column(name, justify="right")
-    table.add_row("nobody", *(f"{run.free[name]:.3f}" for name in DEFENCES), "", "")
+    table.add_row("nobody", *(f"{run.free[name]:.3f}" for name in DEFENCES), "", "", f"{run.free_first:.3f}", "")
     for attack, found in run.found.items():
-        scores = ("none" if (score := found[name]) is None else f"{score:.3f}" for name in names)
-        table.add_row(attack, *scores, str(run.counted[attack]))
+        scores = (_told(found[name]) for name in names)
+        table.add_row(attack, *scores, str(run.counted[attack]), _told(run.first[attack]), _told(run.few[attack]))
     return table
+
+
+def _told(score: float | None) -> str:
+    return "none" if score is None else f"{score:.3f}"
 
 
 if __name__ == "__main__":

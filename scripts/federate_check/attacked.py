@@ -1,4 +1,6 @@
-"""Twenty devices of which four attack: what each defence makes of it, and what comes of a plain mean."""
+"""Twenty devices of which four attack: what each defence makes of it, and what comes of a plain mean; and what comes
+of it where those that attack, who need not learn, answer first, and the round takes as many as the server's buffer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from clawloop_server.aggregate.buffer import buffer_size
 from clawloop_server.aggregate.round import JoinRefused, join
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.stack import stacked, truncated
@@ -23,6 +26,7 @@ DEFENCES = {
     "geometric-median": FederateSettings(robust="geometric-median"),
     "none": FederateSettings(robust="mean", max_norm=float("inf"), duplicate_cosine=2.0),
 }
+DEFAULT = "gate"
 PLAIN = "plain mean"
 """not even numbers that are not finite are looked for, and everybody's word on how much it learned from is believed"""
 OTHER = [world.Task(task.kind, task.thing, other=True) for task in world.TRAIN]
@@ -38,6 +42,12 @@ class Attacked(msgspec.Struct, frozen=True, kw_only=True):
     found: dict[str, dict[str, float | None]]
     counted: dict[str, int]
     """by attack, how many of the attackers' updates `gate` let count"""
+    free_first: float
+    """of the honest devices alone that come in the server's buffer when those that attack answer first"""
+    first: dict[str, float | None]
+    """by attack, of as many devices with `gate`, those that attack among them and first"""
+    few: dict[str, float | None]
+    """the same with one honest device beside those that attack"""
 
 
 def attacked(folder: Path, *, seed: int, attacks: Sequence[str] = tuple(ATTACKS), devices: int = DEVICES) -> Attacked:
@@ -55,6 +65,9 @@ def attacked(folder: Path, *, seed: int, attacks: Sequence[str] = tuple(ATTACKS)
     harm = [home.learn(OTHER, updates=UPDATES, seed=first + 500 + n, drawn=first) for n in range(attackers)]
     loyal, turned = honest[attackers:], honest[:attackers]
     sent = {name: [*ATTACKS[name](turned, Known(harm, old)), *loyal] for name in attacks}
+    taken = {name: buffer_size(DEFENCES[DEFAULT], len(those)) for name, those in sent.items()}
+    beside = buffer_size(DEFENCES[DEFAULT], devices) - attackers
+    few = {name: len(those) - len(loyal) + 1 for name, those in sent.items()}
     return Attacked(
         seed=seed,
         before=before,
@@ -65,6 +78,9 @@ def attacked(folder: Path, *, seed: int, attacks: Sequence[str] = tuple(ATTACKS)
             for attack, those in sent.items()
         },
         counted={attack: _counted(base, those, loyal) for attack, those in sent.items()},
+        free_first=_made(home, base, loyal[:beside], DEFENCES[DEFAULT]) or 0.0,
+        first={name: _made(home, base, those[: taken[name]], DEFENCES[DEFAULT]) for name, those in sent.items()},
+        few={name: _made(home, base, those[: few[name]], DEFENCES[DEFAULT]) for name, those in sent.items()},
     )
 
 
@@ -109,7 +125,7 @@ def _plain(home: Home, base: Update, sent: Sequence[Contribution]) -> float | No
 def _counted(base: Update, sent: Sequence[Contribution], loyal: Sequence[Contribution]) -> int:
     """How many of the attackers' updates count."""
     try:
-        account = join(base, sent, settings=DEFENCES["gate"], rank=RANK).account
+        account = join(base, sent, settings=DEFENCES[DEFAULT], rank=RANK).account
     except JoinRefused as error:
         account = error.account
     known = {c.source for c in loyal}

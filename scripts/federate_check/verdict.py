@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from federate_check.attacked import PLAIN, Attacked
+from federate_check.attacked import DEFAULT, PLAIN, Attacked
 from federate_check.together import OneWorld, TwoWorlds
 
 NEAR = 0.05
@@ -16,7 +16,6 @@ HARMED = 0.1
 """what an attack that is said to succeed must cost at least, beside the same without defence and without an attack"""
 FAILED = 0.25
 """what one adapter for two worlds must cost at least beside pooled training of each"""
-DEFAULT = "gate"
 SUCCEED = {
     "nan": PLAIN,
     "huge": "none",
@@ -32,6 +31,10 @@ not fit and what a device says of itself are looked at by every joined round, so
 BY_OTHERS = {"harm": "multi-krum"}
 """what `gate` is not asked to tell: four devices that learned well in another world, which no cosine tells from honest
 ones of rare work; who fears them takes this defence"""
+
+
+FIRST_SUCCEED = ("flip", "flip-10")
+"""attacks that must succeed where the round is of the attackers and one more, since these are the majority there"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ def _attacked(run: Attacked, near: float) -> list[Verdict]:
                     bare is None or bare <= run.free["none"] - HARMED,
                 )
             )
+    return [*verdicts, *_first(run, near)]
+
+
+def _first(run: Attacked, near: float) -> list[Verdict]:
+    """What must come of it where those that attack answer first."""
+    part, verdicts = f"attackers first, seed {run.seed}", list[Verdict]()
+    for attack, got in run.first.items():
+        if attack not in BY_OTHERS:
+            demand = f"{attack}: with the server's buffer within {near:g} of {run.free_first:.3f}, or refused"
+            holds = got is None or got >= run.free_first - near
+            verdicts.append(Verdict(part, demand, _told(got), holds))
+        if attack in FIRST_SUCCEED:
+            few = run.few[attack]
+            demand = f"{attack}: succeeds with one honest device beside them: at least {HARMED:g} lost"
+            holds = few is None or few <= run.free_first - HARMED
+            verdicts.append(Verdict(part, demand, _told(few, "no adapter at all"), holds))
     return verdicts
 
 

@@ -82,7 +82,16 @@ def test_every_attack_is_one() -> None:
 
 
 FOUND = dict.fromkeys([*DEFENCES, PLAIN], 0.7)
-ATTACKED = Attacked(seed=0, before=0.5, free=FOUND, found={"flip-10": {**FOUND, "none": 0.3}}, counted={"flip-10": 0})
+ATTACKED = Attacked(
+    seed=0,
+    before=0.5,
+    free=FOUND,
+    found={"flip-10": {**FOUND, "none": 0.3}},
+    counted={"flip-10": 0},
+    free_first=0.7,
+    first={"flip-10": 0.68, "harm": 0.3},
+    few={"flip-10": 0.3, "harm": 0.3},
+)
 ONE = OneWorld(
     seed=0, before=0.2, deltas=0.85, trajectories=0.9, pooled=0.88, alone=0.5, curve=[0.85], rho=0.1, tail=0.1
 )
@@ -112,6 +121,8 @@ def test_what_does_all_that_is_demanded_passes() -> None:
         ({"found": {"flip-10": {**FOUND, "gate": 0.64, "none": 0.3}}}, "flip-10: with gate within 0.05"),
         ({"found": {"flip-10": FOUND}}, "flip-10: succeeds with none"),
         ({"before": 0.65}, "a cycle without attack gains"),
+        ({"first": {"flip-10": 0.6}}, "flip-10: with the server's buffer within 0.05"),
+        ({"few": {"flip-10": 0.65}}, "flip-10: succeeds with one honest device"),
     ],
 )
 def test_an_attack_that_works_and_one_that_never_does_fail(changed: dict[str, object], demand: str) -> None:

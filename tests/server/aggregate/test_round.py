@@ -189,11 +189,11 @@ def test_nothing_to_join_is_refused() -> None:
         join(None, [], settings=MEAN, rank=4)
 
 
-@pytest.mark.parametrize("shorter", [1 / 6.7, 1e-6])
+@pytest.mark.parametrize("shorter", [0.1, 1e-6])
 def test_of_two_updates_both_are_cut_to_the_shorter_and_neither_is_thrown_out(shorter: float) -> None:
     members = [sent("a", TRUTH), sent("b", near(TRUTH, 1, noise=1.0, scale=shorter))]
     one, other = join(None, members, settings=FederateSettings(), rank=4).account.shares
     assert not one.left_out
     assert not other.left_out
-    assert one.norm > 4 * other.norm
+    assert one.norm > 6 * other.norm
     assert one.cut_to == pytest.approx(other.norm) == other.cut_to
