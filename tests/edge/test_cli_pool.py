@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_a_backup_comes_back_at_level_off_and_what_was_spent_stays_spent(home: E
     assert (made["steps"], made["with_keys"]) == (2, True)
     serve(home, "three")
     with open_pool(home, writer=False) as pool:
-        Ledger(pool).reserve("line", sigma=5.0, clip=1.0, round_id="r")
+        reserve = partial(Ledger(pool).reserve_in, line="line", sigma=5.0, clip=1.0, round_id="r")
+        pool.submit(reserve).result()
     assert "give --replace" in fails(home, "pool", "restore", str(tmp_path / "b"), *words)
     shown = done(home, "pool", "restore", str(tmp_path / "b"), "--replace", "--yes", *words)
     assert "restored: 2 steps of 2 sessions" in shown

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,8 +24,8 @@ from clawloop_edge.home import EdgeHome
 from clawloop_edge.opening import open_pool
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.counting import EntryState, commit_in, give_back_in
 from clawloop_edge.privacy.ledger import (
-    EntryState,
     Ledger,
     Noise,
     epsilon_of,
@@ -38,15 +40,19 @@ from clawloop_shared import config
 KEY = KnownKey.of(bytes(range(32)))
 RESERVE_FOR_EVER = """
 import sys
+from functools import partial
 from pathlib import Path
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.counting import commit_in
 from clawloop_edge.privacy.ledger import Ledger
-ledger = Ledger(Pool.open(Path(sys.argv[1]), KnownKey.of(bytes(range(32)))), epsilon=1e9)
+pool = Pool.open(Path(sys.argv[1]), KnownKey.of(bytes(range(32))))
+ledger = Ledger(pool, epsilon=1e9)
 while True:
-    entry = ledger.reserve("line", sigma=1, clip=1, round_id="r")
+    reserve = partial(ledger.reserve_in, line="line", sigma=1, clip=1, round_id="r")
+    entry = pool.submit(reserve).result()
     print(entry, flush=True)
-    ledger.commit(entry)
+    pool.submit(partial(commit_in, entry_id=entry)).result()
 """
 
 
@@ -98,6 +104,18 @@ def test_one_more_release_always_costs_more(sigmas: list[float]) -> None:
     assert 0 < epsilon_of(sigmas[:1]) <= epsilon_of(sigmas) < epsilon_of([*sigmas, 50.0])
 
 
+def reserve(pool: Pool, ledger: Ledger, line: str, **facts: Any) -> str:
+    return pool.submit(partial(ledger.reserve_in, line=line, **facts)).result()
+
+
+def commit(pool: Pool, entry_id: str) -> None:
+    pool.submit(partial(commit_in, entry_id=entry_id)).result()
+
+
+def give_back(pool: Pool, entry_id: str) -> bool:
+    return pool.submit(partial(give_back_in, entry_id=entry_id)).result()
+
+
 def test_no_release_costs_nothing(pool: Pool) -> None:
     ledger = Ledger(pool)
     assert (ledger.spent("line").epsilon, ledger.spent_all().releases, ledger.lines()) == (0.0, 0, {})
@@ -105,27 +123,27 @@ def test_no_release_costs_nothing(pool: Pool) -> None:
 
 def test_a_reserved_release_counts_until_it_is_given_back(pool: Pool) -> None:
     ledger = Ledger(pool)
-    entry = ledger.reserve("line", sigma=8, clip=0.5, round_id="7")
+    entry = reserve(pool, ledger, "line", sigma=8, clip=0.5, round_id="7")
     assert ledger.spent("line").epsilon == pytest.approx(0.926, abs=0.001)
     (kept,) = ledger.entries()
     assert (kept.model_line, kept.mechanism, kept.sigma, kept.clip, kept.round_id, kept.delta) == (
         "line", "gaussian", 8, 0.5, "7", 1e-5,
     )  # fmt: skip
-    ledger.give_back(entry)
+    assert give_back(pool, entry)
     assert ledger.spent("line").releases == 0
-    with pytest.raises(PoolError, match="is returned, so it cannot become released"):
-        ledger.commit(entry)
+    with pytest.raises(PoolError, match="is not counted by the ledger, so it may not leave"):
+        commit(pool, entry)
 
 
 def test_a_release_that_left_is_never_taken_off_the_count(pool: Pool) -> None:
     ledger = Ledger(pool)
-    entry = ledger.reserve("line", sigma=4, clip=1, round_id="7")
-    ledger.commit(entry)
-    ledger.commit(entry)
-    with pytest.raises(PoolError, match="is released"):
-        ledger.give_back(entry)
-    with pytest.raises(PoolError, match="not in the ledger"):
-        ledger.give_back("nobody")
+    entry = reserve(pool, ledger, "line", sigma=4, clip=1, round_id="7")
+    commit(pool, entry)
+    commit(pool, entry)
+    assert not give_back(pool, entry)
+    assert not give_back(pool, "nobody")
+    with pytest.raises(PoolError, match="is not counted"):
+        commit(pool, "nobody")
     assert ledger.spent("line").releases == 1
 
 
@@ -134,10 +152,10 @@ def test_no_release_passes_the_budget(pool: Pool) -> None:
     sigma = sigma_for(8.0, rounds=5)
     for round_id in range(5):
         ledger.check("line", sigma=sigma, clip=1)
-        ledger.reserve("line", sigma=sigma, clip=1, round_id=str(round_id))
+        reserve(pool, ledger, "line", sigma=sigma, clip=1, round_id=str(round_id))
     for ask in (
         lambda: ledger.check("line", sigma=sigma, clip=1),
-        lambda: ledger.reserve("line", sigma=sigma, clip=1, round_id="5"),
+        lambda: reserve(pool, ledger, "line", sigma=sigma, clip=1, round_id="5"),
     ):
         with pytest.raises(ConsentError, match=r"from 8\.00 to 8\.9\d, over the budget of 8"):
             ask()
@@ -148,7 +166,7 @@ def test_the_part_that_is_used_grows_by_the_same_with_each_release(pool: Pool) -
     ledger = Ledger(pool, epsilon=8.0)
     used = [part_used(ledger.spent("line"), 8.0)]
     for round_id in range(4):
-        ledger.reserve("line", sigma=sigma_for(8.0, rounds=4), clip=1, round_id=str(round_id))
+        reserve(pool, ledger, "line", sigma=sigma_for(8.0, rounds=4), clip=1, round_id=str(round_id))
         used.append(part_used(ledger.spent("line"), 8.0))
     assert used == pytest.approx([0, 0.25, 0.5, 0.75, 1])
 
@@ -156,7 +174,7 @@ def test_the_part_that_is_used_grows_by_the_same_with_each_release(pool: Pool) -
 def test_another_line_has_its_own_budget_and_the_sum_over_lines_is_shown(pool: Pool) -> None:
     ledger = Ledger(pool, epsilon=5.0)
     for line in ("one", "other"):
-        ledger.reserve(line, sigma=2, clip=1, round_id="1")
+        reserve(pool, ledger, line, sigma=2, clip=1, round_id="1")
     assert {line: spent.releases for line, spent in ledger.lines().items()} == {"one": 1, "other": 1}
     assert ledger.spent("one").epsilon < 5 < ledger.spent_all().epsilon == pytest.approx(epsilon_of([2, 2]))
 
@@ -166,31 +184,31 @@ def test_another_line_has_its_own_budget_and_the_sum_over_lines_is_shown(pool: P
 )
 def test_a_release_without_noise_or_bound_is_refused(pool: Pool, sigma: float, clip: float) -> None:
     with pytest.raises(ConsentError, match="is not private"):
-        Ledger(pool).reserve("line", sigma=sigma, clip=clip, round_id="1")
+        reserve(pool, Ledger(pool), "line", sigma=sigma, clip=clip, round_id="1")
 
 
 def test_noise_that_drowns_everything_costs_nothing(pool: Pool) -> None:
     ledger = Ledger(pool)
-    ledger.reserve("line", sigma=1e200, clip=1, round_id="1")
+    reserve(pool, ledger, "line", sigma=1e200, clip=1, round_id="1")
     assert (ledger.spent("line").epsilon, part_used(ledger.spent("line"), 8.0)) == (0.0, 0.0)
 
 
 def test_a_mechanism_that_cannot_be_accounted_for_is_refused(pool: Pool) -> None:
     with pytest.raises(ConsentError, match="'laplace' cannot be accounted for"):
-        Ledger(pool).reserve("line", sigma=1, clip=1, round_id="1", mechanism="laplace")
+        reserve(pool, Ledger(pool), "line", sigma=1, clip=1, round_id="1", mechanism="laplace")
 
 
 def test_two_ledgers_of_one_pool_together_stay_in_the_budget(tmp_path: Path) -> None:
     with Pool.open(tmp_path, KEY) as one, Pool.open(tmp_path, KEY) as other:
-        Ledger(one, epsilon=5.0).reserve("line", sigma=2, clip=1, round_id="1")
+        reserve(one, Ledger(one, epsilon=5.0), "line", sigma=2, clip=1, round_id="1")
         with pytest.raises(ConsentError, match="over the budget"):
-            Ledger(other, epsilon=5.0).reserve("line", sigma=2, clip=1, round_id="1")
+            reserve(other, Ledger(other, epsilon=5.0), "line", sigma=2, clip=1, round_id="1")
 
 
 def test_the_ledger_is_in_the_chain_and_a_missing_entry_is_seen(pool: Pool) -> None:
     ledger = Ledger(pool)
-    entry = ledger.reserve("line", sigma=4, clip=1, round_id="1")
-    ledger.commit(entry)
+    entry = reserve(pool, ledger, "line", sigma=4, clip=1, round_id="1")
+    commit(pool, entry)
     assert pool.verify().ok
     pool.submit(lambda database: database.conn.execute("DELETE FROM ledger").rowcount).result()
     assert any("ledger" in problem and entry in problem for problem in pool.verify().problems)
@@ -216,7 +234,7 @@ def test_a_killed_edge_leaves_no_release_uncounted(tmp_path: Path) -> None:
 
 def test_entries_survive_being_opened_again(tmp_path: Path) -> None:
     with Pool.open(tmp_path, KEY) as pool:
-        entry = Ledger(pool).reserve("line", sigma=2, clip=1, round_id="1")
+        entry = reserve(pool, Ledger(pool), "line", sigma=2, clip=1, round_id="1")
     with Pool.open(tmp_path, KEY) as pool:
         assert [kept.entry_id for kept in Ledger(pool).entries()] == [entry]
         row = pool.submit(lambda database: database.conn.execute("SELECT state FROM ledger").fetchone()).result()
@@ -266,8 +284,8 @@ def test_the_budget_is_shown_in_plain_words(tmp_path: Path) -> None:
     assert "nothing noised has left: no privacy is spent" in empty.output
     assert "no server has said yet how many devices learn together" in empty.output
     with open_pool(home, writer=False) as pool:
-        Ledger(pool).reserve("one", sigma=8, clip=1, round_id="1")
-        Ledger(pool).reserve("other", sigma=8, clip=1, round_id="1")
+        reserve(pool, Ledger(pool), "one", sigma=8, clip=1, round_id="1")
+        reserve(pool, Ledger(pool), "other", sigma=8, clip=1, round_id="1")
         keep_cohort(pool, 3)
     shown = CliRunner().invoke(app, ["--home", str(tmp_path), "privacy", "budget"])
     assert "all together" in shown.output

@@ -16,6 +16,7 @@ from clawloop_edge.learn.job import Interrupted
 from clawloop_edge.pool.forgetting import Going
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
+from clawloop_edge.privacy.counting import give_back_in
 from clawloop_edge.privacy.deltas import Source
 from clawloop_shared.deltas import LearnTask
 from clawloop_shared.errors import ClawloopError
@@ -261,8 +262,7 @@ def drop_run(database: "Database", pool: Pool, *, run_id: str = "", spare: bool 
     write_state(database, pool.keyring, name=RUN, value=b"")
     pool.keyring.destroy(database, run.scope)
     if spare and run.entry_id:
-        update = "UPDATE ledger SET state = 'returned' WHERE entry_id = ? AND state = 'reserved'"
-        database.conn.execute(update, (run.entry_id,))
+        give_back_in(database, run.entry_id)
     return True
 
 

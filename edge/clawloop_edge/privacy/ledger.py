@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from clawloop_edge.errors import ConsentError, PoolError
+from clawloop_edge.errors import ConsentError
 from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.pool.heads import Chained, append
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.pool.verify import SealedColumn
 from clawloop_edge.privacy.consent import wall_clock_ms
+from clawloop_edge.privacy.counting import EntryState
 from clawloop_shared.ids import new_id
 
 if TYPE_CHECKING:
@@ -39,17 +40,6 @@ LEAST_SIGMA = 0.01
 """times the clip; less noise hides nothing, whatever the budget"""
 _ROUNDING = 1e-9
 KIND = "ledger"
-
-
-class EntryState(StrEnum):
-    """Whether a release counts."""
-
-    RESERVED = "reserved"
-    """may have left; counts"""
-    RELEASED = "released"
-    """has left; counts"""
-    RETURNED = "returned"
-    """never left, as whoever reserved it said; does not count"""
 
 
 class Noise(StrEnum):
@@ -184,17 +174,6 @@ class Ledger:
         with self._pool.read() as database:
             return self._check(database, line, sigma=sigma, clip=clip)
 
-    def reserve(self, line: str, *, sigma: float, clip: float, round_id: str, mechanism: str = GAUSSIAN) -> str:
-        """Count a release that is about to be learned, if the budget allows; gives the entry's id. Waits for the disk.
-
-        Each call is another release, also of the same round: what is learned again gets other noise.
-
-        Raises:
-            ConsentError: it would pass the budget, has no noise, or a mechanism that cannot be accounted for.
-        """
-        operation = partial(self.reserve_in, line=line, sigma=sigma, clip=clip, round_id=round_id, mechanism=mechanism)
-        return self._pool.submit(operation).result()
-
     def reserve_in(
         self,
         database: Database,
@@ -205,7 +184,14 @@ class Ledger:
         round_id: str,
         mechanism: str = GAUSSIAN,
     ) -> str:
-        """The same inside a write transaction. Raises ConsentError."""
+        """Count a release that is about to be learned, if the budget allows; gives the entry's id. Needs a write
+        transaction: the one that begins to learn it. `counting` has what comes after.
+
+        Each call is another release, also of the same round: what is learned again gets other noise.
+
+        Raises:
+            ConsentError: it would pass the budget, has no noise, or a mechanism that cannot be accounted for.
+        """
         if mechanism != GAUSSIAN:
             raise ConsentError(f"mechanism {mechanism!r} cannot be accounted for; use {GAUSSIAN!r}")
         entry = Entry(
@@ -217,20 +203,9 @@ class Ledger:
             round_id=round_id,
             at_ms=self._clock(),
         )
-        self._reserve(database, entry)
+        self._check(database, line, sigma=sigma, clip=clip)
+        self._insert(database, entry)
         return entry.entry_id
-
-    def commit(self, entry_id: str) -> None:
-        """Note that the delta of a reserved entry has left. Waits for the disk. Raises PoolError: no such entry."""
-        self._move(entry_id, EntryState.RELEASED, unless=EntryState.RETURNED)
-
-    def give_back(self, entry_id: str) -> None:
-        """Take a reserved entry off the count: nothing of it has left, nor ever will. Waits for the disk.
-
-        Raises:
-            PoolError: there is no such entry, or its delta has left.
-        """
-        self._move(entry_id, EntryState.RETURNED, unless=EntryState.RELEASED)
 
     def count_all(self) -> None:
         """Count for good what is reserved: this pool comes from a backup, and nobody knows what left since. Waits."""
@@ -247,10 +222,6 @@ class Ledger:
         """In plain words, whether the server's devices are enough; empty if it never said how many there are."""
         cohort = read_cohort(self._pool)
         return useful(cohort, parameters, rounds=rounds, epsilon=self.epsilon).words if cohort else ""
-
-    def _reserve(self, database: Database, entry: Entry) -> None:
-        self._check(database, entry.model_line, sigma=entry.sigma, clip=entry.clip)
-        self._insert(database, entry)
 
     def _count(self, database: Database, entry: Entry) -> None:
         """Count an entry of another ledger, also one that was given back here before it was known to have left."""
@@ -279,16 +250,6 @@ class Ledger:
                 f" {self.epsilon:g} ([privacy] epsilon); nothing more is learned of this line"
             )
         return after
-
-    def _move(self, entry_id: str, state: EntryState, *, unless: EntryState) -> None:
-        def operation(database: Database) -> None:
-            row = database.conn.execute("SELECT state FROM ledger WHERE entry_id = ?", (entry_id,)).fetchone()
-            if row is None or row[0] == unless:
-                found = f"is {row[0]}" if row else "is not in the ledger"
-                raise PoolError(f"entry {entry_id} {found}, so it cannot become {state}")
-            database.conn.execute("UPDATE ledger SET state = ? WHERE entry_id = ?", (state, entry_id))
-
-        self._pool.submit(operation).result()
 
     def entries_in(self, database: Database) -> list[Entry]:
         """The releases that count, oldest first, inside any transaction or snapshot."""

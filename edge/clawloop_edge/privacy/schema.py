@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from clawloop_edge.errors import PoolError
 from clawloop_edge.pool import curation, heads
 from clawloop_edge.pool.crypt import Keyring
 from clawloop_edge.pool.heads import Chained
 from clawloop_edge.pool.state import read_state, write_state
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.pool.verify import SealedColumn
+from clawloop_edge.privacy.counting import commit_in, give_back_in
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -191,13 +191,10 @@ def destroy_item(database: "Database", keyring: Keyring, *, item_id: str) -> Non
 
 
 def count_release(database: "Database", item_id: str) -> None:
-    """Have the ledger count an item's release for good, in the transaction that lets it leave."""
+    """Have the ledger count an item's release for good, in the transaction that lets it leave. Raises PoolError."""
     found = database.conn.execute("SELECT entry_id FROM outbox_releases WHERE item_id = ?", (item_id,)).fetchone()
-    if found is None:
-        return
-    update = "UPDATE ledger SET state = 'released' WHERE entry_id = ? AND state != 'returned'"
-    if database.conn.execute(update, found).rowcount != 1:
-        raise PoolError(f"release {found[0]} of item {item_id} is not counted by the ledger, so it may not leave")
+    if found is not None:
+        commit_in(database, found[0])
 
 
 def spare_release(database: "Database", item_id: str) -> None:
@@ -206,8 +203,8 @@ def spare_release(database: "Database", item_id: str) -> None:
         "SELECT entry_id FROM outbox_releases JOIN outbox USING (item_id)"
         " WHERE item_id = ? AND state IN ('queued', 'approved')"
     )
-    for found in database.conn.execute(query, (item_id,)).fetchall():
-        database.conn.execute("UPDATE ledger SET state = 'returned' WHERE entry_id = ? AND state = 'reserved'", found)
+    for (entry_id,) in database.conn.execute(query, (item_id,)).fetchall():
+        give_back_in(database, entry_id)
 
 
 def free_learnable(database: "Database", item_id: str) -> None:

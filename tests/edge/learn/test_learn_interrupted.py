@@ -13,7 +13,7 @@ from clawloop_edge.learn.going import Quiet
 from clawloop_edge.learn.job import Interrupted, Job
 from clawloop_edge.learn.release import BEHIND
 from clawloop_edge.learn.runs import FOLDER, Run
-from clawloop_edge.privacy.ledger import EntryState
+from clawloop_edge.privacy.counting import EntryState
 from clawloop_edge.privacy.schema import ItemState
 from clawloop_shared.deltas import Method, task_rules
 from clawloop_shared.levels import Level

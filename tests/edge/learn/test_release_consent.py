@@ -1,17 +1,17 @@
 """Consent to learning at home: nobody agreed to it before there was any, and a backup brings no budget back."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from clawloop_edge.errors import PoolError
 from clawloop_edge.learn.runs import drop_run
 from clawloop_edge.pool.crypt import POOL_SCOPE
 from clawloop_edge.privacy.consent import device_key
+from clawloop_edge.privacy.counting import EntryState, give_back_in
 from clawloop_edge.privacy.ladder import Ladder, Rung
-from clawloop_edge.privacy.ledger import EntryState
 from clawloop_edge.privacy.limits import Limits, Subject
 from clawloop_edge.privacy.policy import POLICY_VERSION, TEXTS, as_meant
 from clawloop_edge.privacy.receipts import Receipt, ReceiptChain
@@ -134,9 +134,8 @@ def test_what_another_pools_ledger_counts_is_counted_also_where_it_was_given_bac
     (tmp_path / "other").mkdir()
     other = LearningDevice(tmp_path / "other")
     other.ledger.take_over(device.ledger)
-    with pytest.raises(PoolError):
-        other.ledger.give_back(entry_id)
-    device.ledger.give_back(entry_id)
+    assert not other.pool.submit(partial(give_back_in, entry_id=entry_id)).result(), "it may have left there"
+    assert device.pool.submit(partial(give_back_in, entry_id=entry_id)).result()
     assert device.ledger.spent("line").releases == 0
     device.ledger.take_over(other.ledger)
     assert device.ledger.spent("line").releases == 1

@@ -12,7 +12,7 @@ import pytest
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 from clawloop_edge.privacy.audit import AuditLog
-from clawloop_edge.privacy.ledger import EntryState
+from clawloop_edge.privacy.counting import EntryState
 from clawloop_shared.levels import Level
 
 from .learning_device import KEY, LearningDevice, learn_task

@@ -11,10 +11,11 @@ from safetensors.numpy import load
 from clawloop_edge.errors import ConsentError, PoolError
 from clawloop_edge.pool.curation import Word, curate
 from clawloop_edge.privacy.audit import AuditLog
+from clawloop_edge.privacy.counting import EntryState
 from clawloop_edge.privacy.forget import Forgetter, Wanted
 from clawloop_edge.privacy.going import what_left
 from clawloop_edge.privacy.items import OutboxItem
-from clawloop_edge.privacy.ledger import EntryState, sigma_for
+from clawloop_edge.privacy.ledger import sigma_for
 from clawloop_edge.privacy.limits import Subject
 from clawloop_edge.privacy.outbox import Outbox
 from clawloop_edge.privacy.schema import ItemState

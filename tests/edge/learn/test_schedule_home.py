@@ -12,7 +12,7 @@ import pytest
 from clawloop_edge.learn import choosing, power
 from clawloop_edge.learn.power import Power
 from clawloop_edge.learn.runs import FOLDER
-from clawloop_edge.privacy.ledger import EntryState
+from clawloop_edge.privacy.counting import EntryState
 from clawloop_edge.privacy.limits import Subject
 from clawloop_shared.deltas import Method
 from clawloop_shared.levels import Level
