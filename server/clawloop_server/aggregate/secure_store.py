@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from clawloop_server.aggregate.secure import SecureSum, Status, SumState
 from clawloop_server.aggregate.secure_delivery import deliver, terms_of
+from clawloop_server.aggregate.secure_totals import FOLDER, Counted, Totals
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.vault.database import ServerDatabase
 from clawloop_server.vault.sums import gone_since
@@ -35,6 +35,8 @@ PATIENCE_MS = 7 * 24 * 3_600_000
 ATTEMPTS = 3
 """sums of one task that fail, before its devices are expected no more"""
 _TICK_MS = 1000
+_TOTAL_EVERY = 8
+"""masked vectors, until the total is written again; a hub that is killed asks for as many anew"""
 _STATE = msgspec.msgpack.Decoder(SumState)
 _TASK = msgspec.msgpack.Decoder(LearnTask)
 
@@ -81,9 +83,10 @@ class SecureSums:
         self._database, self._settings, self._shape_of, self._keep_sum = database, settings, shape_of, keep
         self._clock_ms, self._lock, self._ticked_ms = clock_ms, threading.RLock(), 0
         self._sums: dict[str, SecureSum] = {}
-        self._kept_totals: dict[str, int] = {}
+        self._totals, self._kept_totals = Totals(database.path.parent / FOLDER), dict[str, int]()
         for (sum_id,) in database.rows("SELECT sum_id FROM secure_sums WHERE status = ?", [Status.RUNNING]):
             self._load(sum_id)
+        self._totals.keep_only(self._sums)
 
     # who is expected
 
@@ -153,7 +156,7 @@ class SecureSums:
         for each in list(self._sums.values()):
             before = each.state.phase, each.state.status
             each.tick(now_ms)
-            if (each.state.phase, each.state.status) != before:
+            if (each.state.phase, each.state.status) != before or each.state.status is not Status.RUNNING:
                 self._keep(each)
         self._begin(now_ms)
 
@@ -258,18 +261,31 @@ class SecureSums:
     # keeping
 
     def _load(self, sum_id: str) -> None:
-        row = self._database.row(
-            "SELECT state, total FROM secure_sums WHERE sum_id = ? AND status = ?", [sum_id, Status.RUNNING]
-        )
+        """A sum as it is on disk. Whose values are not in the total that was kept is asked again, if it is not too
+        late."""
+        sql = "SELECT state FROM secure_sums WHERE sum_id = ? AND status = ?"
+        row = self._database.row(sql, [sum_id, Status.RUNNING])
         self._sums.pop(sum_id, None)
-        if row is not None:
-            total = None if row[1] is None else np.frombuffer(row[1], "<u4").copy()
-            self._sums[sum_id] = SecureSum(_STATE.decode(row[0]), phase_ms=self._phase_ms, total=total)
+        if row is None:
+            return
+        state = _STATE.decode(row[0])
+        try:
+            counted, total = self._totals.read(sum_id, values=state.terms.values + 1)
+        except StorageError as error:
+            _log.error("secure sum %s: %s", sum_id, error)
+            counted, total = Counted(), None
+        lost = state.phase in (Phase.CONFIRM, Phase.UNMASK) and counted.places != state.masked
+        state.masked, state.items = counted.places, counted.items
+        self._kept_totals[sum_id] = len(counted.places)
+        self._sums[sum_id] = found = SecureSum(state, phase_ms=self._phase_ms, total=total)
+        if lost:
+            found.fail("the total of its masked values was lost")
 
     def _keep(self, each: SecureSum) -> None:
         """Have a sum on disk as it is; if that fails it is again what it was."""
         sum_id = each.state.terms.sum_id
         try:
+            self._keep_total(each)
             with self._database.write():
                 if each.state.status is Status.RUNNING:
                     self._write(each)
@@ -280,23 +296,27 @@ class SecureSums:
             raise
         if each.state.status is not Status.RUNNING:
             self._sums.pop(sum_id, None)
+            self._totals.drop(sum_id)
+
+    def _keep_total(self, each: SecureSum) -> None:
+        """Before what is known of it is written: after some answers, and when its phase is over, for then nobody can be
+        asked for its values again."""
+        state, sum_id = each.state, each.state.terms.sum_id
+        new = len(state.masked) - self._kept_totals.get(sum_id, 0)
+        if state.status is Status.RUNNING and (new >= _TOTAL_EVERY or (new and state.phase is not Phase.MASKED)):
+            self._totals.write(sum_id, Counted(state.masked, state.items), each.total)
+            self._kept_totals[sum_id] = len(state.masked)
 
     def _write(self, each: SecureSum) -> None:
-        sum_id, counted = each.state.terms.sum_id, len(each.state.masked)
-        set_total, total = "", list[bytes]()
-        if self._kept_totals.get(sum_id) != counted:
-            set_total, total = ", total = ?", [each.total.astype("<u4", copy=False).tobytes()]
         self._database.run(
-            f"UPDATE secure_sums SET state = ?, phase = ?{set_total} WHERE sum_id = ?",  # noqa: S608 constant text
-            [msgspec.msgpack.encode(each.state), each.state.phase, *total, sum_id],
+            "UPDATE secure_sums SET state = ?, phase = ? WHERE sum_id = ?",
+            [msgspec.msgpack.encode(each.state), each.state.phase, each.state.terms.sum_id],
         )
-        self._kept_totals[sum_id] = counted
 
     def _end(self, each: SecureSum) -> None:
         state, sum_id = each.state, each.state.terms.sum_id
         self._database.run(
-            "UPDATE secure_sums SET status = ?, phase = ?, reason = ?, ended_ms = ?, state = NULL, total = NULL"
-            " WHERE sum_id = ?",
+            "UPDATE secure_sums SET status = ?, phase = ?, reason = ?, ended_ms = ?, state = NULL WHERE sum_id = ?",
             [state.status, state.phase, state.reason, self._clock_ms(), sum_id],
         )
         members = each.members
