@@ -27,6 +27,9 @@ def simulate(
     upload_every_s: Annotated[float, typer.Option(min=0.1, help="As [fleet] upload_every_s.")] = 15.0,
     releases: Annotated[int, typer.Option(min=0, max=100, help="Adapters that are released meanwhile.")] = 1,
     items: Annotated[int, typer.Option(min=0, help="What each device uploads, spread over the time.")] = 2,
+    deltas: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the devices at level deltas: they send made-up deltas.")
+    ] = 0.0,
     adapter_kib: Annotated[int, typer.Option(min=1, max=60_000, help="Size of an adapter.")] = 64,
     home: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of its own for the server, which stays there.")
@@ -56,6 +59,7 @@ def simulate(
         releases=releases,
         items=items,
         adapter_bytes=adapter_kib << 10,
+        deltas=deltas,
     )
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
     report = run(plan, folder=home, say=lambda text: typer.echo(text, err=True))
@@ -85,6 +89,11 @@ def _show(report: Report) -> None:
         "items": f"{items.acknowledged} acknowledged, {items.lost} lost, {items.doubled} doubled,"
         f" {items.waiting} not acknowledged yet",
     }
+    if report.deltas.acknowledged:
+        told = report.deltas
+        states = ", ".join(f"{count} {state}" for state, count in told.states.items())
+        rounds = ", ".join(f"{count} {state}" for state, count in told.rounds.items()) or "none"
+        facts["deltas"] = f"{told.acknowledged} acknowledged, {told.lost} lost ({states}); rounds: {rounds}"
     if report.faults or report.refused:
         facts["faults"] = "; ".join([*report.faults, *report.refused])[:2000]
     print_facts("simulation", facts)

@@ -1,7 +1,8 @@
 """A device that is not there: it joins, polls, answers and takes adapters as the edge does, and has no model.
 
-It uploads made-up steps, and takes an adapter when the manifest's signature and the files' hashes are right; the
-weights are looked at by nobody. How it waits between polls is the edge's own rule (its node worker).
+It uploads made-up steps, or says that it learned and uploads made-up deltas. It takes an adapter when the manifest's
+signature and the files' hashes are right; the weights are looked at by nobody. How it waits between polls is the edge's
+own rule (its node worker).
 """
 
 import asyncio
@@ -16,9 +17,11 @@ import msgspec
 from clawloop_server.errors import FleetError
 from clawloop_server.simulate.node import CallFailed, Node
 from clawloop_shared import signing, wire
-from clawloop_shared.deltas import LearnReply, LearnTask
+from clawloop_shared.deltas import DELTA_KIND, LearnReply, LearnTask
 from clawloop_shared.errors import ClawloopError
 from clawloop_shared.ids import new_id, new_step_id
+from clawloop_shared.levels import Level
+from clawloop_shared.lora import ModelShape
 from clawloop_shared.manifest import check_files, open_manifest
 from clawloop_shared.membership import RELEASE, open_statement, prove_join
 from clawloop_shared.messages import (
@@ -71,8 +74,8 @@ class PickUp(msgspec.Struct, frozen=True):
 
 
 class Account(msgspec.Struct, kw_only=True):
-    """What one device lived through. `acknowledged`: its items that the server says are on its disk, `waiting`: those
-    that it has not."""
+    """What one device lived through. `acknowledged`: its items of steps that the server says are on its disk,
+    `waiting`: items that it has not."""
 
     device_id: str = ""
     active: bool = False
@@ -85,6 +88,8 @@ class Account(msgspec.Struct, kw_only=True):
     pick_ups: list[PickUp] = []
     refused: list[str] = []
     acknowledged: list[str] = []
+    deltas: list[str] = []
+    """those of them that are deltas, by the same word"""
     waiting: int = 0
     version: int = 0
 
@@ -92,13 +97,24 @@ class Account(msgspec.Struct, kw_only=True):
 class Device:
     """One of many."""
 
-    def __init__(self, node: Node, *, code: str, root_key: bytes, line: ModelLine, habits: Habits) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        code: str,
+        root_key: bytes,
+        line: ModelLine,
+        habits: Habits,
+        learns: ModelShape | None = None,
+    ) -> None:
+        """`learns`: it is at level `deltas`, and says that it learns such a model; else it is at `full`."""
         self._node, self._code, self._root_key, self._line, self._habits = node, code, root_key, line, habits
         self._release_key = b""
         self._outbox: dict[str, UploadItem] = {}
-        self._made = 0
+        self._made, self._learns = 0, learns
+        self._resting = False
         self._stopping = asyncio.Event()
-        self.account = Account(calls=node.calls, errors={}, pick_ups=[], refused=[], acknowledged=[])
+        self.account = Account(calls=node.calls, errors={}, pick_ups=[], refused=[], acknowledged=[], deltas=[])
 
     @property
     def drained(self) -> bool:
@@ -106,8 +122,8 @@ class Device:
         return not self._outbox
 
     def rest(self) -> None:
-        """Make no more items."""
-        self._made = self._habits.items
+        """Make no more items, and learn no more."""
+        self._made, self._resting = self._habits.items, True
 
     async def live(self) -> None:
         """Join, then serve until `stop`."""
@@ -192,6 +208,8 @@ class Device:
 
     async def _make(self) -> None:
         """Put items into the outbox, as somebody's work would."""
+        if self._learns is not None:  # at its level steps stay where they are
+            return
         await asyncio.sleep(random.uniform(0, self._habits.item_every_s))
         while self._made < self._habits.items:
             self._made += 1
@@ -228,23 +246,33 @@ class Device:
             return upload, upload.more
         if kind == STATUS:
             waiting = len(self._outbox)
-            return StatusReply("full", self._line, self.account.version, waiting, _APP), True
+            level = Level.FULL if self._learns is None else Level.DELTAS
+            return StatusReply(level, self._line, self.account.version, waiting, _APP), True
         if kind == ADAPTER:
             return self._adapter(wire.decode(payload, AdapterOffer, max_bytes=MAX_PAYLOAD_BYTES)), True
         if kind == LEARN:
-            task = wire.decode(payload, LearnTask)
-            return LearnReply(task_id=task.task_id, accepted=False, reason="it has nothing to learn with"), True
+            return self._learn(wire.decode(payload, LearnTask)), True
         if kind == SECURE:
             asked = wire.decode(payload, SecureRequest)
             return SecureReply(asked.sum_id, asked.phase, refused="it has nothing to sum"), True
         raise FleetError(f"the server sent a message of type {kind!r:.60}, which no device knows")
 
+    def _learn(self, task: LearnTask) -> LearnReply:
+        if self._learns is None or self._resting:
+            return LearnReply(task_id=task.task_id, accepted=False, reason="it has nothing to learn with")
+        from clawloop_server.simulate.learning import made_delta
+
+        item = UploadItem(new_id(), "simulated", DELTA_KIND, wire.encode(made_delta(task, self._learns)))
+        self._outbox[item.item_id] = item
+        return LearnReply(task_id=task.task_id, accepted=True)
+
     def _upload(self, request: UploadRequest) -> UploadReply:
         for receipt in request.receipts:
             received = open_item(receipt, self._release_key)
             if received.device_id == self.account.device_id and received.item_id in self._outbox:
-                del self._outbox[received.item_id]
-                self.account.acknowledged.append(received.item_id)
+                kind = self._outbox.pop(received.item_id).kind
+                known = self.account.deltas if kind == DELTA_KIND else self.account.acknowledged
+                known.append(received.item_id)
         items, size_bytes = list[UploadItem](), 0
         for item in self._outbox.values():
             size_bytes += len(item.body)

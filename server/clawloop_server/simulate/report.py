@@ -14,6 +14,7 @@ from clawloop_server.vault.seals import DeviceSeals
 from clawloop_server.vault.store import Vault
 
 _HOUR_S = 3600.0
+_SET_ASIDE = "set aside"
 
 
 class PartCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,16 @@ class Items(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
 
 
+class Deltas(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of made-up deltas. `lost`: acknowledged by a receipt and unknown to the vault; `states`: of the
+    others by state (`waiting`, `joined`, `left out`, ...), `set aside` among them; `rounds`: all rounds, by state."""
+
+    acknowledged: int = 0
+    lost: int = 0
+    states: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run. Rates are of the measured time, from when all devices were there; errors are of all of it."""
 
@@ -76,12 +87,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     pick_ups: PickUps
     items: Items
     load_average: float
+    deltas: Deltas = Deltas()
 
     @property
     def sound(self) -> bool:
         """Whether every device was there, every adapter arrived and nothing was lost. Says nothing of speed."""
         items, found = self.items, self.pick_ups
         whole = self.active == self.devices and not self.faults and not self.refused
+        whole = whole and not (self.deltas.lost or self.deltas.states.get(_SET_ASIDE))
         return whole and not (items.lost or items.doubled or items.waiting or found.missing)
 
 
@@ -132,6 +145,26 @@ def check_items(vault: Vault, master_key: bytes, accounts: Iterable[Account], *,
             lost += items == 0 or found < steps
             doubled += items > 1 or found > steps
     return Items(acknowledged=acknowledged, lost=lost, doubled=doubled, waiting=waiting)
+
+
+def check_deltas(vault: Vault, master_key: bytes, accounts: Iterable[Account]) -> Deltas:
+    """Look up in the vault every delta that was acknowledged, and what rounds there were."""
+    seals, database, states, lost = DeviceSeals(vault.database, master_key), vault.database, Counter[str](), 0
+    accounts = [account for account in accounts if account.deltas]
+    for account in accounts:
+        seal = seals.open(account.device_id)
+        for item_id in account.deltas:
+            key = seal.name("item", item_id)
+            found = database.row(
+                "SELECT state FROM deltas WHERE device_id = ?1 AND item_key = ?2 UNION ALL"
+                " SELECT ?3 FROM set_aside WHERE device_id = ?1 AND name_key = ?2",
+                [account.device_id, key, _SET_ASIDE],
+            )
+            states.update([found[0]] if found else [])
+            lost += found is None
+    rounds = dict(database.rows("SELECT state, count(*) FROM rounds GROUP BY state ORDER BY state"))
+    acknowledged = sum(len(account.deltas) for account in accounts)
+    return Deltas(acknowledged=acknowledged, lost=lost, states=dict(states), rounds=rounds)
 
 
 def part_costs(

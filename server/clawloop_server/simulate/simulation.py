@@ -22,7 +22,7 @@ import msgspec
 
 from clawloop_server.fleet.tls import ensure_tls
 from clawloop_server.simulate.device import Habits
-from clawloop_server.simulate.report import Report, check_items, part_costs, pick_ups, summed
+from clawloop_server.simulate.report import Report, check_deltas, check_items, part_costs, pick_ups, summed
 from clawloop_server.simulate.stage import VOCABULARY, Part, Stage
 from clawloop_server.simulate.worker import Orders, Result, Tally
 
@@ -50,6 +50,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     item_steps: int = 4
     step_tokens: int = 400
     adapter_bytes: int = 64 << 10
+    deltas: float = 0.0
+    """the share of the devices that is at level `deltas` and says that it learns; adapters are then real ones"""
     settings: dict[str, dict[str, object]] = {}
     """more for the server's config.toml, such as {"fleet": {...}}"""
 
@@ -185,6 +187,8 @@ class _Simulation:
                 line=stage.base.line,
                 habits=habits,
                 ramp_s=plan.ramp_s,
+                shape=stage.base.shape,
+                deltas=plan.deltas,
             )
             for number in range(plan.processes)
         ]
@@ -205,7 +209,7 @@ class _Simulation:
         await asyncio.sleep(quiet_s)
         measured.quiet(await asyncio.to_thread(self._stage.parts))
         for _ in range(plan.releases):
-            version = await asyncio.to_thread(self._stage.put_candidate, plan.adapter_bytes)
+            version = await asyncio.to_thread(self._stage.put_candidate, plan.adapter_bytes, real=plan.deltas > 0)
             began = time.monotonic()
             await self._until(lambda version=version: self._stage.released_ms(version) > 0, 60.0)  # type: ignore[misc]
             released[version] = self._stage.released_ms(version)
@@ -264,6 +268,7 @@ class _Simulation:
             simulator_cores=sum(result.cpu_s for result in results) / (ramp_s + measured.seconds),
             pick_ups=pick_ups(accounts, released, poll_s=plan.poll_s),
             items=check_items(stage.vault, stage.keys.master, accounts, steps=plan.item_steps),
+            deltas=check_deltas(stage.vault, stage.keys.master, accounts),
             load_average=os.getloadavg()[0],
         )
 

@@ -34,7 +34,7 @@ from clawloop_server.release.registry import Registry
 from clawloop_server.vault.store import Vault
 from clawloop_shared import guard
 from clawloop_shared.files import private_folder
-from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
+from clawloop_shared.lora import CONFIG_FILE, LINEARS, WEIGHTS_FILE
 from clawloop_shared.manifest import Evaluation, Probe
 
 MARK = "simulation.json"
@@ -136,16 +136,22 @@ class Stage:
         with self.vault.database.write():
             return [invitations.create() for _ in range(count)]
 
-    def put_candidate(self, size_bytes: int) -> int:
-        """An adapter that passed, as a round would hand it over; the hub releases it at its next look. Its version."""
+    def put_candidate(self, size_bytes: int, *, real: bool = False) -> int:
+        """An adapter that passed, as a round would hand it over; the hub releases it at its next look. Its version.
+
+        It is bytes of that size, or, if `real`, one that rounds can go on from, as small as the model is."""
         files = {CONFIG_FILE: b"{}", WEIGHTS_FILE: random.randbytes(size_bytes)}
+        if real:
+            from clawloop_server.simulate.learning import made_adapter
+
+            files = made_adapter(self.base.shape)
         candidate = Candidate(
             round_id="simulated",
             line=self.base.line,
             files=files,
             rank=8,
             alpha=16.0,
-            target_modules=["q_proj"],
+            target_modules=list(LINEARS) if real else ["q_proj"],
             probe=Probe(ids=[1, 2], logprobs=[-0.5]),
             evaluation=Evaluation(suite="simulated", episodes=1, reward=1.0, reward_before=0.0, standard_error=0.0),
             lineage_root="",

@@ -17,6 +17,7 @@ import msgspec
 
 from clawloop_server.simulate.device import Account, Device, Habits, gathered
 from clawloop_server.simulate.node import Node, load_flwr
+from clawloop_shared.lora import ModelShape
 from clawloop_shared.model_line import ModelLine
 
 _TALLY_S = 1.0
@@ -33,6 +34,9 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     line: ModelLine
     habits: Habits
     ramp_s: float
+    shape: ModelShape
+    deltas: float = 0.0
+    """the share of them that is at level `deltas`"""
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True, tag="tally"):
@@ -68,8 +72,9 @@ async def run(orders: Orders, commands: asyncio.StreamReader) -> Result:
             root_key=orders.root_key,
             line=orders.line,
             habits=habits,
+            learns=orders.shape if is_of_share(number, orders.deltas) else None,
         )
-        for code in orders.codes
+        for number, code in enumerate(orders.codes)
     ]
     between_s = orders.ramp_s / max(1, len(devices))
     living = asyncio.create_task(gathered([_after(between_s * n, device) for n, device in enumerate(devices)]))
@@ -82,6 +87,11 @@ async def run(orders: Orders, commands: asyncio.StreamReader) -> Result:
     await asyncio.gather(telling, return_exceptions=True)
     accounts = [device.account for device in devices]
     return Result(accounts=accounts, faults=[f"{type(e).__name__}: {e}"[:300] for e in faults], cpu_s=_cpu_s())
+
+
+def is_of_share(number: int, share: float) -> bool:
+    """Whether the device of that number, from 0, is one of a share of all, spread evenly."""
+    return int((number + 1) * share + 1e-9) > int(number * share + 1e-9)
 
 
 async def _after(wait_s: float, device: Device) -> None:
