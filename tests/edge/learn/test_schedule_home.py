@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from clawloop_edge.learn import choosing, power
+from clawloop_edge.learn.job import MASKED
 from clawloop_edge.learn.power import Power
 from clawloop_edge.learn.runs import FOLDER
 from clawloop_edge.privacy.counting import EntryState
@@ -208,6 +209,21 @@ def test_what_can_never_be_learned_is_tried_once_and_tasks_that_fail_are_begun_l
     device.runs.ask_now(device.now_ms)
     device.learn(learn_task())
     assert len(device.outbox.list()) == 1, "its owner's word counts for more"
+
+
+def test_what_a_tasks_masks_left_out_is_learned_from_another_time(device: LearningDevice) -> None:
+    device.keep_many(2)
+    device.catch_up()
+    names = [one.trajectory_id for one in device.chooser.choose(Level.PRIVATE_DELTAS, at_most=9).trajectories]
+    device.learner.set_aside = {names[0]: MASKED}
+    device.learn()
+    assert device.outbox.list() == []
+    assert ledger_states(device) == [EntryState.RETURNED]
+    outcome = device.runs.history()[-1]
+    assert outcome.reason.startswith("learned from 1 trajectories, and [learn] min_trajectories is 2; set aside: ")
+    assert MASKED in outcome.reason
+    device.catch_up()
+    assert device.chooser.ready() == {Level.PRIVATE_DELTAS: 2}, "it is as good as it was"
 
 
 def test_a_task_is_kept_over_a_restart_and_learned_once(tmp_path: Path) -> None:
