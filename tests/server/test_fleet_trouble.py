@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clawloop_server.fleet import dispatch as dispatching
 from clawloop_server.fleet.channel import Channel, Line, NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.dispatch import Dispatcher
 from clawloop_shared import wire
@@ -73,6 +74,16 @@ async def test_an_odd_error_while_a_reply_is_taken_is_that_devices_failure(caplo
     await dispatcher.reply(Reply(7, STATUS, wire.encode(StatusReply("deltas", LINE, 0, 0, "1"))))
     assert dispatcher._devices[7].failures == 1
     assert any(record.exc_info for record in caplog.records)
+
+
+async def test_of_a_large_adapter_so_many_are_offered_at_once_as_fit_and_the_others_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, dispatcher = await greeted(StorageError("bad row"))
+    world.version = 1
+    monkeypatch.setattr(dispatching, "_MAX_OFFERED_BYTES", 100)
+    for wanted in ([7], [8], []):
+        assert [out.node_id for out in await dispatcher.work(None) if out.type == ADAPTER] == wanted
 
 
 class Broken:

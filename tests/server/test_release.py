@@ -199,7 +199,8 @@ def test_there_is_no_going_back_to_what_is_current_or_never_was(
 def test_keys_are_private_made_once_and_shown_by_nothing(home: Home) -> None:
     keys = create_keys(home)
     assert create_keys(home) == load_keys(home) == keys
-    assert {path.stat().st_mode & 0o777 for path in home.keys.iterdir()} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in home.keys.iterdir() if path.is_file()} == {0o600}
+    assert home.device_keys.stat().st_mode & 0o777 == 0o700
     assert keys.master.hex()[:8] not in repr(keys)
     (home.keys / "release.key").chmod(0o644)
     with pytest.raises(HomeError, match="chmod 600"):

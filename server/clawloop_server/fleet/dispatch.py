@@ -51,6 +51,8 @@ _MAX_BACK_OFF_S = 60.0
 _ENVELOPE_BYTES = 1 << 20
 _MAX_ORDERS = 64
 """of one exchange: the bridge hands them to Flower one by one, and hears of no answer meanwhile"""
+_MAX_OFFERED_BYTES = 128 << 20
+"""of adapters in one exchange: it is one frame, in memory on both sides; the others have their turn in the next"""
 _FEW = 16
 _LOOKUPS_PER_S = 200.0
 """how often a second at most somebody's tasks are looked up"""
@@ -310,15 +312,17 @@ class Dispatcher:
     async def _offers_of(self, version: int, due: list[int]) -> list[Outgoing]:
         try:
             payload = await asyncio.to_thread(self._packed_offer, version)
+            size = len(payload) if isinstance(payload, bytes) else _ENVELOPE_BYTES
+            messages = [self._offer_to(node_id, payload) for node_id in due[: max(1, _MAX_OFFERED_BYTES // size)]]
         except Exception as error:  # noqa: BLE001
             _log.error("adapter %d cannot be sent: %s", version, error, exc_info=not isinstance(error, ClawloopError))
             for node_id in due:
                 self._devices[node_id].refused = {version: self._clock() + _MAX_BACK_OFF_S}
             return []
         else:
-            for node_id in due:
-                self._devices[node_id].offered = version
-            return [self._sent(self._offer_to(node_id, payload)) for node_id in due]
+            for message in messages:
+                self._devices[message.node_id].offered = version
+            return [self._sent(message) for message in messages]
         finally:
             for node_id in due:
                 self._plan(node_id)
