@@ -6,6 +6,7 @@
     base/      <line_id>/ the model, <line_id>.json its line
     adapters/  <version>/ the files of an adapter and its manifest.bin
     trainer/ flower/ logs/   0700, each written by its own part
+    blobs/ sums/   0700, made when needed: parts of large items, totals of secure sums
 
 Knows nothing of what is in the files.
 """
