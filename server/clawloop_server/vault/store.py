@@ -187,8 +187,8 @@ class Vault:
         cohort: str = "",
         now_ms: int | None = None,
     ) -> list[Trajectory]:
-        """The trajectories that a round of up to `limit` takes for a cohort: those of whole groups, the longest waiting
-        first.
+        """The trajectories that a round of up to `limit` takes for a cohort: those of whole groups, in turns by device,
+        the longest waiting of each first.
 
         A group that alone is larger than the limit is taken whole when it is the first. Ids of trajectories and groups
         are the vault's own: unique over all devices.
