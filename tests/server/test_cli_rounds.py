@@ -420,6 +420,8 @@ def test_what_waits_and_for_what_is_told(
     run: Callable[..., str], vault: Vault, base: Base, add_device: Callable[..., str]
 ) -> None:
     devices = [add_device() for _ in range(20)]
+    with vault.database.write() as database:  # the other twelve let no delta out
+        database.run_each("UPDATE devices SET level = 'deltas' WHERE device_id = ?", [[d] for d in devices[:8]])
     assert "waiting deltas" in run("status")
     send_delta(vault, devices[0], make_delta(base.shape, base.line_id))
     assert "1, of 1 of 5 devices for a round; they wait for other devices, [federate] min_devices is 2" in run("status")
