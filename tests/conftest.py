@@ -25,6 +25,7 @@ LONGEST_FIRST = (
     "edge/learn/test_learn_process.py",
     "edge/learn/test_learn_gradients.py",
     "server/trainer/test_joining.py",
+    "server/trainer/test_joining_lost.py",
     "server/trainer/test_joining_killed.py",
     "integration/test_bench_federation.py",
     "integration/test_federate_check.py",

@@ -1,16 +1,11 @@
 """What is too large for a message, over the real public port with TLS: items in parts, files by signed address; cut in
 the middle and gone on with; and everything that is not as it must be."""
 
-import asyncio
 import contextlib
-import http.client
 import os
 import socket
 import ssl
 import stat
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,203 +13,26 @@ import msgspec
 import pytest
 
 from clawloop_edge.node.blobs import Line, fetch_file, send_item
-from clawloop_edge.node.hub_api import HubRefused
 from clawloop_edge.node.join import Membership
-from clawloop_edge.node.large import REFUSED_S, Large
 from clawloop_edge.node.transport import NodeError, ServerAway, Withdrawn
-from clawloop_server.errors import DeviceError
-from clawloop_server.fleet.tls import client_context, ensure_tls, server_context
-from clawloop_server.hub import blobs as server_blobs
-from clawloop_server.hub.blobs import BlobDesk
-from clawloop_server.hub.desk import DeskAnswer
-from clawloop_server.hub.devices import Device, DeviceState
-from clawloop_server.hub.front import Front
-from clawloop_server.vault.seal import DeviceSeal
+from clawloop_server.fleet.tls import ensure_tls
+from clawloop_server.hub.devices import DeviceState
 from clawloop_shared import signing, wire
 from clawloop_shared.blobs import (
     BLOB_PATH,
     FETCH_BYTES,
     PART_BYTES,
     BlobState,
-    PartHead,
     sign_part,
-    signed_address,
 )
 from clawloop_shared.errors import WireError
 from clawloop_shared.files import sha256
-from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE
-from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, SignedManifest, sign_manifest
-from clawloop_shared.messages import AdapterOffer, AdapterReply, ItemReceipt, ItemReceived, UploadItem
-from clawloop_shared.model_line import ModelLine
-from clawloop_shared.receipts import open_item, sign_item
+from clawloop_shared.manifest import FileEntry
+from clawloop_shared.receipts import open_item
 
-LINE = ModelLine(base_sha256="a", tokenizer_sha256="b", template_sha256="c")
-LIMIT = 8 * PART_BYTES
-ITEM = UploadItem("item", "receipt", "delta.v1", os.urandom(2 * PART_BYTES + 777))
+from .blob_parts import CONTENT, ITEM, LIMIT, Counted, Server, address, after, entry, head, member, part, server
 
-
-class Nobody:
-    """The other desks."""
-
-    async def answer(self, body: bytes, *, peer: str = "") -> DeskAnswer:
-        return DeskAnswer(404, message="not here")
-
-
-class Server:
-    """The front with a real blob desk, on a loop in a thread of its own; a vault and devices in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.key, self.address_key = folder, signing.new_key(), b"k" * 32
-        self.devices: dict[str, bytes] = {}
-        self.states: dict[str, DeviceState] = {}
-        self.seals: dict[str, DeviceSeal] = {}
-        self.kept: list[tuple[str, UploadItem]] = []
-        self.files: dict[str, Path] = {}
-        self.now_s = time.time
-        self.parts = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        (folder / "tls").mkdir()
-        self.tls = ensure_tls(folder / "tls")
-
-    def device(self, device_id: str) -> Device:
-        if device_id not in self.devices:
-            raise DeviceError(f"no device {device_id}")
-        state = self.states.get(device_id, DeviceState.JOINED)
-        return Device(
-            device_id=device_id,
-            device_key=self.devices[device_id],
-            node_key_pem="",
-            node_id=None,
-            line_id="",
-            state=state,
-            adapter_version=0,
-            joined_ms=1,
-            seen_ms=1,
-        )
-
-    def seal(self, device_id: str) -> DeviceSeal:
-        return self.seals.setdefault(device_id, DeviceSeal.new(vault_id="v", device_id=device_id))
-
-    def receive(self, device_id: str, items: list[UploadItem]) -> list[ItemReceived]:
-        self.kept += [(device_id, item) for item in items]
-        return [
-            ItemReceived(device_id=device_id, item_id=i.item_id, received_ms=1, sha256=sha256(i.body)) for i in items
-        ]
-
-    def start(self) -> None:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(30)
-
-    async def _start(self) -> None:
-        self.desk = BlobDesk(
-            self.folder / "blobs",
-            self,
-            device=self.device,
-            seal=self.seal,
-            sign=lambda received: sign_item(received, self.key),
-            files=self.files.get,
-            address_key=self.address_key,
-            max_bytes=LIMIT,
-            now_s=lambda: self.now_s(),
-        )
-        nobody = Nobody()
-        self.front = Front(
-            "127.0.0.1:1",
-            joining=nobody,
-            forgetting=nobody,
-            upstream_tls=client_context(self.tls),
-            blobs=self.desk,
-        )
-        self.port = await self.front.start("127.0.0.1", 0, tls=server_context(self.tls))
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.front.stop(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def member(self, device_id: str) -> Membership:
-        key = signing.new_key()
-        self.devices[device_id] = signing.public_key(key)
-        return Membership(
-            device_id=device_id,
-            url=f"https://127.0.0.1:{self.port}",
-            ca_pem=self.tls.ca.read_text(),
-            root_key=b"r" * 32,
-            release_key=signing.public_key(self.key),
-            line=LINE,
-            device_key=key,
-            node_key_pem="",
-            node_id=1,
-        )
-
-    def partials(self) -> list[Path]:
-        return [p for p in (self.folder / "blobs").glob("*/*") if p.suffix != ".done"]
-
-    def put(self, name: str, body: bytes) -> tuple[int, bytes]:
-        return self.ask("PUT", f"{BLOB_PATH}/{name}", body)
-
-    def ask(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        context = ssl.create_default_context(cafile=str(self.tls.ca))
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, timeout=30)
-        try:
-            connection.request(method, path, body or None, headers or {})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def member(server: Server) -> Membership:
-    return server.member("one")
-
-
-def head(member: Membership, data: bytes, **changes: Any) -> PartHead:
-    facts = {
-        "device_id": member.device_id,
-        "item_id": ITEM.item_id,
-        "receipt_id": ITEM.receipt_id,
-        "kind": ITEM.kind,
-        "sha256": sha256(ITEM.body),
-        "size_bytes": len(ITEM.body),
-        "offset": 0,
-        "part_sha256": sha256(data),
-        "at_ms": time.time_ns() // 1_000_000,
-    }
-    return PartHead(**{**facts, **changes})
-
-
-def part(member: Membership, data: bytes, *, key: bytes = b"", **changes: Any) -> bytes:
-    return wire.encode(sign_part(head(member, data, **changes), data, key or member.device_key))
-
-
-class Counted:
-    """A permit that says yes, and counts how often it was asked."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def __call__(self) -> bool:
-        self.times += 1
-        return True
-
-
-def after(count: int) -> Callable[[], bool]:
-    """A permit that says no after so many times."""
-    left = iter([True] * count)
-    return lambda: next(left, False)
+__all__ = ["entry", "member", "server"]
 
 
 # items
@@ -360,21 +178,6 @@ def test_a_slow_sender_is_hung_up_on_and_holds_nobody_up(
 
 # files
 
-CONTENT = os.urandom(FETCH_BYTES + 999)
-
-
-@pytest.fixture
-def entry(server: Server, tmp_path: Path) -> FileEntry:
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(CONTENT)
-    server.files[sha256(CONTENT)] = path
-    return FileEntry(path.name, len(CONTENT), sha256(CONTENT))
-
-
-def address(server: Server, entry: FileEntry, *, device: str = "one", for_s: int = 60, key: bytes = b"") -> str:
-    expires_s = int(time.time()) + for_s
-    return signed_address(entry.sha256, device_id=device, expires_s=expires_s, key=key or server.address_key)
-
 
 def test_a_file_that_was_cut_is_gone_on_with_and_nothing_of_it_stays(
     server: Server, member: Membership, entry: FileEntry, tmp_path: Path
@@ -445,205 +248,3 @@ def test_another_server_gets_nothing(server: Server, member: Membership, tmp_pat
     nobody = msgspec.structs.replace(member, url="https://127.0.0.1:1")
     with pytest.raises(ServerAway):
         send_item(Line(nobody), ITEM, membership=nobody, permit=lambda: True)
-
-
-# in threads of their own
-
-
-class Outbox:
-    """One large item."""
-
-    def __init__(self) -> None:
-        self.items: list[UploadItem] = [ITEM]
-        self.said: list[str] = []
-        self.allowed = True
-
-    def next_large(self, above_bytes: int, max_bytes: int) -> UploadItem | None:
-        return next((item for item in self.items if above_bytes < len(item.body) <= max_bytes), None)
-
-    def mark_sent(self, item_ids: list[str]) -> None:
-        self.said.append("sent")
-
-    def may_still_leave(self, item_ids: list[str]) -> bool:
-        return self.allowed
-
-    def mark_stopped(self, item_ids: list[str]) -> None:
-        self.said.append("stopped")
-
-    def accept(self, receipts: list[ItemReceipt], *, device_id: str, release_key: bytes) -> None:
-        self.said.append(open_item(receipts[0], release_key).item_id)
-        self.items = []
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def large(
-    member: Membership, outbox: Outbox, folder: Path, *, limit: int = 1 << 30, takes: bool = True, **more: Any
-) -> Large:
-    def install(offer: AdapterOffer) -> AdapterReply:
-        outbox.said.append(f"installed {len(offer.files)}")
-        return AdapterReply(1, installed=takes, reason="" if takes else "its probe says no")
-
-    return Large(member, outbox, install=install, folder=folder, max_adapter_bytes=limit, **more)
-
-
-def test_a_large_item_goes_out_once_and_its_receipt_is_accepted(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    outbox = Outbox()
-    desk = large(member, outbox, tmp_path / "f")
-    desk.send(1, 10)
-
-    def gone() -> bool:
-        desk.send(1, LIMIT)
-        return not outbox.items
-
-    until(gone)
-    assert outbox.said == ["sent", "item"]
-    desk.stop()
-
-
-def test_a_lowered_level_breaks_a_large_item_off(
-    server: Server, member: Membership, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outbox = Outbox()
-    take = server_blobs._Partial.add
-
-    def slow(self: Any, data: bytes) -> BlobState:
-        if data:
-            outbox.allowed = False
-            time.sleep(0.5)
-        return take(self, data)
-
-    monkeypatch.setattr(server_blobs._Partial, "add", slow)
-    desk = large(member, outbox, tmp_path / "f")
-    desk.send(1, LIMIT)
-    until(lambda: "stopped" in outbox.said)
-    assert server.kept == []
-    desk.stop()
-
-
-def test_an_offer_that_is_not_signed_or_too_large_is_not_fetched(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    desk = large(member, Outbox(), tmp_path / "f")
-    reply = desk.fetch(AdapterOffer(SignedManifest(b"{}", "key", b"signature"), {}, {"a": "b"}), serving=3)
-    assert (reply.version, reply.installed, reply.fetching) == (3, False, False)
-    assert "signed by key" in reply.reason
-    desk.stop()
-
-
-def offered(server: Server, contents: dict[str, bytes], folder: Path) -> AdapterOffer:
-    """An adapter of version 4 as the server offers it by address."""
-    manifest = Manifest(
-        line=LINE,
-        version=4,
-        previous_sha256="",
-        files=[FileEntry(name, len(data), sha256(data)) for name, data in contents.items()],
-        rank=1,
-        alpha=1.0,
-        target_modules=["q_proj"],
-        probe=Probe([1, 2], [-0.5]),
-        evaluation=Evaluation("suite", 1, 1.0, 0.0, 0.1),
-        round_id="round",
-        lineage_root="",
-        created_ms=1,
-        expires_ms=2,
-    )
-    for entry in manifest.files:
-        server.files[entry.sha256] = folder / entry.name
-        (folder / entry.name).write_bytes(contents[entry.name])
-    links = {entry.name: address(server, entry) for entry in manifest.files}
-    return AdapterOffer(sign_manifest(manifest, server.key), {}, links)
-
-
-def test_a_large_adapter_is_fetched_and_installed_while_messages_are_answered(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    outbox = Outbox()
-    desk = large(member, outbox, tmp_path / "f")
-    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    assert desk.fetch(offer, serving=3).fetching
-    until(lambda: "installed 2" in outbox.said)
-    assert list((tmp_path / "f").iterdir()) == []
-    small = large(member, outbox, tmp_path / "f", limit=1000).fetch(offer, serving=3)
-    assert (small.installed, small.fetching) == (False, False)
-    assert "over this device's 1000" in small.reason
-    desk.stop()
-
-
-def test_a_file_that_is_not_the_manifests_is_told_when_it_is_offered_again(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    outbox = Outbox()
-    desk = large(member, outbox, tmp_path / "f")
-    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    (tmp_path / WEIGHTS_FILE).write_bytes(os.urandom(len(CONTENT)))
-    replies: list[AdapterReply] = []
-
-    def told() -> bool:
-        replies.append(desk.fetch(offer, serving=3))
-        return bool(replies[-1].reason)
-
-    until(told)
-    assert "not the file that the manifest names" in replies[-1].reason
-    assert outbox.said == []
-    desk.stop()
-
-
-def test_an_adapter_that_could_not_be_used_is_not_fetched_again_until_a_day_has_passed(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    outbox, now_s = Outbox(), [0.0]
-    desk = large(member, outbox, tmp_path / "f", takes=False, clock=lambda: now_s[0])
-    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    until(lambda: desk.fetch(offer, serving=3).reason)
-    for _ in range(3):
-        assert desk.fetch(offer, serving=3) == AdapterReply(3, installed=False, reason="its probe says no")
-    assert outbox.said == ["installed 2"]
-    now_s[0] = REFUSED_S
-    until(lambda: desk.fetch(offer, serving=3).fetching)
-    until(lambda: outbox.said == ["installed 2"] * 2)
-    desk.stop()
-
-
-def test_an_adapter_for_which_there_is_no_room_is_not_fetched(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    outbox = Outbox()
-    room: dict[str, Any] = {"floor_bytes": 100, "free_bytes": lambda _: 100 + 1 + len(CONTENT)}
-    desk = large(member, outbox, tmp_path / "f", **room)
-    assert desk.fetch(offer, serving=3) == AdapterReply(3, installed=False, reason="no room for adapter 4")
-    assert list((tmp_path / "f").iterdir()) == []
-    desk = large(member, outbox, tmp_path / "f", **{**room, "floor_bytes": 99})
-    assert desk.fetch(offer, serving=3).fetching
-    until(lambda: outbox.said == ["installed 2"])
-    desk.stop()
-
-
-def test_what_was_fetched_of_another_adapter_goes_when_one_is_fetched(
-    server: Server, member: Membership, tmp_path: Path
-) -> None:
-    outbox, folder = Outbox(), tmp_path / "f"
-    folder.mkdir()
-    abandoned = folder / f"{'0' * 64}.part"
-    abandoned.write_bytes(b"half of an adapter")
-    offer = offered(server, {CONFIG_FILE: b"{}", WEIGHTS_FILE: CONTENT}, tmp_path)
-    (folder / f"{sha256(CONTENT)}.part").write_bytes(CONTENT[:-10])
-    desk = large(member, outbox, folder)
-    assert desk.fetch(offer, serving=3).fetching
-    until(lambda: outbox.said == ["installed 2"])
-    assert list(folder.iterdir()) == []
-    desk.stop()
-
-
-def test_a_refusal_of_the_server_is_told_with_its_status(server: Server, member: Membership) -> None:
-    server.states["one"] = DeviceState.REVOKED
-    with Line(member) as line, pytest.raises(HubRefused, match="403"):
-        send_item(line, ITEM, membership=member, permit=lambda: True)

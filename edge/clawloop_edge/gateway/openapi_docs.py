@@ -329,6 +329,7 @@ _STATUS = _object(
     refused_by_pool=_COUNT,
     keeps_nothing=_TEXT,
     not_kept=_COUNT,
+    learning={"type": "object", "additionalProperties": True},
     outbox_waiting=_COUNT,
     outbox_unacknowledged=_COUNT,
     left_out={"type": "object", "additionalProperties": _COUNT},

@@ -1,8 +1,7 @@
 """Rounds of what devices learned at home, alone and beside trajectories, with the real engine."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,101 +16,43 @@ from clawloop_server.aggregate.seeds import task_seed
 from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.bases import Base
 from clawloop_server.home import Home
-from clawloop_server.release.gate import refuse
 from clawloop_server.release.keys import ServerKeys, load_keys
 from clawloop_server.release.records import RoundState
 from clawloop_server.release.release import release_candidate, roll_back
-from clawloop_server.trainer.delta_round import DEADLY_DELTA
 from clawloop_server.trainer.joining import IN_MEMORY, PREFIX
 from clawloop_server.trainer.reports import RoundBegan
 from clawloop_server.trainer.worker import Worker
 from clawloop_server.vault.deltas import DeltaState
 from clawloop_server.vault.store import Vault, lineage_root
-from clawloop_server.vault.sums import SumDeltas
-from clawloop_shared.deltas import A, B, LoraDelta, Method
+from clawloop_shared.deltas import A, B, Method
 from clawloop_shared.frozen_factors import frozen_a
-from clawloop_shared.ids import new_id
 from clawloop_shared.levels import Level
 from clawloop_shared.lora import WEIGHTS_FILE
-from clawloop_shared.messages import ForgetRequest
-from clawloop_shared.records import Signal, Step
 
 from ..made_deltas import make_delta, send_delta, with_tensors
-from .filled import PER_ROUND, TRAIN, Died, configure, fill
+from .filled import PER_ROUND, TRAIN, configure, fill
+from .joined import (
+    PLAIN,
+    SCALE,
+    TARGETS,
+    MakeSignal,
+    MakeStep,
+    _all,
+    _device,
+    _hash,
+    dense,
+    joined_home,
+    learn,
+    let_deltas_out,
+    make_ready,
+    opened,
+    parts_of,
+    paths_of,
+    served,
+    states,
+)
 
-MakeStep = Callable[..., Step]
-MakeSignal = Callable[..., Signal]
-Send = Callable[..., str]
-PLAIN: dict[str, object] = {"robust": "mean", "max_norm": math.inf, "duplicate_cosine": 2.0, "cohorts": "off"}
-"""no defence, so that the joined update is the weighted mean"""
-TARGETS = ("q_proj", "v_proj", "down_proj")
-SCALE = 16.0 / 2
-"""alpha / rank of the server's adapter"""
-
-
-@pytest.fixture
-def joined_home(home: Home, keys: ServerKeys, vault: Vault) -> Home:
-    """A home whose adapter has rank enough to lose nothing in a cut of a few deltas."""
-    configure(home, train=TRAIN | {"rank": 16, "alpha": 128.0}, federate=PLAIN)
-    return home
-
-
-@pytest.fixture
-def opened(joined_home: Home) -> Iterator[Callable[[], Worker]]:
-    """Opens trainers on it, one after the other."""
-    found = list[Worker]()
-
-    def another() -> Worker:
-        found.append(Worker.open(joined_home))
-        return found[-1]
-
-    yield another
-    for worker in found:
-        worker.close()
-
-
-@pytest.fixture
-def learn(vault: Vault, base: Base, add_device: Callable[..., str]) -> Callable[..., tuple[str, str, LoraDelta]]:
-    """Have a (new) device send a delta; its id, the device's, and the delta."""
-
-    def send(seed: int, *, device: str = "", **fields: Any) -> tuple[str, str, LoraDelta]:
-        device = device or add_device()
-        given: dict[str, Any] = {"targets": TARGETS, "scale": 0.03} | fields
-        delta = make_delta(base.shape, base.line_id, seed=seed, **given)
-        return send_delta(vault, device, delta), device, delta
-
-    return send
-
-
-def dense(delta: LoraDelta, path: str) -> Tensor:
-    """What a delta of both factors changes in a layer, as a whole matrix."""
-    tensors = {name: torch.from_numpy(array.copy()).double() for name, array in load(delta.weights).items()}
-    return delta.scale * tensors[path + B] @ tensors[path + A]
-
-
-def served(files: dict[str, bytes], path: str, *, scale: float = SCALE) -> Tensor:
-    """What an adapter of the registry does to a layer, as a whole matrix."""
-    tensors = load(files[WEIGHTS_FILE])
-    b, a = (torch.from_numpy(tensors[PREFIX + path + part].copy()).double() for part in (B, A))
-    return scale * b @ a
-
-
-def paths_of(base: Base) -> list[str]:
-    return [path for path in base.shape.linears() if path.rsplit(".", 1)[1] in TARGETS]
-
-
-def parts_of(worker: Worker, round_id: str) -> dict[str, float]:
-    """What each update of a joined round was multiplied with, as its account says."""
-    shares = worker._registry.round(round_id).metrics["joined"]["shares"]
-    return {s["source"]: s["weight"] * s["cut_to"] / s["norm"] for s in shares}
-
-
-def states(vault: Vault, line_id: str) -> dict[str, int]:
-    return vault.deltas.counts(line_id)
-
-
-def make_ready(worker: Worker) -> None:
-    assert worker.missing == 0
+__all__ = ["joined_home", "learn", "opened"]
 
 
 def test_a_round_of_deltas_alone_is_their_mean_and_is_explained(
@@ -191,11 +132,6 @@ def test_a_mixed_round_joins_its_own_update_with_the_deltas(
     account = worker._registry.round(report.round_id).metrics["joined"]
     assert {share["source"] for share in account["shares"]} >= {"own"}
     assert device in account["devices"]
-
-
-def _hash(worker: Worker, version: int) -> str:
-    files = worker._registry.adapter(version).facts.files
-    return next(entry.sha256 for entry in files if entry.name == WEIGHTS_FILE)
 
 
 def test_without_deltas_a_round_is_bit_for_bit_what_it_was(
@@ -305,16 +241,6 @@ def test_what_is_too_old_or_of_an_adapter_that_was_taken_back_is_stale(
     assert copied in ages
 
 
-def _all(vault: Vault) -> list[Any]:
-    devices = [row[0] for row in vault.database.rows("SELECT DISTINCT device_id FROM deltas")]
-    return [delta for device in devices for delta in vault.deltas.of_device(device)]
-
-
-def let_deltas_out(vault: Vault, device: str) -> None:
-    with vault.database.write() as database:
-        database.run("UPDATE devices SET level = ? WHERE device_id = ?", [Level.DELTAS, device])
-
-
 def test_fewer_make_a_round_after_a_while_and_too_few_never_do(
     vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str], learn: Any
 ) -> None:
@@ -399,13 +325,6 @@ def test_poison_that_got_by_the_door_and_foreign_layers_are_refused_alone(
     assert all(np.isfinite(tensor).all() for tensor in weights.values())
 
 
-def _device(vault: Vault, learn: Any) -> str:
-    """A new device that has sent nothing that waits."""
-    delta_id, device, _ = learn(99)
-    vault.deltas.outdate(delta_id, "only its device is needed")
-    return str(device)
-
-
 def test_layers_that_the_adapter_has_not_are_named(
     home: Home, vault: Vault, keys: ServerKeys, learn: Any, base: Base
 ) -> None:
@@ -417,216 +336,5 @@ def test_layers_that_the_adapter_has_not_are_named(
     assert (report.state, report.version) == (RoundState.FAILED, None)
     assert "target_modules" in report.reason
     assert states(vault, base.line_id) == {"left out": 2}
-    assert worker.missing == PER_ROUND
-    worker.close()
-
-
-def forget_all(vault: Vault, device: str) -> list[int]:
-    request = ForgetRequest(request_id=new_id(), device_id=device, at_ms=1, everything=True)
-    return vault.forget(request).adapters
-
-
-@pytest.mark.parametrize("left", [2, 1])
-def test_what_is_forgotten_while_it_is_judged_is_in_no_adapter(
-    vault: Vault, base: Base, opened: Callable[[], Worker], learn: Any, left: int
-) -> None:
-    worker = opened()
-    forgotten, device, _ = learn(1)
-    others = [learn(seed) for seed in range(2, 2 + left)]
-    judge, told = worker._judge, list[list[int]]()
-
-    def judging(*args: Any, **more: Any) -> Any:
-        if not told:
-            told.append(forget_all(vault, device))
-        return judge(*args, **more)
-
-    worker._judge = judging  # type: ignore[method-assign]
-    report = worker.run()
-    assert told == [[]]
-    assert vault.deltas.lost([forgotten]) == {forgotten}
-    if left == 1:
-        assert (report.state, report.version) == (RoundState.FAILED, None), "one device is too few"
-        assert states(vault, base.line_id) == {"waiting": 1}
-        return
-    assert (report.state, report.deltas) == (RoundState.PASSED, 2)
-    files = worker._registry.files(1)
-    for path in paths_of(base):
-        wanted = 0.5 * dense(others[0][2], path) + 0.5 * dense(others[1][2], path)
-        assert torch.allclose(served(files, path), wanted, atol=1e-5), path
-    assert forget_all(vault, others[0][1]) == [1]
-
-
-def test_a_mixed_round_begins_again_without_what_was_forgotten_and_keeps_its_updates(
-    vault: Vault,
-    device: str,
-    opened: Callable[[], Worker],
-    learn: Any,
-    make_step: MakeStep,
-    make_signal: MakeSignal,
-) -> None:
-    fill(vault, device, count=PER_ROUND, make_step=make_step, make_signal=make_signal)
-    worker = opened()
-    _, gone, _ = learn(1)
-    learn(2)
-    judge, steps, done = worker._judge, list[dict[str, float]](), list[bool]()
-
-    def judging(*args: Any, **more: Any) -> Any:
-        if not done:
-            done.append(True)
-            vault.delete_device(gone)
-        return judge(*args, **more)
-
-    worker._judge = judging  # type: ignore[method-assign]
-    report = worker.run(steps.append)
-    assert (report.state, report.deltas, report.trajectories) == (RoundState.PASSED, 1, PER_ROUND)
-    assert len(steps) == 3, "the updates are gone on with from their checkpoint"
-    assert {d.device_id for d in vault.deltas.of_round(report.round_id)}.isdisjoint({gone})
-
-
-@pytest.mark.parametrize("where", ["into", "_judge", "settle", "finish_round"])
-def test_a_round_of_deltas_that_was_cut_off_is_made_anew_the_same(
-    vault: Vault, base: Base, opened: Callable[[], Worker], learn: Any, where: str
-) -> None:
-    deltas = [learn(seed)[2] for seed in (1, 2)]
-    worker = opened()
-    holder: Any = {"into": worker._joining, "settle": worker._joining, "finish_round": worker._registry}.get(
-        where, worker
-    )
-
-    def die(*args: Any, **more: Any) -> Any:
-        raise Died
-
-    setattr(holder, where, die)
-    with pytest.raises(Died):
-        worker.run()
-    again = opened()
-    assert states(vault, base.line_id) == {"waiting": 2}
-    make_ready(again)
-    report = again.run()
-    assert (report.state, report.version, report.deltas) == (RoundState.PASSED, 1, 2)
-    assert again._registry.round(report.round_id).attempts == 2, "it is the same round"
-    for path in paths_of(base):
-        wanted = 0.5 * dense(deltas[0], path) + 0.5 * dense(deltas[1], path)
-        assert torch.allclose(served(again._registry.files(1), path), wanted, atol=1e-5), path
-    assert again.missing == PER_ROUND
-
-
-def test_a_delta_that_kills_the_trainer_is_refused_in_the_end(
-    vault: Vault, base: Base, opened: Callable[[], Worker], learn: Any
-) -> None:
-    for seed in (1, 2):
-        learn(seed)
-    large, _, _ = learn(3, rank=8)
-
-    def die(*args: Any, **more: Any) -> Any:
-        raise Died
-
-    for _ in range(3):
-        worker = opened()
-        worker._joining.into = die  # type: ignore[method-assign]
-        with pytest.raises(Died):
-            worker.run()
-    report = opened().run()
-    assert (report.state, report.deltas) == (RoundState.PASSED, 2)
-    assert {d.delta_id: d.reason for d in _all(vault) if d.state is DeltaState.REFUSED} == {large: DEADLY_DELTA}
-
-
-def test_what_a_refused_round_had_joined_is_refused_with_it(
-    vault: Vault, opened: Callable[[], Worker], learn: Any
-) -> None:
-    worker = opened()
-    for seed in (1, 2):
-        learn(seed)
-    worker._judge = lambda result, *, current: refuse("reward is worse")  # type: ignore[method-assign]
-    report = worker.run()
-    assert (report.state, report.version) == (RoundState.REFUSED, None)
-    found = vault.deltas.of_round(report.round_id)
-    assert [d.state for d in found] == [DeltaState.REFUSED] * 2
-    assert all("reward is worse" in d.reason for d in found)
-    assert worker.missing == PER_ROUND
-
-
-def add_sum(vault: Vault, base: Base, members: list[str]) -> None:
-    """Have what these devices learned wait as one sum."""
-    delta = make_delta(base.shape, base.line_id, seed=1, targets=TARGETS, method=Method.FFA, trajectories=9)
-    sum_id = new_id()
-    with vault.database.write() as database:
-        fields = [sum_id, "task", base.line_id, "done", "", "", 1]
-        database.run(
-            "INSERT INTO secure_sums (sum_id, task_id, line_id, status, phase, reason, began_ms)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            fields,
-        )
-        for member in members:
-            sql = "INSERT INTO secure_members (sum_id, device_id) VALUES (?, ?)"
-            database.run(sql, [sum_id, member])
-        assert SumDeltas(database, vault._seals)(sum_id, delta, dict.fromkeys(members, "item")) == ""
-
-
-def test_a_sum_of_devices_that_learn_apart_by_now_is_in_no_cohorts_round(
-    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str], learn: Any
-) -> None:
-    members = [add_device() for _ in range(3)]
-    add_sum(vault, base, members)
-    learn(1)
-    with vault.database.write() as database:
-        database.run("UPDATE devices SET cohort = 'b' WHERE device_id = ?", [members[0]])
-    worker = opened()
-    assert worker.missing == PER_ROUND
-    assert states(vault, base.line_id) == {"stale": 1, "waiting": 1}
-    (reason,) = [d.reason for d in _all(vault) if d.state is DeltaState.STALE]
-    assert "the sum of 3 devices" in reason
-    assert "different cohorts" in reason
-
-
-def test_a_secure_sum_counts_as_the_devices_that_are_in_it(
-    vault: Vault, base: Base, opened: Callable[[], Worker], add_device: Callable[..., str]
-) -> None:
-    members = [add_device() for _ in range(3)]
-    add_sum(vault, base, members)
-    worker = opened()
-    make_ready(worker)
-    report = worker.run()
-    assert (report.state, report.deltas) == (RoundState.PASSED, 1)
-    account = worker._registry.round(report.round_id).metrics["joined"]
-    assert account["devices"] == sorted(members)
-    assert [share["device_id"] for share in account["shares"]] == [""], "it is of no single device"
-    assert vault.delete_device(members[1]).adapters == [1]
-    assert [d.state for d in vault.deltas.of_round(report.round_id)] == [DeltaState.SHREDDED]
-
-
-def test_what_only_lacks_company_waits_on_when_the_others_are_left_out(
-    home: Home, vault: Vault, keys: ServerKeys, base: Base, learn: Any
-) -> None:
-    configure(home, train=TRAIN, federate=PLAIN | {"duplicate_cosine": 0.98})
-    first, _, _ = learn(1)
-    copied, _, _ = learn(1)
-    worker = Worker.open(home)
-    make_ready(worker)
-    report = worker.run()
-    assert (report.state, report.version) == (RoundState.FAILED, None)
-    assert states(vault, base.line_id) == {"waiting": 2}, "a round that did not happen uses nothing up"
-    assert worker.missing == PER_ROUND, "and is not made of the same again and again"
-    learn(2)
-    make_ready(worker)
-    assert worker.run().deltas == 2
-    assert {d.state for d in _all(vault) if d.delta_id in (first, copied)} == {DeltaState.JOINED, DeltaState.LEFT_OUT}
-    worker.close()
-
-
-def test_what_was_left_out_and_waited_for_others_in_vain_is_learned_anew(
-    home: Home, vault: Vault, keys: ServerKeys, base: Base, learn: Any
-) -> None:
-    configure(home, train=TRAIN, federate=PLAIN | {"duplicate_cosine": 0.98})
-    learn(1)
-    learn(1)
-    worker = Worker.open(home)
-    assert worker.run().version is None
-    assert worker.missing == PER_ROUND
-    with vault.database.write() as database:
-        database.run("UPDATE deltas SET received_ms = received_ms - 1800000")
-    make_ready(worker)
-    assert "a copy of" in worker.run().reason
-    assert states(vault, base.line_id) == {"left out": 1, "waiting": 1}, "a device whose delta waits is asked nothing"
     assert worker.missing == PER_ROUND
     worker.close()
