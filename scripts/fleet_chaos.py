@@ -224,12 +224,12 @@ def _start_again(part: Part) -> None:
                 raise
 
 
-def rampage(stage: Stage, report: Report, *, draw: random.Random, say: Callable[[str], None]) -> None:
-    """Kill for `report.seconds`; each victim once before any is drawn again, so that a short run has all of them."""
+def rampage(stage: Stage, report: Report, *, draw: random.Random, least: int, say: Callable[[str], None]) -> None:
+    """Kill for `report.seconds`, and `least` times; each victim once before any is drawn again."""
     kills: Counter[str] = Counter()
     deck: list[str] = []
     until = time.monotonic() + report.seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until or kills.total() < least:
         if not deck:
             deck = [*CHILDREN, "server", DATABASE, *(edge.name for edge in stage.edges)]
             draw.shuffle(deck)
@@ -334,7 +334,9 @@ def _check_vault(stage: Stage, edge: Part, pool: set[str], *, report: Report) ->
     report.doubled += len(kept) - len(set(kept)) + abs(counted - len(kept))
 
 
-def run(folder: Path, *, seconds: float, seed: int, edges: int, say: Callable[[str], None] = lambda _: None) -> Report:
+def run(
+    folder: Path, *, seconds: float, seed: int, edges: int, least: int = 0, say: Callable[[str], None] = lambda _: None
+) -> Report:
     """The whole play in an empty folder.
 
     Raises:
@@ -349,7 +351,7 @@ def run(folder: Path, *, seconds: float, seed: int, edges: int, say: Callable[[s
             client.start()
         try:
             wait_for(lambda: min(stage.acknowledged().values()) > 0, HEALED_S, what="the first receipts")
-            rampage(stage, report, draw=random.Random(seed), say=say)
+            rampage(stage, report, draw=random.Random(seed), least=least, say=say)
         finally:
             for client in clients:
                 client.stop()

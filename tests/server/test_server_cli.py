@@ -252,7 +252,12 @@ def test_adapters_are_released_held_and_rolled_back(run: Run, made: Home, opened
     run("adapters", "hold", "2")
     assert run("adapters", "show", "2", "--json")["state"] == "held"
     assert "released" in run("adapters", "release", "2")
-    assert run("adapters", "rollback", "--to", "1", "--yes", "--json") == {"version": 3, "files_of": 1}
+    assert run("adapters", "rollback", "--to", "1", "--yes", "--json") == {
+        "version": 3,
+        "files_of": 1,
+        "cohorts": {},
+        "cohorts_kept": [],
+    }
     assert run("status", "--json")["adapter"]["version"] == 3
     assert "rolled_back" in run("adapters", "list")
     assert "8 episodes of tools" in " ".join(run("adapters", "show", "3").split())

@@ -66,6 +66,7 @@ class GatewayStats(msgspec.Struct, frozen=True, kw_only=True):
 
     kept: int
     keep_failures: int
+    kept_late: int
     in_flight: int
     remembered_steps: int
     spliced: dict[str, int]
@@ -83,6 +84,7 @@ class StatsReader:
         return GatewayStats(
             kept=self._recorder.kept,
             keep_failures=self._recorder.failed,
+            kept_late=self._recorder.late,
             in_flight=self._drain.in_flight,
             remembered_steps=len(self._memory),
             spliced={how.value: count for how, count in self._counts.items()},

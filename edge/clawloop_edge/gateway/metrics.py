@@ -33,6 +33,8 @@ class GatewayCounts(Protocol):
     @property
     def keep_failures(self) -> int: ...
     @property
+    def kept_late(self) -> int: ...
+    @property
     def in_flight(self) -> int: ...
     @property
     def spliced(self) -> Mapping[str, int]: ...
@@ -107,6 +109,8 @@ class StateCollector(Collector):
         yield live
         yield CounterMetricFamily("clawloop_steps_kept", "Steps on disk since the start.", counts.kept)
         yield CounterMetricFamily("clawloop_steps_not_kept", "Steps that could not be kept.", counts.keep_failures)
+        late = "Answers that ended before the disk had them."
+        yield CounterMetricFamily("clawloop_answers_kept_late", late, counts.kept_late)
         prompts = CounterMetricFamily("clawloop_prompts", "Prompts by how their ids came about.", labels=["how"])
         for how, count in counts.spliced.items():
             prompts.add_metric([how], count)

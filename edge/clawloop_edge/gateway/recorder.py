@@ -1,11 +1,13 @@
 """Builds the record of one call and hands it to the pool's writer, off the hot path.
 
-Keeping never delays a token and never fails a call: what could not be kept is counted and logged, without content.
+Keeping never delays a token and never fails a call: what could not be kept is counted and logged, without content. Only
+the end of an answer waits until the disk has it, so that what a client has whole survives kill -9.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -27,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 _LOG_EVERY_S = 60.0
 SEAT_INDEX = "seat"
 """the pool's look-up from a trajectory and a step's number in it"""
+KEPT_WITHIN_S = 1.0
+"""how long the end of an answer waits for the disk"""
 TRAJECTORY_COMPLETE = "trajectory complete"
 Clock = Callable[[], float]
 
@@ -97,6 +101,8 @@ class Recorder:
         self._logged_at = -_LOG_EVERY_S
         self.kept = 0
         self.failed = 0
+        self.late = 0
+        """answers that were ended before the disk had them"""
 
     def keep(self, live: LiveCall) -> "Future[None] | None":
         """Keep one call and let later calls continue it; the future is resolved when it is on disk.
@@ -135,6 +141,14 @@ class Recorder:
         future.add_done_callback(self._settled)
         return future
 
+    async def on_disk(self, lives: Sequence[LiveCall]) -> None:
+        """Wait until these are kept or cannot be, but no longer than `KEPT_WITHIN_S`: the user is served first."""
+        writes = [asyncio.wrap_future(live.kept) for live in lives if live.kept is not None]
+        for write in writes:
+            write.add_done_callback(_seen)
+        late = (await asyncio.wait(writes, timeout=KEPT_WITHIN_S))[1] if writes else ()
+        self.late += len(late)
+
     def _settled(self, future: "Future[None]") -> None:
         error = None if future.cancelled() else future.exception()
         if error is not None or future.cancelled():
@@ -149,6 +163,11 @@ class Recorder:
         if self._clock() - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = self._clock()
             _LOG.error("steps that could not be kept so far: %d; the latest: %s", self.failed, type(error).__name__)
+
+
+def _seen(future: "asyncio.Future[None]") -> None:
+    if not future.cancelled():
+        future.exception()  # `_settled` has told of it
 
 
 def seat_key(trajectory_id: str, index: int) -> bytes:

@@ -1,7 +1,7 @@
 """One call from its body to its last byte, streaming or not, whatever API it came through.
 
-The order is fixed: read, place, start (errors until the first token have a status), deliver, keep. The wire
-format is the API's.
+The order is fixed: read, place, start (errors until the first token have a status), deliver, keep, end. The
+wire format is the API's.
 """
 
 import asyncio
@@ -160,6 +160,7 @@ class Service:
 
     async def _whole(self, request: web.Request, lives: list[LiveCall], *, writer: Writer) -> web.Response:
         await self._run(lives, _present(request))
+        await self._recorder.on_disk(lives)
         body = writer.whole([live.reply for live in lives], _usage(lives))
         return web.Response(body=body, content_type="application/json", headers=_headers(lives, reason_after))
 
@@ -170,6 +171,7 @@ class Service:
                 if not await lives[0].answer.ready(self._settings.headers_after_s):
                     await stream.begin()
                 await self._run(lives, stream.put)
+                await self._recorder.on_disk(lives)
                 await stream.finish(writer.end([live.reply for live in lives], _usage(lives)))
             except ConnectionError:
                 raise

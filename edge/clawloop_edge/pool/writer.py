@@ -28,7 +28,7 @@ T = TypeVar("T")
 MAX_QUEUED_BYTES = 64 << 20
 GROUP_OPERATIONS = 256
 GROUP_BYTES = 8 << 20
-GATHER_S = 0.02
+GATHER_S = 0.002
 """how long a patient operation waits for others: a transaction of one step encrypts twenty pages, of ten hardly more"""
 BUSY_TRIES = 6
 """times `BUSY_TIMEOUT_MS`: how long another process may hold the database before what waits is given up"""
