@@ -25,7 +25,7 @@ ROOMS = ("edge", "server", "shared")
 LOOK = (
     "flwr moved. All that we use of it is in edge/clawloop_edge/node/_flwr.py (used by flower.py),"
     " edge/clawloop_edge/node/_flwr_runtime.py (used by stock.py), server/clawloop_server/fleet/control.py, bridge.py,"
-    " polls.py, pushes.py, and the programs in superlink.py. Mend those, then this test, run test_flower.py and test_stock.py,"
+    " polls.py, pushes.py, and the programs in superlink.py. Mend those and this, run test_flower.py, test_stock.py,"
     " and pin the new version in pyproject.toml, constraints.txt and flower.FLWR_VERSION. What moved: "
 )
 MODULES = {

@@ -9,7 +9,6 @@ copy every page that one changes; so if one fails, the transaction is undone and
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,36 +27,15 @@ T = TypeVar("T")
 MAX_QUEUED_BYTES = 64 << 20
 GROUP_OPERATIONS = 256
 GROUP_BYTES = 8 << 20
-GATHER_S = 0.002
-"""how long a patient operation waits for others: a transaction of one step encrypts twenty pages, of ten hardly more"""
 BUSY_TRIES = 6
 """times `BUSY_TIMEOUT_MS`: how long another process may hold the database before what waits is given up"""
 
 
-class _Awaited(Future[T]):
-    """Of a patient operation: once a thread waits for it, the operation waits for no others any more."""
-
-    def __init__(self, hurry: Callable[[], None]) -> None:
-        super().__init__()
-        self._hurry = hurry
-
-    def result(self, timeout: float | None = None) -> T:
-        if not self.done():
-            self._hurry()
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        if not self.done():
-            self._hurry()
-        return super().exception(timeout)
-
-
 class _Job:
-    __slots__ = ("due", "future", "operation", "patient", "result", "size_bytes")
+    __slots__ = ("future", "operation", "patient", "result", "size_bytes")
 
     def __init__(self, operation: Callable[["Database"], Any], *, size_bytes: int, patient: bool) -> None:
         self.operation, self.size_bytes, self.patient = operation, size_bytes, patient
-        self.due = time.monotonic() + GATHER_S if patient else 0.0
         self.future: Future[Any] = Future()
         self.result: Any = None
 
@@ -95,34 +73,25 @@ class Writer:
     ) -> "Future[T]":
         """Have `operation` run in the writer's thread, and return at once.
 
-        A patient one lets others share its transaction that come within `GATHER_S`, until one comes that is not, or a
-        thread asks for the result of one.
-        An operation may be run again, after its first run was undone.
+        A patient one may put off what it writes until `settle`. An operation may be run again, after its first run was
+        undone.
 
         The future fails with PoolError if the pool is closed or more than `MAX_QUEUED_BYTES` wait, and with
         StorageError if the disk would not take it. An operation must not wait for another operation.
         """
         job = _Job(operation, size_bytes=size_bytes, patient=patient)
-        if patient:
-            job.future = _Awaited(lambda: self._hurry(job))
         job.future.set_running_or_notify_cancel()  # a client that goes away must not take its step with it
         with self._wake:
             problem = self._problem(size_bytes)
             if problem is None:
                 self._jobs.append(job)
                 self.queued_bytes += size_bytes
-                if not patient or len(self._jobs) in (1, GROUP_OPERATIONS):  # else the thread knows how long to wait
-                    self._wake.notify()
+                self._wake.notify()
             else:
                 self.refused += 1
         if problem is not None:
             job.future.set_exception(problem)
         return job.future
-
-    def _hurry(self, job: _Job) -> None:
-        with self._wake:
-            job.due = 0.0
-            self._wake.notify()
 
     def _problem(self, size_bytes: int) -> PoolError | None:
         if self.closed:
@@ -151,8 +120,8 @@ class Writer:
     def _next_group(self) -> list[_Job]:
         """The jobs of the next transaction, oldest first; they stay queued until resolved. Empty: closed and done."""
         with self._wake:
-            while not self.closed and (wait_s := self._wait_s()) != 0:
-                self._wake.wait(wait_s)
+            while not self.closed and not self._jobs:
+                self._wake.wait()
             group: list[_Job] = []
             size = 0
             for job in self._jobs:
@@ -161,14 +130,6 @@ class Writer:
                 group.append(job)
                 size += job.size_bytes
             return group
-
-    def _wait_s(self) -> float | None:
-        """How long what is queued may still wait for others; None: nothing is."""
-        if not self._jobs:
-            return None
-        if len(self._jobs) >= GROUP_OPERATIONS:
-            return 0.0
-        return max(0.0, min(job.due for job in self._jobs) - time.monotonic())
 
     def _write(self, group: list[_Job]) -> None:
         for attempt in range(1, BUSY_TRIES + 1):

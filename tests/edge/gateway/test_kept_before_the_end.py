@@ -1,14 +1,14 @@
-"""What a client was told whole is on the disk: the end of an answer waits for it, its tokens do not, and not for long."""
+"""What a client was told whole is on the disk: an answer's end waits for it a moment, and its tokens do not."""
 
 import asyncio
 import threading
 from typing import Any
 
 import pytest
+from tests.edge.gateway.conftest import Serve, Served
 
 from clawloop_edge.gateway import recorder
 from clawloop_edge.gateway.app import STATS
-from tests.edge.gateway.conftest import Serve, Served
 
 USER = [{"role": "user", "content": "Hi."}]
 

@@ -1,12 +1,11 @@
-"""Steps that come one after another share a transaction, and nobody who waits for a write waits for that."""
+"""Steps that come while the writer is busy share a transaction."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
-from clawloop_edge.pool import writer
 from clawloop_edge.pool.keys import KnownKey
 from clawloop_edge.pool.store import Pool
 
@@ -16,22 +15,26 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 
-@pytest.fixture(autouse=True)
-def _long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "GATHER_S", 30.0)
+@contextmanager
+def busy(pool: Pool) -> Iterator[None]:
+    """The writer does something else meanwhile; what comes is its next transaction."""
+    begun, over = threading.Event(), threading.Event()
 
+    def work(database: "Database") -> None:
+        begun.set()
+        over.wait(20)
 
-def test_a_step_waits_for_others_until_somebody_waits_for_a_write(pool: Pool, make_kept: MakeKept) -> None:
-    first, second = pool.keep_step(make_kept()), pool.keep_step(make_kept())
-    assert not first.done()
-    pool.set_state("name", b"value").result(20)
-    assert first.done()
-    assert second.done()
+    pool.submit(work)
+    assert begun.wait(20)
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def test_a_step_that_waits_is_kept_when_the_pool_is_closed(tmp_path: Path, key: bytes, make_kept: MakeKept) -> None:
     kept = make_kept()
-    with Pool.open(tmp_path, KnownKey.of(key)) as pool:
+    with Pool.open(tmp_path, KnownKey.of(key)) as pool, busy(pool):
         future = pool.keep_step(kept)
         assert not future.done()
     future.result(0)
@@ -43,10 +46,11 @@ def test_a_step_that_cannot_be_kept_fails_alone_among_those_that_share_its_trans
     pool: Pool, make_kept: MakeKept
 ) -> None:
     kept = [make_kept(words=f"{number}") for number in range(4)]
-    futures = [pool.keep_step(each) for each in kept[:2]]
-    broken = pool.keep_step(make_kept(messages=[{"role": "user", "content": object()}]))
-    futures += [pool.keep_step(each) for each in kept[2:]]
-    state = pool.set_state("name", b"value")
+    with busy(pool):
+        futures = [pool.keep_step(each) for each in kept[:2]]
+        broken = pool.keep_step(make_kept(messages=[{"role": "user", "content": object()}]))
+        futures += [pool.keep_step(each) for each in kept[2:]]
+        state = pool.set_state("name", b"value")
     assert isinstance(broken.exception(20), TypeError)
     assert [future.result(20) for future in (*futures, state)] == [None] * 5
     assert pool.session_steps("session-1") == kept
@@ -60,9 +64,10 @@ def test_what_shares_a_transaction_with_steps_sees_those_before_it(pool: Pool, m
         return tuple(row.fetchone())
 
     kept = [make_kept(words=f"{number}") for number in range(3)]
-    first = [pool.keep_step(each) for each in kept[:2]]
-    seen = pool.submit(look)
-    last = pool.keep_step(kept[2])
+    with busy(pool):
+        first = [pool.keep_step(each) for each in kept[:2]]
+        seen = pool.submit(look)
+        last = pool.keep_step(kept[2])
     assert seen.result(20) == (2, 2, 2)
     pool.submit(look).result(20)
     assert all(future.done() for future in (*first, last))
@@ -71,34 +76,13 @@ def test_what_shares_a_transaction_with_steps_sees_those_before_it(pool: Pool, m
 
 def test_steps_forgotten_in_the_transaction_that_kept_them_are_gone(pool: Pool, make_kept: MakeKept) -> None:
     kept, again = make_kept(), make_kept()
-    pool.keep_step(kept)
-    forgotten = pool.submit(lambda database: pool.forgetting.forget(database, ["session-1"]))
-    pool.keep_step(again)
-    other = pool.keep_step(make_kept(session="session-2"))
+    with busy(pool):
+        pool.keep_step(kept)
+        forgotten = pool.submit(lambda database: pool.forgetting.forget(database, ["session-1"]))
+        pool.keep_step(again)
+        other = pool.keep_step(make_kept(session="session-2"))
     assert forgotten.result(20).step_ids == [kept.step.step_id]
     pool.set_state("name", b"value").result(20)
     assert other.done()
     assert [session.session_id for session in pool.sessions()] == ["session-2"]
     assert pool.verify().problems == []
-
-
-def test_a_step_waits_no_longer_than_it_may(pool: Pool, make_kept: MakeKept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "GATHER_S", 0.01)
-    kept = threading.Event()
-    pool.keep_step(make_kept()).add_done_callback(lambda _: kept.set())
-    assert kept.wait(20)
-    assert len(pool.step_ids()) == 1
-
-
-def test_a_step_waits_for_no_others_once_a_thread_waits_for_it(pool: Pool, make_kept: MakeKept) -> None:
-    first, second = pool.keep_step(make_kept()), pool.keep_step(make_kept())
-    assert second.result(20) is None
-    assert first.done()
-
-
-def test_a_full_transaction_waits_for_nothing(pool: Pool, make_kept: MakeKept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "GROUP_OPERATIONS", 3)
-    kept = threading.Event()
-    for _ in range(3):
-        pool.keep_step(make_kept()).add_done_callback(lambda _: kept.set())
-    assert kept.wait(20)
