@@ -75,7 +75,7 @@ class Hub:
 
     def __init__(self, home: Home, *, stock_nodes: bool = False) -> None:
         self._stock_nodes = stock_nodes
-        self.codes = {"one", "two", "three"}
+        self.codes = {"one", "two", "three", "four"}
         self.keys: dict[str, str] = {}
         self.nodes: dict[int, str] = {}
         self.kept: list[tuple[str, UploadItem]] = []

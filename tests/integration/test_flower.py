@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from clawloop_edge.node.flower import FlowerTransport
 from clawloop_edge.node.join import join
-from clawloop_edge.node.transport import NodeError, NodeRefused
+from clawloop_edge.node.transport import Answer, NodeError, NodeRefused, Permit
 from clawloop_edge.node.worker import NodeState
+from clawloop_server.fleet.replies import GIVEN_UP_S
 from clawloop_server.fleet.tls import ensure_tls
 from clawloop_server.home import create
 from clawloop_shared.messages import Invitation, UploadItem, write_invitation
@@ -86,6 +87,38 @@ def test_a_second_device_is_served_beside_the_first(hub: Hub, device: Device) ->
         until(lambda: other.version == hub.version)
     finally:
         assert other.worker.stop()
+
+
+class HalfSent(FlowerTransport):
+    """Announces its answer, and dies before it has sent the parts."""
+
+    def _push(self, run_id: int, pushed: Any, objects: dict[str, Any], *, permit: Permit) -> None:
+        assert pushed.objects_to_push
+
+
+def test_a_device_that_dies_in_the_middle_of_an_answer_holds_up_nobody_and_is_back_soon(
+    hub: Hub, device: Device
+) -> None:
+    membership = join(hub.invitation("four"), line=LINE)
+    dying = HalfSent(membership)
+    dying.connect()
+    while (asked := dying.receive()) is None:
+        time.sleep(0.05)
+    dying.send(asked, Answer(b"x"), permit=lambda: True)
+    dying.cut()
+    time.sleep(1)  # by then the bridge has its answer before it, in part
+    began = time.monotonic()
+    device.put("beside half an answer")
+    until(lambda: "beside half an answer" in kept(hub), 20)
+    reborn = Device(membership)
+    reborn.worker.start()
+    try:
+        reborn.put("after half an answer")
+        until(lambda: "after half an answer" in kept(hub), 20)
+    finally:
+        assert reborn.worker.stop()
+    assert time.monotonic() - began < GIVEN_UP_S / 4
+    dying.close(goodbye=False)
 
 
 def test_an_invitation_is_good_once_and_its_certificate_is_pinned(hub: Hub, tmp_path: Path) -> None:

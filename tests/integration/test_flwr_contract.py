@@ -25,8 +25,8 @@ ROOMS = ("edge", "server", "shared")
 LOOK = (
     "flwr moved. All that we use of it is in edge/clawloop_edge/node/_flwr.py (used by flower.py),"
     " edge/clawloop_edge/node/_flwr_runtime.py (used by stock.py), server/clawloop_server/fleet/control.py, bridge.py,"
-    " polls.py, pushes.py, and the programs in superlink.py. Mend those and this, run test_flower.py, test_stock.py,"
-    " and pin the new version in pyproject.toml, constraints.txt and flower.FLWR_VERSION. What moved: "
+    " polls.py, pushes.py, replies.py, and the programs in superlink.py. Mend those and this, run test_flower.py and"
+    " test_stock.py, and pin the new version in pyproject.toml, constraints.txt and flower.FLWR_VERSION. What moved: "
 )
 MODULES = {
     "edge/clawloop_edge/node/_flwr.py",
@@ -35,6 +35,7 @@ MODULES = {
     "server/clawloop_server/fleet/control.py",
     "server/clawloop_server/fleet/polls.py",
     "server/clawloop_server/fleet/pushes.py",
+    "server/clawloop_server/fleet/replies.py",
     "server/clawloop_server/fleet/fab/clawloop_bridge/app.py",
     "server/clawloop_server/simulate/_flwr.py",
 }
@@ -73,6 +74,8 @@ FIELDS = {
     "fleet_pb2.DeactivateNodeRequest": {"node_id"},
     "fleet_pb2.PullMessagesRequest": {"node"},
     "fleet_pb2.PullMessagesResponse": {"messages_list", "message_object_trees"},
+    "runtime_pb2.PullAppMessagesRequest": {"message_ids"},
+    "runtime_pb2.PullAppMessagesResponse": {"messages_list", "message_object_trees"},
     "fleet_pb2.PushMessagesRequest": {"node", "messages_list", "message_object_trees", "clientapp_runtime_list"},
     "fleet_pb2.PushMessagesResponse": {"objects_to_push", "session_id"},
     "heartbeat_pb2.SendNodeHeartbeatRequest": {"node", "heartbeat_interval"},
@@ -223,16 +226,26 @@ def test_the_stock_drivers_parts_take_what_they_are_given(flwr: Any) -> None:
     assert {runtime.TaskType.CLIENT_APP, runtime.SubStatus.COMPLETED, runtime.SubStatus.FAILED}
 
 
-def test_the_bridges_grid_can_be_told_to_hurry(flwr: Any) -> None:
-    from flwr.superlink.grid import http_grid
+def test_the_bridges_grid_shows_what_replies_are_fetched_with(flwr: Any) -> None:
+    from flwr.app import Message
+    from flwr.supercore.inflatable import inflatable_object, inflatable_protobuf_utils, inflatable_utils
+    from flwr.superlink.grid.http_grid import HttpGrid
 
-    wanted = {"initial_backoff", "backoff_cap", "max_time"}
-    assert wanted <= parameters(http_grid.pull_objects), told("the grid's pull_objects")
-    source = inspect.getsource(http_grid)
-    assert "pull_objects(" in source, told("the grid no longer calls pull_objects by its own name")
-    for name, names in {"push_messages": {"messages"}, "pull_messages": {"message_ids"}, "get_nodes": set()}.items():
-        found = parameters(getattr(http_grid.HttpGrid, name))
+    for name, names in {"push_messages": {"messages"}, "get_nodes": set[str]()}.items():
+        found = parameters(getattr(HttpGrid, name))
         assert names <= found, told(f"HttpGrid.{name} takes {found}")
+    assert isinstance(HttpGrid._runtime_client, property), told("HttpGrid has no _runtime_client")
+    assert hasattr(HttpGrid("127.0.0.1:1", insecure=True, token="t"), "node"), told("HttpGrid has no node")
+    wanted: dict[Callable[..., object], set[str]] = {
+        inflatable_protobuf_utils.make_pull_object_fn_protobuf: {"pull_object_protobuf", "node", "run_id"},
+        inflatable_utils.inflate_object_from_contents: {"object_id", "object_contents"},
+        inflatable_object.iterate_object_tree: {"tree"},
+    }
+    for call, names in wanted.items():
+        assert names <= parameters(call), told(f"{call.__name__} takes {parameters(call)}")
+    assert issubclass(inflatable_utils.ObjectUnavailableError, Exception)
+    assert issubclass(inflatable_utils.ObjectPullError, Exception)
+    assert {"content", "error", "metadata", "has_error"} <= set(dir(Message))
 
 
 @pytest.mark.parametrize("name", FIELDS)

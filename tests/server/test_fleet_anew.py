@@ -8,6 +8,7 @@ import pytest
 from clawloop_server.fleet.bridge import Bridge
 from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.dispatch import Dispatcher
+from clawloop_server.fleet.replies import Arrived
 from clawloop_shared import wire
 from clawloop_shared.messages import (
     RECORD,
@@ -75,6 +76,12 @@ async def test_an_upload_that_a_device_died_in_is_asked_for_when_it_is_back(worl
     assert await world.asked(AGAIN, 1) == []
 
 
+async def test_a_greeting_that_a_device_died_in_is_said_again_though_who_is_there_was_told_once(world: World) -> None:
+    assert [sent.type for sent in await world.asked(FIRST)] == [STATUS]
+    assert await world.asked(None, 1) == []
+    assert [sent.type for sent in await world.asked(AGAIN, 1)] == [STATUS]
+
+
 async def test_a_greeting_that_died_with_its_bridge_is_said_again_to_the_next_one(world: World) -> None:
     assert [sent.type for sent in await world.asked(FIRST)] == [STATUS]
     await world.dispatcher.connected()
@@ -97,6 +104,8 @@ async def test_a_rest_after_an_answer_is_kept_by_a_device_that_began_anew(world:
 class Grid:
     """Flower's grid with answers put in by hand."""
 
+    soon = False
+
     def __init__(self) -> None:
         self.answers: list[str] = []
         self.asked: list[str] = []
@@ -109,16 +118,15 @@ class Grid:
         self._count += len(messages)
         return [f"m{self._count}"]
 
-    def pull_messages(self, ids: list[str]) -> list[Any]:
+    def pull(self, ids: list[str]) -> list[Arrived]:
         self.asked = ids
         ready, self.answers = [i for i in self.answers if i in ids], []
         return [_answer(message_id) for message_id in ready]
 
 
-def _answer(message_id: str) -> Any:
+def _answer(message_id: str) -> Arrived:
     content = SimpleNamespace(config_records={RECORD: {RECORD: message_id.encode()}}, array_records={})
-    metadata = SimpleNamespace(reply_to_message_id=message_id)
-    return SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+    return Arrived(message_id, SimpleNamespace(content=content, has_error=lambda: False))
 
 
 class Hub:

@@ -9,11 +9,14 @@ import pytest
 from clawloop_server.fleet import bridge as bridges
 from clawloop_server.fleet.bridge import Bridge
 from clawloop_server.fleet.channel import MAX_FRAME_BYTES, NodeInfo, Outgoing, Reply
+from clawloop_server.fleet.replies import Arrived
 from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD
 
 
 class Grid:
     """Flower: nodes, and messages that are answered when the test says so."""
+
+    soon = False
 
     def __init__(self) -> None:
         self.nodes = [_node(2, "b"), _node(1, "a")]
@@ -33,7 +36,7 @@ class Grid:
             ids.append(None if message.metadata.dst_node_id in self.refused else f"m{self.count}")
         return ids
 
-    def pull_messages(self, ids: list[str]) -> list[Any]:
+    def pull(self, ids: list[str]) -> list[Arrived]:
         self.asked.append(ids)
         return [_answer(each, self.payloads.get(each, each.encode())) for each in ids if each in self.answered]
 
@@ -42,10 +45,9 @@ def _node(node_id: int, name: str) -> Any:
     return SimpleNamespace(node_id=node_id, name=name, last_activated_at="now")
 
 
-def _answer(message_id: str, payload: bytes) -> Any:
+def _answer(message_id: str, payload: bytes) -> Arrived:
     content = SimpleNamespace(config_records={RECORD: {RECORD: payload}}, array_records={})
-    metadata = SimpleNamespace(reply_to_message_id=message_id)
-    return SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+    return Arrived(message_id, SimpleNamespace(content=content, has_error=lambda: False))
 
 
 class Hub:

@@ -5,10 +5,10 @@ Flower keeps no message for a device that is away and hands out each reply once,
 anything else is asked.
 """
 
-import functools
 import logging
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from clawloop_server.errors import FleetError
 from clawloop_server.fleet.channel import VARIABLE, Line, NodeInfo, Outgoing, Reply, read_address
+from clawloop_server.fleet.replies import Arrived, Replies
 from clawloop_shared.messages import MAX_PAYLOAD_BYTES, RECORD, SMALL_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
@@ -31,8 +32,6 @@ _MAX_HANDED_BYTES = 128 << 20
 """of payloads in one exchange: the hub hangs up on a frame over `channel.MAX_FRAME_BYTES`, whoever's fault it is"""
 _WAIT_S = (0.03, 0.5)
 _WAIT_SHARE = 0.4
-_PART_S = (0.01, 0.5)
-_PART_MAX_S = 120.0
 
 
 class Hub(Protocol):
@@ -40,6 +39,27 @@ class Hub(Protocol):
 
     def exchange(self, online: list[NodeInfo] | None, replies: list[Reply], *, wait_s: float) -> list[Outgoing]:
         """Hand over replies, get what to send; `online` None: as before."""
+        ...
+
+
+class Grid(Protocol):
+    """Flower as the bridge sees it (`replies.Replies`)."""
+
+    @property
+    def soon(self) -> bool:
+        """Whether a reply is likely to be there in a moment."""
+        ...
+
+    def get_nodes(self) -> Iterable[Any]:
+        """The nodes that are online."""
+        ...
+
+    def push_messages(self, messages: list[Any]) -> Iterable[str | None]:
+        """Send these; their ids, None for what was not taken."""
+        ...
+
+    def pull(self, question_ids: list[str]) -> list[Arrived]:
+        """The replies to these that are there, each once."""
         ...
 
 
@@ -52,7 +72,7 @@ class _Sent:
 class Bridge:
     """One grid, one hub."""
 
-    def __init__(self, grid: Any, hub: Hub) -> None:
+    def __init__(self, grid: Grid, hub: Hub) -> None:
         self._grid, self._hub = grid, hub
         self._online: list[NodeInfo] = []
         self._told: list[NodeInfo] | None = None
@@ -98,6 +118,8 @@ class Bridge:
             return 0.0
         if not self._sent:
             return _IDLE_S
+        if self._grid.soon:
+            return _WAIT_S[0]
         now_s = time.monotonic()
         age_s = now_s - self._sent_s
         return max(min(max(age_s * _WAIT_SHARE, _WAIT_S[0]), _WAIT_S[1]), min(self._pull_due_s - now_s, _WAIT_S[1]))
@@ -120,11 +142,10 @@ class Bridge:
         what nobody fetches stays in the SuperLink's memory."""
         began_s = time.monotonic()
         asked = list(islice(self._sent, _MAX_PULL))
-        for message in self._grid.pull_messages(asked):
-            message_id = message.metadata.reply_to_message_id
-            sent = self._sent.pop(message_id, None)
-            if sent is not None and self._latest.get(sent) == message_id:
-                self._replies.append(_reply(sent, message))
+        for arrived in self._grid.pull(asked):
+            sent = self._sent.pop(arrived.question_id, None)
+            if sent is not None and self._latest.get(sent) == arrived.question_id:
+                self._replies.append(_reply(sent, arrived))
         if len(self._sent) > _MAX_PULL:
             for message_id in asked:
                 if message_id in self._sent:
@@ -148,7 +169,10 @@ def _message(order: Outgoing) -> Any:
     return Message(content, dst_node_id=order.node_id, message_type=order.type, ttl=order.ttl_s)
 
 
-def _reply(sent: _Sent, message: Any) -> Reply:
+def _reply(sent: _Sent, arrived: Arrived) -> Reply:
+    message = arrived.message
+    if message is None:
+        return Reply(sent.node_id, sent.type, error=arrived.error[:500])
     if message.has_error():
         return Reply(sent.node_id, sent.type, error=f"{message.error.code} {message.error.reason or ''}"[:500])
     small, large = message.content.config_records.get(RECORD), message.content.array_records.get(RECORD)
@@ -170,9 +194,8 @@ def run(grid: Any, run_id: int) -> None:
     """
     file = Path(os.environ.get(VARIABLE, ""))
     _log_to(read_address(file).log)
-    _hurry()
     line = Line(file, run_id)
-    bridge = Bridge(grid, line)
+    bridge = Bridge(Replies(grid, run_id), line)
     _log.info("bridge of run %d is up", run_id)
     try:
         while True:
@@ -184,18 +207,6 @@ def run(grid: Any, run_id: int) -> None:
         raise
     finally:
         line.close()
-
-
-def _hurry() -> None:
-    """Look again soon for the parts of a reply that is still being sent.
-
-    flwr's grid waits a whole second after the first look, which made every exchange take 1.6 s instead of 0.2 s.
-    """
-    from flwr.superlink.grid import http_grid
-
-    http_grid.pull_objects = functools.partial(
-        http_grid.pull_objects, initial_backoff=_PART_S[0], backoff_cap=_PART_S[1], max_time=_PART_MAX_S
-    )
 
 
 def _log_to(path: str) -> None:

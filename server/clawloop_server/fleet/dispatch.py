@@ -115,6 +115,7 @@ class Dispatcher:
         self._settings, self._clock = settings or DispatchSettings(), clock
         self._devices: dict[int, Standing] = {}
         self._roster = Roster(members, clock=clock)
+        self._since: dict[int, str] = {}
         self._turns, self._offers, self._lookups = Due(), Due(), Due()
         per_s = self._settings.exchanges_per_s
         self._budget = Budget(per_s, burst=max(per_s, _MAX_ORDERS / 2), clock=clock)
@@ -222,6 +223,8 @@ class Dispatcher:
         """Take note of who came, who went, and what was released."""
         for node_id in self._roster.set(online) if online is not None else ():
             self._rest(node_id)
+        if online is not None:
+            self._since = {node.node_id: node.since for node in online}
         for node in online or ():
             self._began(node)
         if self._roster.is_due():
@@ -229,7 +232,8 @@ class Dispatcher:
             for node_id in gone:
                 self._rest(node_id)
             for node_id in came:
-                self._devices.setdefault(node_id, Standing(self._roster.known[node_id], self._clock()))
+                device = self._devices.setdefault(node_id, Standing(self._roster.known[node_id], self._clock()))
+                device.since = device.since or self._since.get(node_id, "")
                 self._plan(node_id)
         if self._cohort_due_s <= self._clock():
             self._cohort = await asyncio.to_thread(self._members.cohort)
