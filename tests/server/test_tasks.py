@@ -236,6 +236,24 @@ def test_who_refused_is_asked_again_after_an_hour(open_tasks: Callable[..., HubT
     assert asked(tasks, device) == task
 
 
+@pytest.mark.parametrize(("level", "asked_again"), [("deltas", True), ("redacted", False), ("full", False)])
+def test_after_a_release_who_sends_trajectories_and_refused_is_left_alone_for_the_hour(
+    open_tasks: Callable[..., HubTasks],
+    at: Any,
+    release: Callable[..., int],
+    clock: Clock,
+    level: str,
+    asked_again: bool,
+) -> None:
+    tasks, device = open_tasks(), at(level)
+    tasks.answered(device, LearnReply(task_id=asked(tasks, device).task_id, accepted=False, reason="nothing to learn"))
+    version = release()
+    clock.now_s += LOOK_AGAIN_S
+    assert (tasks.due(device, adapter_version=version) is not None) == asked_again
+    clock.now_s += REFUSED_AGAIN_S
+    assert asked(tasks, device, version=version)
+
+
 def test_what_waits_of_a_device_is_not_learned_again(
     open_tasks: Callable[..., HubTasks], at: Any, vault: Vault, base: Base, clock: Clock
 ) -> None:

@@ -127,7 +127,7 @@ class HubTasks:
         task = task_for(Level(device.level), beside, base=self._base, federate=self._federate, train=self._train)
         if task.secure:
             task = msgspec.structs.replace(task, task_id=self._id_of(task, device.cohort))
-        return None if self._has_answered(device.device_id, task) or self._has_sent(device, beside) else task
+        return None if self._has_answered(device, task) or self._has_sent(device, beside) else task
 
     def _id_of(self, task: LearnTask, cohort: str) -> str:
         with self._lock:
@@ -161,9 +161,14 @@ class HubTasks:
                 found = self._beside[cohort] = self._clock(), Beside(adapter, ended, cohort)
             return found[1]
 
-    def _has_answered(self, device_id: str, task: LearnTask) -> bool:
-        answer = self._answers.get(device_id)
-        if answer is None or answer.task_id != task.task_id:
+    def _has_answered(self, device: Device, task: LearnTask) -> bool:
+        """Whether it would only say again what it said. One that sends its trajectories and refused a task most often
+        has no session that it lets out as deltas alone, and would refuse the next one too."""
+        answer = self._answers.get(device.device_id)
+        if answer is None:
+            return False
+        refuses_all = not answer.accepted and Level(device.level).rank > Level.DELTAS.rank
+        if answer.task_id != task.task_id and not refuses_all:
             return False
         again_s = ACCEPTED_AGAIN_S if answer.accepted else REFUSED_AGAIN_S
         return self._clock() - answer.at_s < again_s
