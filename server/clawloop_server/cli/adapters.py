@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ from clawloop_server.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from clawloop_server.cli.differing import Compared
     from clawloop_server.release.records import AdapterRecord
 
 app = group("Adapters: candidates, releases, and going back.")
@@ -86,6 +88,70 @@ def show(version: VersionArgument, home: HomeOption = None, as_json: JsonOption 
         "released_ms": when(record.released_ms),
     }
     print_facts("adapter", {name.removesuffix("_ms").replace("_", " "): value for name, value in shown.items()})
+
+
+@app.command()
+def diff(
+    a: Annotated[int, typer.Argument(metavar="A", min=1, help="The one to compare with, as `adapters list` shows it.")],
+    b: Annotated[int, typer.Argument(metavar="B", min=1, help="The one that is compared.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How two adapters differ: what was learned between them, what they scored, how far their updates are apart."""
+    from clawloop_server.cli import differing
+
+    found = _compared(home, a, b)
+    if as_json:
+        print_json(differing.as_facts(found))
+        return
+    print_table(f"adapters {a} and {b}", ("", str(a), str(b)), rows=differing.side_rows(found))
+    typer.echo(f"\n{differing.lineage_in_words(found)}")
+    if rounds := differing.round_rows(found):
+        print_table("rounds of one alone", differing.ROUND_COLUMNS, rows=rounds)
+    typer.echo()
+    print_table(f"updates: a is {a}, b is {b}", differing.LAYER_COLUMNS, rows=differing.layer_rows(found))
+    if found.manifest:
+        typer.echo()
+        rows = differing.manifest_rows(found)
+        print_table("manifests, where they differ", ("", str(a), str(b)), rows=rows)
+
+
+def _compared(home: Path | None, a: int, b: int) -> Compared:
+    from clawloop_server.aggregate.difference import differences
+    from clawloop_server.cli.differing import Compared
+    from clawloop_server.release.lineage import between, manifest_changes
+    from clawloop_server.trainer.joining import update_in
+
+    with open_server(home) as server:
+        first, second = server.registry.adapter(a), server.registry.adapter(b)
+        lineage = between(server.registry, first, second)
+        overall, layers = differences(*(update_in(server.registry.files(version)) for version in (a, b)))
+        changes = manifest_changes(first, second)
+    return Compared(a=first, b=second, between=lineage, overall=overall, layers=layers, manifest=changes)
+
+
+@app.command()
+def export(
+    version: VersionArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; an empty one may be there.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a released adapter to a folder as peft and vLLM read it, with its signed manifest as manifest.json."""
+    from clawloop_shared.folders import new_folder
+    from clawloop_shared.manifest_file import MANIFEST_JSON, manifest_file
+
+    with open_server(home) as server:
+        offer = server.registry.offer(version)
+    files = {**offer.files, MANIFEST_JSON: manifest_file(offer.manifest)}
+    sizes = {name: len(data) for name, data in sorted(files.items())}
+    with new_folder(out, needs_bytes=sum(sizes.values())) as (draft, target):
+        for name, data in files.items():
+            (draft / name).write_bytes(data)
+    if as_json:
+        print_json({"version": version, "folder": target, "files": sizes, "size_bytes": sum(sizes.values())})
+        return
+    typer.echo(f"adapter {version} is in {target} ({sum(sizes.values()):,} bytes): {', '.join(sizes)}")
 
 
 @app.command()
