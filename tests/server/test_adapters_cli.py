@@ -16,6 +16,8 @@ from clawloop_server.home import Home, open_home
 from clawloop_server.release.keys import load_keys
 from clawloop_server.release.records import Candidate, RoundState
 from clawloop_server.release.registry import Registry
+from clawloop_server.release.rejecting import reject
+from clawloop_server.trainer.parting import begin_apart
 from clawloop_server.vault.store import Vault
 from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE, LoraConfig, expected_tensors
 from clawloop_shared.manifest import Evaluation, Probe, check_files, open_manifest
@@ -185,3 +187,85 @@ def test_diff_is_drawn_for_people(run: Run, base: Base, registry: Registry) -> N
     assert "both are of the same rounds, the latest of adapter 1" in same
     assert "0.0%" in same
     assert "no adapter 9" in run("adapters", "diff", "1", "9", code=1)
+
+
+def states(run: Run) -> dict[int, str]:
+    return {found["version"]: found["state"] for found in run("adapters", "list", "--json")}
+
+
+def test_a_rejected_adapter_is_never_released_and_everybody_is_told_why(
+    run: Run, base: Base, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    learned(registry, base)
+    (told,) = run("adapters", "reject", "1", "--reason", "it swears", "--json")
+    assert (told["version"], told["act"], told["who"], told["why"]) == (1, "rejected", "ada", "it swears")
+    assert states(run) == {1: "rejected"}
+    refused = run("adapters", "release", "1", code=1)
+    assert "adapter 1 was rejected by ada on 20" in refused
+    assert ": it swears; it is never released: take another of `clawloop-server adapters list`" in refused
+    for command in ("hold", "reject"):
+        assert "adapter 1 is rejected" in run("adapters", command, "1", code=1)
+    assert "adapter 1 is rejected, and never released" in run("adapters", "export", "1", "--out", "x", code=1)
+    assert "it swears" in run("adapters", "list")
+    assert "by ada on" in run("adapters", "show", "1")
+    assert run("adapters", "show", "1", "--json")["rejection"] == told
+    round_id = registry.adapter(1).facts.round_id
+    assert run("rounds", "explain", round_id, "--json")["rejection"] == told
+    explained = " ".join(run("rounds", "explain", round_id).split())
+    assert "adapter 1 (rejected)" in explained
+    assert "it swears" in explained
+    assert run("status", "--json")["waiting_adapters"] == 0
+
+
+def test_what_was_learned_on_from_it_is_rejected_with_it_or_it_is_refused(
+    run: Run, base: Base, registry: Registry
+) -> None:
+    first = learned(registry, base)
+    learned(registry, base, on=first)
+    learned(registry, base, on=0)
+    learned(registry, base, on=2, cohort="c")
+    registry.copy_adapter(1, cohort="d")
+    assert "is in 2, 4, 5 too, made after it; --with-later" in run("adapters", "reject", "1", code=1)
+    run("adapters", "hold", "2")
+    assert set(states(run).values()) == {"candidate", "held"}
+    done = run("adapters", "reject", "1", "--reason", "poisoned", "--with-later", "--json")
+    assert [(one["version"], one["why"]) for one in done] == [
+        (1, "poisoned"),
+        *((version, "it goes on from 1: poisoned") for version in (2, 4, 5)),
+    ]
+    assert states(run) == {1: "rejected", 2: "rejected", 3: "candidate", 4: "rejected", 5: "rejected"}
+
+
+def test_what_devices_have_is_taken_back_before_it_is_rejected(run: Run, base: Base, registry: Registry) -> None:
+    first = learned(registry, base)
+    run("adapters", "release", "1")
+    second = learned(registry, base, on=first)
+    learned(registry, base, on=second)
+    run("adapters", "release", "3")
+    assert "adapter 3 is released; only a candidate or held one is rejected; `clawloop-server adapters rollback" in run(
+        "adapters", "reject", "3", code=1
+    )
+    assert "adapter 3, which was released, goes on from 2; go back before it first" in run(
+        "adapters", "reject", "2", "--with-later", code=1
+    )
+    run("adapters", "rollback", "--to", "1", "--yes")
+    assert "adapter 2 is rejected by" in run("adapters", "reject", "2")
+    assert states(run) == {1: "released", 2: "rejected", 3: "rolled_back", 4: "released"}
+    assert "say it in 500" in run("adapters", "reject", "4", "--reason", "x" * 501, code=1)
+
+
+def test_cohorts_that_part_begin_with_the_newest_adapter_that_was_not_rejected(
+    base: Base, registry: Registry, run: Run
+) -> None:
+    first = learned(registry, base)
+    second = learned(registry, base, on=first)
+    third = learned(registry, base, on=second)
+    reject(registry, version=second, who="me", with_later=True)
+
+    def bare(cohort: str) -> Candidate:
+        raise AssertionError("there is an adapter to begin with")
+
+    begin_apart(registry, line_id=base.line_id, cohort="", parted=["c"], since=third, back=False, bare=bare)
+    newest = registry.adapters()[0]
+    assert (newest.cohort, newest.facts.round_id) == ("c", registry.adapter(first).facts.round_id)

@@ -26,7 +26,7 @@ from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.updates import OWN, Contribution, Factors
 from clawloop_server.aggregate.weighing import TOO_FEW
 from clawloop_server.errors import ReleaseError, TrainerError
-from clawloop_server.release.records import AdapterRecord, AdapterState
+from clawloop_server.release.records import AdapterRecord
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.loop import RoundResult
@@ -167,8 +167,8 @@ class Joining:
         if version:
             record = self._registry.adapter(version)
             round_id = record.facts.round_id
-            if self._registry.adapter(record.origin).state is AdapterState.ROLLED_BACK:
-                return f"adapter {version}, beside which it was learned, was rolled back"
+            if (state := self._registry.adapter(record.origin).state).is_gone:
+                return f"adapter {version}, beside which it was learned, was {state.replace('_', ' ')}"
         age = ancestors.index(round_id) if round_id in ancestors else None
         if age is None or age > self._settings.max_staleness:
             return f"adapter {version} is over [federate] max_staleness {self._settings.max_staleness} rounds behind"
