@@ -1,6 +1,7 @@
 """Adapters that were exported load in peft and in mlx-lm, and give what the edge serves; what is refused, and why."""
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,31 @@ def test_a_fused_model_is_loaded_by_mlx_lm_without_an_adapter_and_loses_nothing(
     assert ("model.embed_tokens.scales" in weights) == quantised  # what it left alone is as it was
     layers = len(targets or range(7)) * read_shape(base).num_hidden_layers
     assert done.widened == (layers if quantised else 0)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_fused_half_precision_base_computes_what_the_edge_does_in_float32(
+    tiny_model: Path, tmp_path: Path, make_adapter: MakeAdapter, bits: int
+) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.utils import load_model, save_model
+
+    from clawloop_edge.adapters.convert import read_factors
+    from clawloop_edge.engine.lora import in_float32, with_adapter
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    model, _ = load_model(base)
+    model.update(tree_map(lambda array: array.astype(mx.bfloat16), model.parameters()))
+    save_model(base, model)
+    base = quantise(base, tmp_path / "quantised", bits=bits) if bits else base
+    files = make_adapter(folder=base)
+    done = exported(base, tmp_path / "out", ExportForm.FUSED, files)
+    wanted = logits(in_float32(with_adapter(load_model(base)[0], read_factors(files, rank_max=64))))
+    found = logits(in_float32(load_model(done.folder)[0]))
+    np.testing.assert_allclose(found, wanted, atol=SAME, rtol=0)
+    assert done.widened == 7 * read_shape(base).num_hidden_layers
 
 
 def test_the_folder_is_private_and_holds_the_manifest_as_it_was_signed(
