@@ -32,20 +32,29 @@ def with_adapter(base: Any, factors: dict[str, Factors]) -> Any:
     Raises:
         AdapterInvalid: `base` has no such linear layer, or one of another size.
     """
-    linears = {
-        name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
-    wrapped = []
-    for name, pair in factors.items():
-        if name not in linears:
-            raise AdapterInvalid(f"the model has no linear layer {name}")
-        _check_size(name, linears[name], pair)
-        wrapped.append((name, LoraLinear(linears[name], pair)))
+    linears = linears_for(base, factors)
+    wrapped = [(name, LoraLinear(linears[name], pair)) for name, pair in factors.items()]
     model = second_tree(base)
     model.update_modules(tree_unflatten(wrapped))
     model.eval()
     mx.eval([array for pair in factors.values() for array in pair])
     return model
+
+
+def linears_for(base: Any, factors: dict[str, Factors]) -> dict[str, Any]:
+    """The linear layers of `base` by full path, among them each that `factors` are for.
+
+    Raises:
+        AdapterInvalid: `base` has no such linear layer, or one of another size.
+    """
+    linears = {
+        name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    for name, pair in factors.items():
+        if name not in linears:
+            raise AdapterInvalid(f"the model has no linear layer {name}")
+        _check_size(name, linears[name], pair)
+    return linears
 
 
 class _Float32Embedding(nn.Module):  # type: ignore[misc]

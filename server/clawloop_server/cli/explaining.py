@@ -17,7 +17,7 @@ from clawloop_server.cli.common import counted, when
 from clawloop_shared.manifest import Evaluation
 
 if TYPE_CHECKING:
-    from clawloop_server.release.records import AdapterRecord, Round
+    from clawloop_server.release.records import Act, AdapterRecord, Round
     from clawloop_server.vault.deltas import DeltaFacts
     from clawloop_server.vault.store import Lesson
 
@@ -49,6 +49,8 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     updates: list[Update]
     trajectories: list[Lesson]
     deltas: list[DeltaFacts] = []
+    rejection: Act | None = None
+    """of the adapter that it made"""
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -84,6 +86,7 @@ def round_facts(found: Explained) -> dict[str, object]:
         "cohort": round_.cohort or "all devices that are in none",
         "built on": _adapter(found.built_on, otherwise="the model line as it is"),
         "made": _adapter(found.made, otherwise="no adapter"),
+        **({"rejected": found.rejection.in_words} if found.rejection else {}),
         "took": learned_from(round_),
         "updates": f"{len(found.updates)}{_attempts(round_)}",
         "started": f"{when(round_.started_ms)}{took}",

@@ -138,6 +138,7 @@ def _explained(home: Path | None, round_id: str) -> tuple[explaining.Explained, 
             updates=explaining.with_times(kept, timed),
             trajectories=server.vault.lessons(round_id),
             deltas=server.vault.deltas.of_round(round_id),
+            rejection=server.registry.rejections().get(found.version),
         )
         return explained, server.vault.lineage(round_id)
 
@@ -179,6 +180,7 @@ def _as_facts(found: explaining.Explained) -> dict[str, object]:
         "evaluation": found.evaluation,
         "built_on": explaining.adapter_facts(found.built_on),
         "made": explaining.adapter_facts(found.made),
+        "rejection": found.rejection,
         "updates": found.updates,
         "trajectories": found.trajectories,
         "deltas": found.deltas,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -37,6 +38,29 @@ class AdapterState(StrEnum):
     """signed and offered to devices"""
     ROLLED_BACK = "rolled_back"
     """was released, and a later version took its place because it was bad"""
+    REJECTED = "rejected"
+    """the operator ruled that it is never released; nothing is learned on from it"""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the operator does not want what it learned: training does not go on from it."""
+        return self in (AdapterState.ROLLED_BACK, AdapterState.REJECTED)
+
+
+class Act(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody did with an adapter. `who` is their name on the server's machine, `why` their own words."""
+
+    version: int
+    act: str
+    who: str
+    why: str
+    at_ms: int
+
+    @property
+    def in_words(self) -> str:
+        """By whom, when (local time) and why."""
+        at = datetime.fromtimestamp(self.at_ms / 1000).astimezone()
+        return f"by {self.who} on {at:%Y-%m-%d %H:%M}{f': {self.why}' if self.why else ''}"
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ import msgspec
 
 from clawloop_server.errors import ReleaseError
 from clawloop_server.release.records import (
+    Act,
     AdapterFacts,
     AdapterRecord,
     AdapterState,
@@ -287,6 +288,11 @@ class Registry:
         """
         with self._database.write() as database:
             record = self.adapter(version)
+            if record.state is AdapterState.REJECTED:
+                raise ReleaseError(
+                    f"adapter {version} was rejected {self.rejections()[version].in_words}; it is never released: take"
+                    " another of `clawloop-server adapters list`, or wait for the one that the next round makes"
+                )
             if record.state not in (AdapterState.CANDIDATE, AdapterState.HELD):
                 raise ReleaseError(f"adapter {version} is {record.state}; only a candidate or held one can be released")
             newer = database.count(
@@ -318,6 +324,26 @@ class Registry:
             ReleaseError: it is not released.
         """
         self._move(version, AdapterState.RELEASED, to=AdapterState.ROLLED_BACK)
+
+    def mark_rejected(self, version: int, *, who: str, why: str, now_ms: int | None = None) -> None:
+        """Rule that a candidate (or held) adapter is never released, and note who did so and why.
+
+        Raises:
+            ReleaseError: it is neither.
+        """
+        with self._database.write() as database:
+            held = self.adapter(version).state is AdapterState.HELD
+            self._move(version, AdapterState.HELD if held else AdapterState.CANDIDATE, to=AdapterState.REJECTED)
+            database.run(
+                "INSERT INTO adapter_acts (version, act, who, why, at_ms) VALUES (?, ?, ?, ?, ?)",
+                [version, AdapterState.REJECTED, who, why, now_ms or _now_ms()],
+            )
+
+    def rejections(self) -> dict[int, Act]:
+        """Who rejected which version, when and why."""
+        sql = "SELECT version, act, who, why, at_ms FROM adapter_acts WHERE act = ? ORDER BY act_id"
+        rows = self._database.rows(sql, [AdapterState.REJECTED])
+        return {row[0]: Act(**dict(zip(Act.__struct_fields__, row, strict=True))) for row in rows}
 
     def _move(self, version: int, state: AdapterState, *, to: AdapterState) -> None:
         with self._database.write() as database:
@@ -367,7 +393,10 @@ class Registry:
         """
         record = self.adapter(version)
         if record.manifest is None:
-            raise ReleaseError(f"adapter {version} is {record.state}; release it first")
+            rejected = record.state is AdapterState.REJECTED
+            raise ReleaseError(
+                f"adapter {version} is {record.state}{', and never released' if rejected else '; release it first'}"
+            )
         return AdapterOffer(manifest=record.manifest, files=self.files(version))
 
 

@@ -128,7 +128,7 @@ def descendants(registry: Registry, *, to_version: int, cohort: str | None = Non
     """
     old = registry.adapter(to_version)
     cohort = old.cohort if cohort is None else cohort
-    live = [a for a in registry.adapters(line_id=old.line_id) if a.state is not AdapterState.ROLLED_BACK]
+    live = [a for a in registry.adapters(line_id=old.line_id) if not a.state.is_gone]
     gone = {a.facts.round_id for a in live if a.cohort == cohort and a.version > to_version}
     gone -= _rounds_of(registry, old)
     newest = {name: next((a for a in live if a.cohort == name), None) for name in registry.cohorts(old.line_id)}

@@ -26,7 +26,7 @@ from clawloop_server.aggregate.settings import FederateSettings
 from clawloop_server.aggregate.updates import OWN, Contribution, Factors
 from clawloop_server.aggregate.weighing import TOO_FEW
 from clawloop_server.errors import ReleaseError, TrainerError
-from clawloop_server.release.records import AdapterRecord, AdapterState
+from clawloop_server.release.records import AdapterRecord
 from clawloop_server.release.registry import Registry
 from clawloop_server.trainer.engine import TrainEngine
 from clawloop_server.trainer.loop import RoundResult
@@ -37,10 +37,10 @@ from clawloop_server.vault.learners import learners
 from clawloop_server.vault.store import Vault
 from clawloop_server.vault.sums import devices_in
 from clawloop_shared.deltas import A, B, LoraDelta, Method
-from clawloop_shared.errors import ClawloopError
+from clawloop_shared.errors import AdapterInvalid, ClawloopError
 from clawloop_shared.files import sha256
 from clawloop_shared.frozen_factors import frozen_a
-from clawloop_shared.lora import WEIGHTS_FILE
+from clawloop_shared.lora import CONFIG_FILE, WEIGHTS_FILE, parse_config
 
 _log = logging.getLogger("clawloop.trainer")
 
@@ -167,8 +167,8 @@ class Joining:
         if version:
             record = self._registry.adapter(version)
             round_id = record.facts.round_id
-            if self._registry.adapter(record.origin).state is AdapterState.ROLLED_BACK:
-                return f"adapter {version}, beside which it was learned, was rolled back"
+            if (state := self._registry.adapter(record.origin).state).is_gone:
+                return f"adapter {version}, beside which it was learned, was {state.replace('_', ' ')}"
         age = ancestors.index(round_id) if round_id in ancestors else None
         if age is None or age > self._settings.max_staleness:
             return f"adapter {version} is over [federate] max_staleness {self._settings.max_staleness} rounds behind"
@@ -334,6 +334,19 @@ def update_of(adapter: Tensors, *, scale: float) -> dict[str, Factors]:
     paths = sorted(name.removeprefix(PREFIX).removesuffix(A) for name in adapter if name.endswith(A))
     both = {path: (adapter[PREFIX + path + B], adapter[PREFIX + path + A]) for path in paths}
     return {p: Factors(scale * b.float().cpu(), a.float().cpu()) for p, (b, a) in both.items() if bool(b.any())}
+
+
+def update_in(files: Mapping[str, bytes]) -> dict[str, Factors]:
+    """What the files of an adapter do to each layer, scale and all.
+
+    Raises:
+        AdapterInvalid: they are no adapter.
+    """
+    config = parse_config(files[CONFIG_FILE])
+    try:
+        return update_of(from_safetensors(files[WEIGHTS_FILE]), scale=config.scale)
+    except (SafetensorError, KeyError) as error:
+        raise AdapterInvalid(f"{WEIGHTS_FILE} holds no LoRA of ours: {error}") from error
 
 
 def between(before: Tensors, after: Tensors, *, scale: float) -> dict[str, Factors]:

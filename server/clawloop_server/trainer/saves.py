@@ -1,4 +1,5 @@
-"""Where training goes on from: the checkpoint of the round that made the newest adapter that was not taken back.
+"""Where training goes on from: the checkpoint of the round that made the newest adapter that nobody took back or
+rejected.
 
 The database names it; a round that was refused or failed left nothing behind. Knows no trajectory and no gate.
 """
@@ -55,15 +56,25 @@ class Saves:
 
     def newest(self, cohort: str = "") -> AdapterRecord | None:
         """The adapter that training of a cohort goes on from: its own newest, or that of all others as long as it has
-        none; not one that the operator took back, and not a mere copy."""
+        none; not one that the operator took back or rejected, and not a mere copy."""
         records = self._registry.adapters(line_id=self._line_id)
-        live = [r for r in records if r.state is not AdapterState.ROLLED_BACK and not r.facts.copy_of]
+        live = [r for r in records if not r.state.is_gone and not r.facts.copy_of]
         return next((r for name in (cohort, "") for r in live if r.cohort == name), None)
 
     def named(self, cohort: str = "") -> Named:
         """The checkpoint that the database names."""
         newest = self.newest(cohort)
         return (newest.facts.round_id, newest.version) if newest else (START, 0)
+
+    def unwanted(self, went_on_from: Named, cohort: str = "") -> str:
+        """Why a round is refused, if the operator took back or rejected, while it ran, the adapter that it went on
+        from: else it would bring back what nobody wants. Its data are not at fault."""
+        round_id, version = went_on_from
+        if self.named(cohort)[0] == round_id:
+            return ""
+        rejected = version and self._registry.adapter(version).state is AdapterState.REJECTED
+        what = "rejected" if rejected else "rolled back"
+        return f"adapter {version}, which it went on from, was {what} meanwhile; its data wait for another"
 
     def restore(self, cohort: str = "") -> tuple[TrainState, Named]:
         """Make the engine the one that the database names; its state, and which that is.
@@ -121,7 +132,8 @@ class Saves:
     def prune(self) -> None:
         """Remove checkpoints that nothing goes back to: all but those of the newest adapters of each cohort. One of a
         round that did not pass may have learned from what was forgotten since."""
-        records = [r for r in self._registry.adapters() if not r.facts.copy_of]
+        rejected = AdapterState.REJECTED
+        records = [r for r in self._registry.adapters() if not r.facts.copy_of and r.state is not rejected]
         kept, seen = list[AdapterRecord](), Counter[str]()
         for record in records:
             seen[record.cohort] += record.line_id == self._line_id

@@ -388,8 +388,8 @@ class Worker:
         heard = self._hear(begun, result)
         try:
             with self.vault.database.write():
-                if candidate and (rolled_back := self._rolled_back(begun)):
-                    decision = refuse(rolled_back)
+                if candidate and (unwanted := self._saves.unwanted(begun.went_on_from, begun.cohort)):
+                    decision = refuse(unwanted)
                 elif candidate:
                     running.check()
                     self._joining.check(result)
@@ -442,14 +442,6 @@ class Worker:
         self._engine.load_state(self._saves.path(START))
         nothing = no_result(TrainState(), Plan(batches=[]))
         return self._candidate(START, nothing, decision=decide_unevaluated(self._gate.settings), cohort=cohort)
-
-    def _rolled_back(self, begun: _Began) -> str:
-        """Why it is refused, if the operator took back, while the round ran, the adapter that it went on from: else it
-        would bring back what was taken back. Its data are not at fault."""
-        newest, went_on_from = self._saves.newest(begun.cohort), begun.went_on_from
-        if newest is None or newest.facts.round_id == went_on_from[0]:
-            return ""
-        return f"adapter {went_on_from[1]}, which it went on from, was rolled back meanwhile; its data wait for another"
 
     def _candidate(self, round_id: str, result: RoundResult, *, decision: Decision, cohort: str) -> Candidate:
         return Candidate(

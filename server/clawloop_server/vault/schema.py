@@ -183,6 +183,13 @@ CREATE INDEX trajectory_groups_in_turn
 CREATE INDEX trajectories_by_device_round ON trajectories (device_id, round_id);
 """
 
+_ADAPTER_ACTS = """
+CREATE TABLE adapter_acts (
+  act_id INTEGER PRIMARY KEY, version INTEGER NOT NULL, act TEXT NOT NULL, who TEXT NOT NULL, why TEXT NOT NULL,
+  at_ms INTEGER NOT NULL);
+CREATE INDEX adapter_acts_by_version ON adapter_acts (version);
+"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -229,6 +236,10 @@ def _turns(database: Database) -> None:
     _run(database, _TURNS)
 
 
+def _adapter_acts(database: Database) -> None:
+    _run(database, _ADAPTER_ACTS)
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
@@ -247,6 +258,7 @@ _MIGRATIONS = [
     _secure_sums,
     _key_files,
     _turns,
+    _adapter_acts,
 ]
 """in the order in which they came; one that was released never changes"""
 

@@ -12,11 +12,12 @@ import pytest
 import tomli_w
 
 from clawloop_server.bases import Base
-from clawloop_server.errors import TrainerError
+from clawloop_server.errors import ReleaseError, TrainerError
 from clawloop_server.home import Home
 from clawloop_server.release.keys import ServerKeys
 from clawloop_server.release.records import AdapterState, RoundState
 from clawloop_server.release.registry import Registry
+from clawloop_server.release.rejecting import reject
 from clawloop_server.release.release import release_candidate, roll_back
 from clawloop_server.trainer.process import serve, sole_trainer
 from clawloop_server.trainer.worker import Worker
@@ -150,6 +151,51 @@ def test_a_refused_round_leaves_the_last_passed_state_and_uses_up_its_data(
     assert worker._state.updates == 2
     assert worker._state.version == 1
     assert all(bool((tensor == before[name]).all()) for name, tensor in worker._engine.adapter().items())
+    worker.close()
+
+
+def test_training_does_not_go_on_from_what_was_rejected(ready_home: Home) -> None:
+    configure(ready_home)  # what is not evaluated is held
+    worker = Worker.open(ready_home)
+    registry, start = registry_of(worker, ready_home), worker._engine.adapter()
+    assert [worker.run().version, worker.run().version] == [1, 2]
+    first = registry.round(registry.adapter(1).facts.round_id)
+    with pytest.raises(ReleaseError, match="is in 2 too, made after it; --with-later"):
+        reject(registry, version=1, who="me")
+    assert reject(registry, version=2, who="me") == [2]
+    worker._restore()
+    assert (worker._state.version, worker._state.updates) == (1, 2)
+    assert reject(registry, version=1, who="me") == [1]
+    worker._restore()
+    assert (worker._state.version, worker._state.updates) == (0, 0)
+    assert all(bool((tensor == start[name]).all()) for name, tensor in worker._engine.adapter().items())
+    worker._prune()
+    assert [path.name for path in ready_home.trainer.glob("*.safetensors")] == ["start.safetensors"]
+    assert registry.round(first.round_id) == first, "what it was stays known"
+    worker.close()
+    again = Worker.open(ready_home)
+    assert again._saves.named() == ("start", 0)
+    again.close()
+
+
+def test_a_round_under_way_does_not_bring_back_what_was_rejected(
+    ready_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(ready_home)
+    worker = Worker.open(ready_home)
+    registry = registry_of(worker, ready_home)
+    assert worker.run().version == 1
+
+    def judge(result: object, settings: object) -> str:
+        reject(registry, version=1, who="me")
+        return ""
+
+    monkeypatch.setattr("clawloop_server.trainer.worker.unhealthy", judge)
+    monkeypatch.setattr(Worker, "missing", 0)
+    report = worker.run()
+    assert (report.state, report.version) == (RoundState.REFUSED, None)
+    assert "adapter 1, which it went on from, was rejected meanwhile" in report.reason
+    assert worker.vault.lineage(report.round_id) == [], "its data wait for another round"
     worker.close()
 
 
