@@ -127,6 +127,7 @@ class ServerApp:
         self._open.callback(self._vault.close)
         self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
+        self._registry.log.sign_heads(self._keys.release)
         self._members = HubMembers(self._vault.database, line_id=self._base.line_id, approve=config.hub.approve)
         self._releases = HubReleases(self._registry, self._members.devices, line_id=self._base.line_id)
         self._dispatcher = Dispatcher(

@@ -1,4 +1,4 @@
-"""The log of released adapters, as both sides see it: what an entry is, and the signed head that commits to all of them.
+"""The log of released adapters, as both sides see it: what an entry is, and the signed head that commits to them all.
 
 A log is of one model line. Its entries are the released manifests in the order of their release, for all devices and
 for cohorts alike; its tree is `merkle`'s. Format: docs/formats/log.md.
@@ -34,6 +34,17 @@ class SignedHead(msgspec.Struct, frozen=True, tag="log-head.v1"):
     body: bytes
     key_id: str
     signature: bytes
+
+
+class LogProof(msgspec.Struct, frozen=True):
+    """What comes with an offered adapter: that it is entry `index` of the log under `head`, and that this log goes on
+    from the one of `from_size` entries, which is what the device told that it knows (0: none)."""
+
+    head: SignedHead
+    index: int
+    inclusion: list[bytes]
+    from_size: int = 0
+    consistency: list[bytes] = []
 
 
 def entry_leaf(version: int, manifest_sha256: str) -> bytes:
