@@ -136,6 +136,7 @@ class ServerApp:
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
             links=self._links,
+            prove=self._registry.log.proof,
             tasks=self._tasks(sums := self._sums()),
             sums=sums,
             apart=self._releases.apart,

@@ -48,7 +48,13 @@ class LogProof(msgspec.Struct, frozen=True):
 
 
 def entry_leaf(version: int, manifest_sha256: str) -> bytes:
-    """The leaf (its hash) of a released manifest, by its version and the SHA-256 (hex) of its signed body."""
+    """The leaf (its hash) of a released manifest, by its version and the SHA-256 (hex) of its signed body.
+
+    Raises:
+        ProofInvalid: no adapter has such a version.
+    """
+    if not 0 <= version < 1 << 64:
+        raise ProofInvalid(f"no log has an adapter {version}")
     return leaf_hash(_ENTRY + version.to_bytes(8, "big") + bytes.fromhex(manifest_sha256))
 
 

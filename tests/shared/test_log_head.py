@@ -56,3 +56,6 @@ def test_an_entry_is_its_version_and_the_hash_of_its_manifest() -> None:
     entry = b"clawloop-log-entry-v1" + bytes(7) + b"\x07" + bytes.fromhex(manifest)
     assert entry_leaf(7, manifest) == hashlib.sha256(b"\0" + entry).digest()
     assert entry_leaf(8, manifest) != entry_leaf(7, manifest)
+    for version in (-1, 1 << 64):
+        with pytest.raises(ProofInvalid, match="no log has an adapter"):
+            entry_leaf(version, manifest)

@@ -120,7 +120,7 @@ class ReleaseLog:
         for line_id in self.lines():
             self.sign_head(line_id, private_key)
 
-    def proof(self, version: int, *, from_size: int = 0) -> LogProof | None:
+    def proof(self, version: int, from_size: int = 0) -> LogProof | None:
         """That a released version is in the log, and that the log goes on from that of `from_size` entries. None if no
         head was signed yet. A device that tells of a longer log than this gets no proof that it goes on: there is none.
 
