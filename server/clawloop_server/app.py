@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -62,6 +63,7 @@ from clawloop_shared.lora import ModelShape
 from clawloop_shared.manifest import SignedManifest, open_manifest
 from clawloop_shared.messages import SignedAnswer
 from clawloop_shared.receipts import sign_item
+from clawloop_shared.signing import key_id
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +138,7 @@ class ServerApp:
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
             links=self._links,
-            prove=self._registry.log.proof,
+            prove=partial(self._registry.log.proof, key_id=key_id(self._keys.release_public)),
             tasks=self._tasks(sums := self._sums()),
             sums=sums,
             apart=self._releases.apart,

@@ -82,6 +82,12 @@ def test_what_was_rewarded_comes_back_as_an_adapter_while_the_agent_goes_on(part
     kept = set(edge.run("pool", "ids", "--json", expect_json=True))
     assert set(office.tally.acknowledged) <= kept
     edge.run("audit", "verify")
+    known = edge.run("log", "show", "--json", expect_json=True)["known"]
+    assert known["head"]["size"] >= 1
+    assert not known["stopped"]
+    (log,) = server.run("log", "verify", "--json", expect_json=True)
+    assert log["size"] >= known["head"]["size"]
+    assert log["heads"] == log["size"]
 
 
 def test_a_server_that_is_away_changes_nothing_for_the_agent_and_sync_resumes(parts: tuple[Part, Part]) -> None:

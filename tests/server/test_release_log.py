@@ -142,6 +142,11 @@ def test_a_new_release_key_signs_a_head_of_its_own(seven: Registry, keys: Server
     head = seven.log.head(base.line_id)
     assert head
     assert open_head(head, signing.public_key(new)).size == 7
+    for public in (keys.release_public, signing.public_key(new)):
+        proof = seven.log.proof(7, key_id=signing.key_id(public))
+        assert proof
+        assert open_head(proof.head, public).size == 7
+    assert seven.log.proof(7, key_id="another") is None
     (report,) = check_logs(seven.log._database, signing.public_key(new))
     assert (report.is_whole, report.heads, report.unchecked) == (True, 8, 14)
 

@@ -61,7 +61,7 @@ _MAX_LOOKUPS = 256
 _COHORT_S = 5.0
 _OVERDUE_S = 30.0
 _MAX_PACKED = 4
-"""offers that are kept ready: one a cohort, mostly"""
+"""offers that are kept ready: one a cohort and size of the log that its devices know, mostly"""
 _MAX_ITEMS = 1024
 """of one answer that are taken: their receipts fit one small message. The others come again, as long as they wait"""
 _MAX_VERSION = 1 << 31

@@ -76,12 +76,12 @@ class ReleaseLog:
         """
         return merkle.root(size, partial(self._node, line_id))
 
-    def head(self, line_id: str) -> SignedHead | None:
-        """The newest head that was signed; None: none was yet."""
+    def head(self, line_id: str, *, key_id: str = "") -> SignedHead | None:
+        """The head of the longest log that was signed, or that this key signed; None: none was yet."""
         rows = self._database.rows(
-            "SELECT head FROM log_heads WHERE line_id = ?1"
-            " AND size = (SELECT max(size) FROM log_heads WHERE line_id = ?1)",
-            [line_id],
+            "SELECT head FROM log_heads WHERE line_id = ?1 AND ?2 IN ('', key_id)"
+            " AND size = (SELECT max(size) FROM log_heads WHERE line_id = ?1 AND ?2 IN ('', key_id))",
+            [line_id, key_id],
         )
         signed = [wire.decode(row[0], SignedHead) for row in rows]
         return max(signed, key=lambda each: read_head(each).at_ms, default=None)
@@ -120,16 +120,17 @@ class ReleaseLog:
         for line_id in self.lines():
             self.sign_head(line_id, private_key)
 
-    def proof(self, version: int, from_size: int = 0) -> LogProof | None:
+    def proof(self, version: int, from_size: int = 0, *, key_id: str = "") -> LogProof | None:
         """That a released version is in the log, and that the log goes on from that of `from_size` entries. None if no
-        head was signed yet. A device that tells of a longer log than this gets no proof that it goes on: there is none.
+        head was signed yet (by that key, whatever the clock said when another signed). A device that tells of a longer
+        log than this gets no proof that it goes on: there is none.
 
         Raises:
             StorageError: a hash that is needed is gone.
         """
         with self._database.snapshot() as database:
             row = database.row("SELECT line_id, position FROM log_entries WHERE version = ?", [version])
-            signed = self.head(row[0]) if row else None
+            signed = self.head(row[0], key_id=key_id) if row else None
             if row is None or signed is None:
                 return None
             (line_id, index), size = row, read_head(signed).size
