@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -164,6 +165,7 @@ class Edge:
                 "level_reason": consent.reason,
                 "model_line": self.engine.line.line_id,
                 "adapter_version": self.engine.policy.version,
+                "adapter_log": await asyncio.to_thread(state.log_words, self.pool, self.member),
                 "engine_alive": health.alive,
                 "calls_in_flight": health.in_flight,
                 "versions_loaded": health.versions,
@@ -321,6 +323,7 @@ class Edge:
             shape=read_shape(model_folder(self.config.model.path)),
             limits=AdapterLimits(max_bytes=limits.max_bytes, max_rank=limits.max_rank),
             probe_tolerance=limits.probe_tolerance,
+            log=state.log_book(self.pool, member),
         )
 
     def _make_node(self, member: Membership, activator: Activator, *, node_id: int) -> NodeWorker:
@@ -340,10 +343,11 @@ class Edge:
             member=member,
             activator=activator,
             keep_cohort=lambda devices: keep_cohort(self.pool, devices),
-            loop=asyncio.get_running_loop(),
+            loop=loop,
             tasks=self.learning.desk if self.learning else None,
             sums=self.learning.sums if self.learning else None,
             large=self._large,
+            log=activator.log,
         )
         self._transport = transport = MemberTransport(
             self._make_transport(member, node_id=node_id),
@@ -354,9 +358,7 @@ class Edge:
         return NodeWorker(transport, handlers, settings=NodeSettings(poll_s=self.config.node.poll_s))
 
     def _make_transport(self, member: Membership, *, node_id: int) -> Transport:
-        def remember(number: int) -> None:
-            state.keep_node_id(self.pool, number)
-
+        remember = partial(state.keep_node_id, self.pool)
         if self.config.node.driver == "stock":
             from clawloop_edge.node.stock import StockTransport
 

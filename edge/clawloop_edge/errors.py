@@ -12,7 +12,7 @@ ClawloopError
 │   ├── ExportInvalid        a file is no whole export of a pool
 │   ├── ReceiptInvalid       a server's receipt is not for this device, or not for what was sent
 │   ├── CallRefused          client.py: the edge refused a call of the Python API
-│   └── AdapterInvalid       adapters/errors.py: WrongLine, Expired, OldVersion, ProbeFailed
+│   └── AdapterInvalid       adapters/errors.py: WrongLine, Expired, OldVersion, ProbeFailed, NotInLog, LogForked ...
 ├── UncheckedError
 │   ├── PoolError            the pool refuses (wrong home, locked, damaged)
 │   │   ├── UnknownTarget    a signal judges what is not kept here

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from clawloop_edge.errors import ConsentError
 from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.levels import Level
@@ -27,6 +29,7 @@ from clawloop_shared.messages import (
 
 if TYPE_CHECKING:
     from clawloop_edge.adapters.activate import Activator
+    from clawloop_edge.adapters.log import LogBook
     from clawloop_edge.engine.protocol import Engine, TextEngine
     from clawloop_edge.node.join import Membership
     from clawloop_edge.privacy.consent import ConsentLog
@@ -83,12 +86,13 @@ class Handlers:
         tasks: TaskDesk | None = None,
         sums: SumMember | None = None,
         large: LargeDesk | None = None,
+        log: LogBook | None = None,
     ) -> None:
         """`keep_cohort` is told how many devices the server says that it learns from; without `tasks` nothing is
-        learned here, without `sums` nothing is summed."""
+        learned here, without `sums` nothing is summed. `log`: the server's log of adapters, as far as it is known."""
         self._engine, self._outbox, self._consent, self._member = engine, outbox, consent, member
         self._activator, self._keep_cohort, self._loop = activator, keep_cohort, loop
-        self._tasks, self._sums, self._large = tasks, sums, large
+        self._tasks, self._sums, self._large, self._log = tasks, sums, large, log
         self._cohort = 0
 
     def status(self, request: StatusRequest) -> StatusReply:
@@ -107,6 +111,7 @@ class Handlers:
             outbox_items=self._outbox.waiting(),
             app_version=version("clawloop"),
             learning=self._tasks.learning() if self._tasks else "",
+            log_size=self._log_size(),
         )
 
     def upload(self, request: UploadRequest) -> UploadReply:
@@ -129,9 +134,16 @@ class Handlers:
     def adapter(self, offer: AdapterOffer) -> AdapterReply:
         """Check and install an adapter while calls go on; a bad one is refused with its reason. Raises ConsentError."""
         self._allowed()
+        return msgspec.structs.replace(self._taken(offer), log_size=self._log_size())
+
+    def _taken(self, offer: AdapterOffer) -> AdapterReply:
         if offer.links and self._large is not None:
-            return self._large.fetch(offer, serving=self._engine.policy.version)
+            refusal = self._activator.refusal(offer)
+            return refusal or self._large.fetch(offer, serving=self._engine.policy.version)
         return asyncio.run_coroutine_threadsafe(self._activator.install(offer), self._loop).result()
+
+    def _log_size(self) -> int:
+        return self._log.known.size if self._log else 0
 
     def learn(self, task: LearnTask) -> LearnReply:
         """Take on a task of learning at home, or say why not. Raises ConsentError."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from clawloop_edge.adapters.log import KnownLog, LogBook
 from clawloop_edge.node import leaving
 from clawloop_edge.node.join import Membership
 from clawloop_edge.node.standing import wall_clock_ms
@@ -18,6 +19,7 @@ from clawloop_edge.privacy.device_keys import DeviceKeys, keep_in, keys_in, new_
 from clawloop_shared import wire
 from clawloop_shared.files import sha256
 from clawloop_shared.membership import Stand
+from clawloop_shared.signing import key_id
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -30,6 +32,7 @@ STAND = "membership.stand"
 FORMER = "membership.former"
 WANTED = "adapter.wanted"
 NODE_ID = "node.id"
+LOG = "adapter.log"
 
 
 class Joining(msgspec.Struct, frozen=True, tag="joining.v1"):
@@ -141,6 +144,39 @@ def known_servers(pool: Pool) -> list[Server]:
 def _former(database: Database, pool: Pool) -> list[Server]:
     found = read_state(database, pool.keyring, name=FORMER)
     return msgspec.msgpack.decode(found, type=list[Server]) if found else []
+
+
+def known_log(pool: Pool, member: Membership) -> KnownLog:
+    """What is known of that server's log of released adapters. It outlives the membership and the release key: a server
+    that is joined anew is held to what it showed before."""
+    raw = pool.get_state(_log_name(member))
+    return wire.decode(raw, KnownLog) if raw else KnownLog()
+
+
+def keep_log(pool: Pool, member: Membership, known: KnownLog) -> None:
+    """Remember it; returns when it is on disk."""
+    pool.set_state(_log_name(member), wire.encode(known)).result()
+
+
+def log_book(pool: Pool, member: Membership) -> LogBook:
+    """That server's log, as it is kept in the pool."""
+    return LogBook(
+        release_key=member.release_key,
+        load=lambda: known_log(pool, member),
+        keep=lambda known: keep_log(pool, member, known),
+        now_ms=wall_clock_ms,
+    )
+
+
+def log_words(pool: Pool, member: Membership | None) -> str:
+    """That log in words, for `status`; empty if no server was joined."""
+    known = known_log(pool, member) if member else KnownLog()
+    told = f"{known.size} entries, root {known.head.root[:16]}" if known.head else ""
+    return f"adapters are refused: {known.stopped}" if known.stopped else told
+
+
+def _log_name(member: Membership) -> str:
+    return f"{LOG}.{key_id(member.root_key)}.{member.line.line_id}"
 
 
 def wanted_adapter(pool: Pool) -> WantedAdapter | None:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -62,6 +63,7 @@ from clawloop_shared.lora import ModelShape
 from clawloop_shared.manifest import SignedManifest, open_manifest
 from clawloop_shared.messages import SignedAnswer
 from clawloop_shared.receipts import sign_item
+from clawloop_shared.signing import key_id
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ class ServerApp:
         self._open.callback(self._vault.close)
         self._vault.obey_settings()
         self._registry = Registry(self._vault.database, home.adapters)
+        self._registry.log.sign_heads(self._keys.release)
         self._members = HubMembers(self._vault.database, line_id=self._base.line_id, approve=config.hub.approve)
         self._releases = HubReleases(self._registry, self._members.devices, line_id=self._base.line_id)
         self._dispatcher = Dispatcher(
@@ -135,6 +138,7 @@ class ServerApp:
             members=self._members,
             sign=lambda received: sign_item(received, self._keys.release),
             links=self._links,
+            prove=partial(self._registry.log.proof, key_id=key_id(self._keys.release_public)),
             tasks=self._tasks(sums := self._sums()),
             sums=sums,
             apart=self._releases.apart,

@@ -8,6 +8,7 @@
     │   ├── SignatureInvalid     a signature does not belong to these bytes and this key
     │   ├── AdapterInvalid       an adapter's files, names, shapes or values are not what they must be
     │   ├── SumError             a part of a secure sum is not what it must be
+    │   ├── ProofInvalid         a proof does not show what it is to show of a log
     │   └── ConfigError          a configuration file or value is wrong
     └── UncheckedError           it could not be checked (a key or file is missing); treated as a refusal
         ├── KeyMissing           the key that should open or verify this is not there
@@ -47,6 +48,10 @@ class AdapterInvalid(InvalidError):
 
 class SumError(InvalidError):
     """A part of a secure sum is not what it must be; whoever was given it takes no further part."""
+
+
+class ProofInvalid(InvalidError):
+    """A proof does not show that an entry is in a log, or that a log goes on from an older one."""
 
 
 class ConfigError(InvalidError):

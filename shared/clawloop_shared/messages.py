@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from clawloop_shared import wire
 from clawloop_shared.errors import WireError
+from clawloop_shared.log_head import LogProof
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.model_line import ModelLine
 
@@ -90,6 +91,7 @@ class StatusReply(msgspec.Struct, frozen=True, tag="status.v1"):
     """What the server needs to know to serve this device. No content, no names.
 
     `learning`: where learning at home stands, in a word or two; empty at levels without it.
+    `log_size`: how many entries the log of released adapters had when this device saw it last; 0: it saw none.
     """
 
     level: str
@@ -98,6 +100,7 @@ class StatusReply(msgspec.Struct, frozen=True, tag="status.v1"):
     outbox_items: int
     app_version: str
     learning: Annotated[str, Meta(max_length=64)] = ""
+    log_size: int = 0
 
 
 class ItemReceipt(msgspec.Struct, frozen=True):
@@ -144,21 +147,23 @@ class UploadReply(msgspec.Struct, frozen=True, tag="upload.v1"):
 
 class AdapterOffer(msgspec.Struct, frozen=True, tag="adapter-offer.v1"):
     """An adapter with its manifest. Files that are too large for a message are not in it: `links` has the address on
-    this server of each, by name (`blobs.signed_address`)."""
+    this server of each, by name (`blobs.signed_address`). `log`: that it is in the log of released adapters."""
 
     manifest: SignedManifest
     files: dict[str, bytes]
     links: dict[str, str] = {}
+    log: LogProof | None = None
 
 
 class AdapterReply(msgspec.Struct, frozen=True, tag="adapter-reply.v1"):
     """Whether the device took it, and if not, why (its reason names no content). `fetching`: its files are on their way
-    to the device; it says which version it uses when it has them."""
+    to the device; it says which version it uses when it has them. `log_size`: as in `StatusReply`."""
 
     version: int
     installed: bool
     reason: str = ""
     fetching: bool = False
+    log_size: int = 0
 
 
 class SecureRequest(msgspec.Struct, frozen=True, tag="secure-request.v1"):

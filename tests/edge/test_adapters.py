@@ -13,13 +13,15 @@ import pytest
 
 from clawloop_edge.adapters.activate import Activator
 from clawloop_edge.adapters.errors import Expired, OldVersion, WrongLine
+from clawloop_edge.adapters.log import KnownLog, LogBook
 from clawloop_edge.adapters.store import AdapterStore, Pointer, kept_files
 from clawloop_edge.adapters.verify import AdapterLimits, VerifiedAdapter, verify_offer
 from clawloop_edge.engine.mlx import MlxEngine
 from clawloop_edge.engine.protocol import GenerateRequest
-from clawloop_shared import signing
+from clawloop_shared import merkle, signing
 from clawloop_shared.errors import AdapterInvalid, SignatureInvalid, StorageError
 from clawloop_shared.files import sha256
+from clawloop_shared.log_head import LogProof, TreeHead, entry_leaf, sign_head
 from clawloop_shared.lora import parse_config
 from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, SignedManifest, sign_manifest
 from clawloop_shared.messages import AdapterOffer
@@ -195,6 +197,40 @@ async def test_a_bad_adapter_is_refused_with_its_reason_and_the_old_one_serves(d
         assert desk.engine.health().versions == [0, 1]
         assert desk.store.versions() == [1]
     assert (await desk.activator.install(await desk.offer(2))).version == 2
+
+
+async def test_an_adapter_that_is_not_in_the_log_is_refused_and_the_old_one_serves(desk: Desk) -> None:
+    def logged(offer: AdapterOffer, *, before: bytes = b"") -> AdapterOffer:
+        """In a log of one entry, or of two of which the first is `before`."""
+        manifest = msgspec.json.decode(offer.manifest.body, type=Manifest)
+        leaf = entry_leaf(manifest.version, offer.manifest.sha256)
+        root, size = (merkle.node_hash(before, leaf), 2) if before else (leaf, 1)
+        head = sign_head(TreeHead(line_id=manifest.line.line_id, size=size, root=root.hex(), at_ms=1), KEY)
+        proofs = [before] if before else []
+        return msgspec.structs.replace(offer, log=LogProof(head, size - 1, proofs, size - 1, [leaf] if before else []))
+
+    kept = [KnownLog()]
+    desk.activator.log = LogBook(
+        release_key=signing.public_key(KEY), load=lambda: kept[-1], keep=kept.append, now_ms=lambda: NOW_MS
+    )
+    first = logged(await desk.offer(1))
+    assert (await desk.activator.install(first)).installed
+    assert kept[-1].size == 1
+    second = await desk.offer(2)
+    for reason, bad in (("came without the log", second), ("is not the one that was seen", logged(second))):
+        reply = await desk.activator.install(bad)
+        assert (reply.version, reply.installed) == (1, False)
+        assert reason in reply.reason
+        assert reason in kept[-1].stopped
+        assert desk.engine.health().versions == [0, 1], "no framework saw it"
+        assert desk.activator.refusal(second) is not None
+        assert (await desk.activator.use(0)).version == 0
+        assert (await desk.activator.use(1)).version == 1
+        kept.append(KnownLog(kept[1].head))
+    leaf = entry_leaf(1, first.manifest.sha256)
+    assert desk.activator.refusal(logged(second, before=leaf)) is None
+    assert (await desk.activator.install(logged(second, before=leaf))).version == 2
+    assert kept[-1].size == 2
 
 
 async def test_no_call_fails_while_adapters_arrive(desk: Desk) -> None:

@@ -1,20 +1,28 @@
 """The running edge: joining and leaving servers, wishes of its owner, silence at level off, and how it starts."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import ClientSession
+from typer.testing import CliRunner
 
 from clawloop_edge import state
+from clawloop_edge.adapters.log import KnownLog
 from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.app import Edge, serve
+from clawloop_edge.cli import log as log_command
+from clawloop_edge.cli.root import app
 from clawloop_edge.cli.service import ask
 from clawloop_edge.config import EdgeConfig, ModelConfig
 from clawloop_edge.engine.mlx import MlxEngine
@@ -33,6 +41,7 @@ from clawloop_shared.errors import ConfigError
 from clawloop_shared.files import sha256
 from clawloop_shared.ids import new_step_id
 from clawloop_shared.levels import Level
+from clawloop_shared.log_head import LogProof, TreeHead, sign_head
 from clawloop_shared.lora import parse_config
 from clawloop_shared.manifest import Evaluation, FileEntry, Manifest, Probe, sign_manifest
 from clawloop_shared.messages import AdapterOffer, StatusRequest, UploadRequest
@@ -119,6 +128,45 @@ async def test_after_leaving_one_server_the_adapters_of_another_are_taken(
     state.keep_membership(edge.pool, member(engine.line, one))
     await edge._watch()
     assert engine.policy.version == 2, "who comes back finds what was in use there"
+
+
+async def test_what_stopped_updates_is_in_status_and_the_owner_can_accept_it(
+    edge: Edge, engine: MlxEngine, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = signing.new_key()
+    joined = member(engine.line, key)
+    state.keep_membership(edge.pool, joined)
+    await edge._follow_membership()
+    assert edge.activator is not None
+    seen, shown = (TreeHead(line_id=engine.line.line_id, size=n, root=f"{n}" * 64, at_ms=1) for n in (5, 4))
+    state.keep_log(edge.pool, joined, KnownLog(seen))
+    assert state.log_words(edge.pool, joined) == f"5 entries, root {'5' * 16}"
+    assert state.log_words(edge.pool, None) == ""
+    bad = await offer(engine, make_adapter(seed=1), key=key, version=1)
+    proof = LogProof(sign_head(shown, key), 0, [])
+    reply = await edge.activator.install(msgspec.structs.replace(bad, log=proof))
+    assert (reply.installed, engine.policy.version) == (False, 0)
+    assert "has 4 entries, and had 5 before" in reply.reason
+    assert state.log_words(edge.pool, joined).startswith("adapters are refused: the server's log has 4 entries")
+
+    state.forget_membership(edge.pool)
+    state.keep_membership(edge.pool, again := member(engine.line, signing.new_key()))
+    assert state.known_log(edge.pool, again).shown == shown, "neither leaving nor another key lets a server begin anew"
+    other = msgspec.structs.replace(again, root_key=b"o" * 32)
+    assert state.known_log(edge.pool, other) == KnownLog()
+
+    monkeypatch.setattr(log_command, "opened_pool", lambda _: nullcontext(edge.pool))
+    run = partial(CliRunner().invoke, app, env={"CLAWLOOP_EDGE_HOME": str(edge.home.folder)})
+    found = json.loads(run(["log", "show", "--json"]).output)
+    assert (found["known"]["head"]["size"], found["known"]["shown"]["size"]) == (5, 4)
+    assert "stopped" in run(["log", "show"]).output
+    assert run(["log", "accept", "--yes"]).exit_code == 0
+    assert state.known_log(edge.pool, again) == KnownLog(shown)
+    refused = run(["log", "accept", "--yes"])
+    assert refused.exit_code == 1
+    assert "updates are not stopped" in str(refused.exception)
+    state.forget_membership(edge.pool)
+    assert "has joined no server" in str(run(["log", "show"]).exception)
 
 
 async def test_a_wish_made_while_the_edge_was_down_is_followed_at_its_start(

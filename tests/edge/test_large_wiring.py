@@ -41,6 +41,9 @@ class Around:
         self.installed.append(offer)
         return AdapterReply(5, installed=True)
 
+    def refusal(self, offer: AdapterOffer) -> AdapterReply | None:
+        return AdapterReply(4, installed=False, reason="forked") if "forked" in offer.links.values() else None
+
 
 class Desk:
     """Takes note of what it was given."""
@@ -87,3 +90,6 @@ async def test_an_offer_with_its_files_is_installed_and_one_with_addresses_is_fe
     assert (await asyncio.to_thread(made.adapter, whole)).installed
     assert (await asyncio.to_thread(made.adapter, linked)).fetching
     assert (around.installed, desk.fetched) == ([whole], [(linked, 4)])
+    forked = await asyncio.to_thread(made.adapter, AdapterOffer(MANIFEST, {}, {"a": "forked"}))
+    assert forked == AdapterReply(4, installed=False, reason="forked")
+    assert len(desk.fetched) == 1, "no byte is fetched of what is not in the log"

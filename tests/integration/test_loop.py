@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from clawloop_server import home as homes
+from clawloop_server.release.keys import load_keys
+from clawloop_server.release.log import ReleaseLog
+from clawloop_server.vault.database import ServerDatabase
 from demoworld.stage import Part, StageError, make_edge, make_server
 from demoworld.user import Office
 
@@ -82,6 +86,46 @@ def test_what_was_rewarded_comes_back_as_an_adapter_while_the_agent_goes_on(part
     kept = set(edge.run("pool", "ids", "--json", expect_json=True))
     assert set(office.tally.acknowledged) <= kept
     edge.run("audit", "verify")
+    known = edge.run("log", "show", "--json", expect_json=True)["known"]
+    assert known["head"]["size"] >= 1
+    assert not known["stopped"]
+    (log,) = server.run("log", "verify", "--json", expect_json=True)
+    assert log["size"] >= known["head"]["size"]
+    assert log["heads"] == log["size"]
+
+
+def test_a_device_that_is_shown_another_log_stops_updating_and_says_so(parts: tuple[Part, Part]) -> None:
+    server, edge = parts
+    server.stop()
+    before = adapter_of(edge)
+    forge_log(server.home)
+    server.start()
+    asyncio.run(play(edge, 12))
+    until(lambda: edge.get("/v1/status")["adapter_log"].startswith("adapters are refused: the server's log is not the"))
+    assert adapter_of(edge) == before
+    with pytest.raises(StageError, match="restore the database"):
+        server.run("log", "verify")
+    edge.run("log", "accept", "--yes")
+    assert not edge.run("log", "show", "--json", expect_json=True)["known"]["stopped"]
+    until(lambda: not edge.get("/v1/status")["adapter_log"].startswith("adapters are refused"))
+
+
+def forge_log(folder: Path) -> None:
+    """The server forgets which adapter came first, and signs a log that says otherwise."""
+    home = homes.open_home(folder)
+    keys = load_keys(home)
+    database = ServerDatabase.open(home.database, keys.master)
+    log = ReleaseLog(database)
+    with database.write():
+        (line_id,) = log.lines()
+        entries = log.entries(line_id, limit=999)[::-1]
+        for statement in ("DELETE FROM log_entries", "DELETE FROM log_nodes", "DELETE FROM log_heads"):
+            database.run(statement)
+        for entry in entries:
+            digest = entry.manifest_sha256 if entry.position else "00" * 32
+            log.append(line_id, entry.version, digest, now_ms=1)
+            log.sign_head(line_id, keys.release)
+    database.close()
 
 
 def test_a_server_that_is_away_changes_nothing_for_the_agent_and_sync_resumes(parts: tuple[Part, Part]) -> None:

@@ -10,6 +10,7 @@ from clawloop_server.fleet.channel import NodeInfo, Outgoing, Reply
 from clawloop_server.fleet.dispatch import Dispatcher, DispatchSettings
 from clawloop_shared import wire
 from clawloop_shared.errors import StorageError
+from clawloop_shared.log_head import LogProof, SignedHead
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
     ADAPTER,
@@ -179,6 +180,46 @@ async def test_a_refused_version_is_not_offered_again_soon_but_the_next_one_is(w
     assert ADAPTER not in await world.asked()
     world.version = 2
     assert ADAPTER in await world.asked()
+
+
+def proved(sent: list[Outgoing]) -> int | None:
+    """From which size on the offer among these proves the log; None: there is none."""
+    for each in sent:
+        if each.type == ADAPTER:
+            log = wire.decode(each.payload, AdapterOffer).log
+            assert log
+            assert log.index == world_version(each)
+            return log.from_size
+    return None
+
+
+def world_version(sent: Outgoing) -> int:
+    return int(wire.decode(sent.payload, AdapterOffer).manifest.body)
+
+
+async def test_an_offer_proves_the_log_from_where_the_device_is(world: World) -> None:
+    head = SignedHead(b"", "key", b"signature")
+    world.dispatcher._prove = lambda version, size: LogProof(head, version, [], size)
+    await world.asked()
+    await world.says(STATUS, StatusReply("full", LINE, 0, 0, "1", log_size=4))
+    world.version = 1
+    assert proved(await world.work()) == 4
+    await world.says(ADAPTER, AdapterReply(1, installed=True, log_size=5))
+    world.version = 2
+    assert proved(await world.work()) == 5
+    await world.says(ADAPTER, AdapterReply(1, installed=False, reason="not from 7", log_size=7))
+    assert proved(await world.work()) is None
+    world.now_s += 31
+    assert proved(await world.work()) == 7, "it was only told of another size: it is asked again soon"
+    await world.says(ADAPTER, AdapterReply(1, installed=False, reason="forked", log_size=7))
+    world.now_s += 301
+    assert STATUS in [each.type for each in await world.work()]
+    await world.says(STATUS, StatusReply("full", LINE, 1, 0, "1", log_size=7))
+    assert proved(await world.work()) is None
+    world.now_s += 301
+    await world.work()
+    await world.says(STATUS, StatusReply("full", LINE, 1, 0, "1", log_size=3))
+    assert proved(await world.work()) == 3, "its owner accepted another log"
 
 
 async def test_a_version_that_a_device_told_in_an_upload_is_believed(world: World) -> None:

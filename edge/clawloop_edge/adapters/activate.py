@@ -12,6 +12,7 @@ from math import inf, isnan
 import msgspec
 
 from clawloop_edge.adapters.errors import OldVersion, ProbeFailed
+from clawloop_edge.adapters.log import LogBook
 from clawloop_edge.adapters.store import AdapterStore
 from clawloop_edge.adapters.verify import AdapterLimits, VerifiedAdapter, verify_offer
 from clawloop_edge.engine.protocol import Engine
@@ -21,7 +22,7 @@ from clawloop_shared.lora import ModelShape
 from clawloop_shared.messages import AdapterOffer, AdapterReply
 from clawloop_shared.records import Policy
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 PROBE_TOKENS = 512
 """of a longer probe only the beginning is computed: a wrong adapter is wrong from the first token on"""
 
@@ -48,11 +49,12 @@ class Activator:
         release_key: bytes,
         shape: ModelShape,
         limits: AdapterLimits | None = None,
+        log: LogBook | None = None,
         probe_tolerance: float = 0.05,
         now_ms: Callable[[], int] = _now_ms,
     ) -> None:
-        """`probe_tolerance` is in nats, per token of the probe."""
-        self._engine, self._store = engine, store
+        """`probe_tolerance` is in nats, per token of the probe; `log` is what every offered adapter must be in."""
+        self._engine, self._store, self.log = engine, store, log
         self._release_key, self._shape = release_key, shape
         self._limits, self._tolerance, self._now_ms = limits or AdapterLimits(), probe_tolerance, now_ms
         self._lock = asyncio.Lock()
@@ -67,10 +69,20 @@ class Activator:
                 version = await self._install(offer)
             except ClawloopError as error:
                 serving = self._engine.policy.version
-                log.warning("adapter refused, %d goes on serving: %s", serving, error)
+                _log.warning("adapter refused, %d goes on serving: %s", serving, error)
                 return AdapterReply(serving, installed=False, reason=_told(error))
-            log.info("adapter %d is in use", version)
+            _log.info("adapter %d is in use", version)
             return AdapterReply(version, installed=True)
+
+    def refusal(self, offer: AdapterOffer) -> AdapterReply | None:
+        """Why the adapter of which the files would have to be fetched is not in the log; None if it is. Blocks."""
+        try:
+            if self.log is not None:
+                self.log.take(offer)
+        except ClawloopError as error:
+            _log.warning("adapter refused before its files are fetched: %s", error)
+            return AdapterReply(self._engine.policy.version, installed=False, reason=_told(error))
+        return None
 
     async def use(self, version: int) -> Policy:
         """Switch to a kept version (0: the base).
@@ -102,7 +114,7 @@ class Activator:
                     await self._load_kept(version)
                     return Restored(await self._engine.use(version), refused)
                 except ClawloopError as error:
-                    log.error("kept adapter %d is not used: %s", version, error)
+                    _log.error("kept adapter %d is not used: %s", version, error)
                     refused.append(f"adapter {version}: {error}")
             if wanted and not refused:
                 refused.append(f"adapter {wanted} is no longer on the disk")
@@ -116,6 +128,8 @@ class Activator:
             if await self._is_serving(offer):
                 return self._engine.policy.version
             raise
+        if self.log is not None:
+            await asyncio.to_thread(self.log.take, offer)
         await self._load(adapter)
         version = adapter.manifest.version
         try:

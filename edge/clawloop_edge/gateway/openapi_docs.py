@@ -317,6 +317,7 @@ _STATUS = _object(
     level_reason=_TEXT,
     model_line=_TEXT,
     adapter_version=_COUNT,
+    adapter_log=_TEXT,
     engine_alive=_BOOL,
     calls_in_flight=_COUNT,
     versions_loaded=_list(_COUNT),

@@ -172,7 +172,7 @@ class Large:
         except (NodeError, InvalidError) as error:
             self._refuse(offer, AdapterReply(0, installed=False, reason=str(error)[:300]))
             raise
-        reply = self._install(AdapterOffer(offer.manifest, files))
+        reply = self._install(AdapterOffer(offer.manifest, files, log=offer.log))
         if not reply.installed:
             self._refuse(offer, reply)
 

@@ -2,7 +2,20 @@
 
 import typer
 
-from clawloop_server.cli import adapters, bases, cohorts, data, devices, invitations, keys, rounds, run, setup, simulate
+from clawloop_server.cli import (
+    adapters,
+    bases,
+    cohorts,
+    data,
+    devices,
+    invitations,
+    keys,
+    log,
+    rounds,
+    run,
+    setup,
+    simulate,
+)
 from clawloop_server.cli.common import HomeOption, group
 
 app = group("The clawloop server: lets devices in, learns from what they let out, and gives back better adapters.")
@@ -26,4 +39,5 @@ app.add_typer(bases.app, name="base")
 app.add_typer(rounds.train, name="train")
 app.add_typer(rounds.app, name="rounds")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(log.app, name="log")
 app.add_typer(data.app, name="data")

@@ -24,6 +24,7 @@ from clawloop_server.fleet.standing import Standing
 from clawloop_shared import wire
 from clawloop_shared.deltas import LearnReply, LearnTask
 from clawloop_shared.errors import ClawloopError, StorageError, WireError
+from clawloop_shared.log_head import LogProof
 from clawloop_shared.manifest import SignedManifest
 from clawloop_shared.messages import (
     ADAPTER,
@@ -60,7 +61,7 @@ _MAX_LOOKUPS = 256
 _COHORT_S = 5.0
 _OVERDUE_S = 30.0
 _MAX_PACKED = 4
-"""offers that are kept ready: one a cohort, mostly"""
+"""offers that are kept ready: one a cohort and size of the log that its devices know, mostly"""
 _MAX_ITEMS = 1024
 """of one answer that are taken: their receipts fit one small message. The others come again, as long as they wait"""
 _MAX_VERSION = 1 << 31
@@ -102,14 +103,16 @@ class Dispatcher:
         sums: Sums | None = None,
         apart: Callable[[], dict[str, int]] = dict,
         links: Callable[[SignedManifest, str], dict[str, str]] | None = None,
+        prove: Callable[[int, int], LogProof | None] = lambda version, from_size: None,
         settings: DispatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sign`: makes the server's word of what it has on disk; `links`: the addresses under which a device may fetch
         the files of an adapter that is too large for a message; `apart`: devices that should have another version than
-        the others, each with that (called in a thread)."""
+        the others, each with that (called in a thread); `prove`: that a version is in the log of adapters, for a device
+        that knows the log of so many entries (called in a thread)."""
         self._apart_now, self._apart = apart, dict[str, int]()
-        self._links = links
+        self._links, self._prove = links, prove
         self._tasks, self._sums = tasks or NoTasks(), sums or NoTasks()
         self._vault, self._releases, self._members, self._sign = vault, releases, members, sign
         self._settings, self._clock = settings or DispatchSettings(), clock
@@ -121,7 +124,7 @@ class Dispatcher:
         self._budget = Budget(per_s, burst=max(per_s, _MAX_ORDERS / 2), clock=clock)
         self._quota = Quota(self._settings.quota, clock=clock)
         self._released = 0
-        self._packed: dict[int, bytes | SignedManifest] = {}
+        self._packed: dict[tuple[int, int], bytes | AdapterOffer] = {}
         self._cohort, self._cohort_due_s = 0, float("-inf")
         self._trouble = ""
         self._news = asyncio.Event()
@@ -308,14 +311,14 @@ class Dispatcher:
 
     async def _offering(self) -> list[Outgoing]:
         """The released adapter, for those that do not have it."""
-        versions: dict[int, list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for node_id in self._due(self._offers, _MAX_ORDERS):
-            versions.setdefault(self._wanted(node_id), []).append(node_id)
-        return [message for version, due in versions.items() for message in await self._offers_of(version, due)]
+            alike.setdefault((self._wanted(node_id), self._devices[node_id].log_size), []).append(node_id)
+        return [message for which, due in alike.items() for message in await self._offers_of(*which, due=due)]
 
-    async def _offers_of(self, version: int, due: list[int]) -> list[Outgoing]:
+    async def _offers_of(self, version: int, log_size: int, *, due: list[int]) -> list[Outgoing]:
         try:
-            payload = await asyncio.to_thread(self._packed_offer, version)
+            payload = await asyncio.to_thread(self._packed_offer, version, log_size)
             size = len(payload) if isinstance(payload, bytes) else _ENVELOPE_BYTES
             messages = [self._offer_to(node_id, payload) for node_id in due[: max(1, _MAX_OFFERED_BYTES // size)]]
         except Exception as error:  # noqa: BLE001
@@ -377,22 +380,24 @@ class Dispatcher:
         self._devices[message.node_id].under_way[message.type] = until_s
         return message
 
-    def _packed_offer(self, version: int) -> bytes | SignedManifest:
-        """The message with the files, or the manifest alone if no message holds them."""
-        if version not in self._packed:
-            offer = self._releases.offer(version)
+    def _packed_offer(self, version: int, log_size: int) -> bytes | AdapterOffer:
+        """The message with the files, or the offer without them if no message holds them."""
+        if (version, log_size) not in self._packed:
+            offer = msgspec.structs.replace(self._releases.offer(version), log=self._prove(version, log_size))
             size = sum(map(len, offer.files.values()))
             fits = size <= MAX_PAYLOAD_BYTES - _ENVELOPE_BYTES
             if not fits and self._links is None:
                 raise WireError(f"adapter {version} has {size} bytes; a message holds {MAX_PAYLOAD_BYTES}")
             if len(self._packed) == _MAX_PACKED:
                 del self._packed[next(iter(self._packed))]
-            self._packed[version] = wire.encode(offer) if fits else offer.manifest
-        return self._packed[version]
+            bare = msgspec.structs.replace(offer, files={})
+            self._packed[version, log_size] = wire.encode(offer) if fits else bare
+        return self._packed[version, log_size]
 
-    def _offer_to(self, node_id: int, packed: bytes | SignedManifest) -> Outgoing:
-        if isinstance(packed, SignedManifest) and self._links is not None:
-            packed = wire.encode(AdapterOffer(packed, {}, self._links(packed, self._devices[node_id].device_id)))
+    def _offer_to(self, node_id: int, packed: bytes | AdapterOffer) -> Outgoing:
+        if isinstance(packed, AdapterOffer) and self._links is not None:
+            links = self._links(packed.manifest, self._devices[node_id].device_id)
+            packed = wire.encode(msgspec.structs.replace(packed, links=links))
         assert isinstance(packed, bytes)
         return Outgoing(node_id, ADAPTER, packed, self._settings.adapter_ttl_s)
 
@@ -401,6 +406,8 @@ class Dispatcher:
             status = wire.decode(reply.payload, StatusReply)
             if device.version is None:  # not before others that wait to be greeted
                 device.upload_due_s = self._clock()
+            if status.log_size != device.log_size:  # what it refused for that, its owner may have accepted since
+                device.log_size, device.refused = status.log_size, {}
             await self._seen(device, status.adapter_version, status)
         elif reply.type == UPLOAD:
             await self._take_upload(device, wire.decode(reply.payload, UploadReply))
@@ -435,13 +442,15 @@ class Dispatcher:
         return [self._sign(each) for each in received]
 
     async def _take_adapter(self, device: Standing, answer: AdapterReply) -> None:
+        knew, device.log_size = device.log_size, answer.log_size
         if answer.installed:
             await self._seen(device, answer.version)
             return
         if answer.fetching:
             device.refused = {device.offered: self._clock() + self._settings.fetching_s}
             return
-        device.refused = {device.offered: self._clock() + self._settings.refused_again_s}
+        again_s = self._settings.refused_again_s if answer.log_size == knew else self._settings.fetching_s
+        device.refused = {device.offered: self._clock() + again_s}
         _log.warning("device %s refused adapter %d: %.200r", device.device_id, device.offered, answer.reason)
 
     async def _seen(self, device: Standing, version: int, status: StatusReply | None = None) -> None:

@@ -17,6 +17,8 @@ class Standing:
         self.refused: dict[int, float] = {}
         """until when it is not offered a version that it did not take"""
         self.offered = 0
+        self.log_size = 0
+        """how many entries the log of adapters had when it saw it last"""
         self.status_due_s = self.upload_due_s = now_s
         self.receipts: list[ItemReceipt] = []
         self.told = 0

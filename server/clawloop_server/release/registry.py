@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from clawloop_server.errors import ReleaseError
+from clawloop_server.release.log import ReleaseLog
 from clawloop_server.release.records import (
     Act,
     AdapterFacts,
@@ -65,6 +66,7 @@ class Registry:
     def __init__(self, database: ServerDatabase, folder: Path) -> None:
         self._database = database
         self._folder = folder
+        self.log = ReleaseLog(database)
 
     # rounds
 
@@ -281,7 +283,8 @@ class Registry:
         self, version: int, sign: Callable[[AdapterRecord, str], SignedManifest], *, now_ms: int | None = None
     ) -> SignedManifest:
         """Make a candidate (or held) adapter the newest released one. `sign` is given the record and the hash of the
-        manifest before it, inside the transaction, so that the chain cannot fork.
+        manifest before it, inside the transaction, so that the chain cannot fork, and what it signed is put into the
+        log in that transaction too: nothing is released that is not in it.
 
         Raises:
             ReleaseError: it was released before, or a newer version was.
@@ -306,6 +309,7 @@ class Registry:
                 "UPDATE adapters SET state = ?, manifest = ?, released_ms = ? WHERE version = ?",
                 [AdapterState.RELEASED, wire.encode(signed), now_ms or _now_ms(), version],
             )
+            self.log.append(record.line_id, version, signed.sha256, now_ms=now_ms or _now_ms())
         publish(self._folder / str(version) / MANIFEST_FILE, wire.encode(signed))
         return signed
 

@@ -83,7 +83,10 @@ def _sign_and_release(
         )
         return sign_manifest(manifest, keys.release)
 
-    return registry.mark_released(version, sign, now_ms=created_ms)
+    with registry.within():
+        signed = registry.mark_released(version, sign, now_ms=created_ms)
+        registry.log.sign_head(registry.adapter(version).line_id, keys.release, now_ms=created_ms)
+    return signed
 
 
 def roll_back(

@@ -7,10 +7,15 @@ docs/formats/vault.md.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from clawloop_shared import wire
 from clawloop_shared.database import migrate as shared_migrate
 from clawloop_shared.ids import new_id
+from clawloop_shared.log_head import entry_leaf
+from clawloop_shared.manifest import SignedManifest
+from clawloop_shared.merkle import appended
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -190,6 +195,19 @@ CREATE TABLE adapter_acts (
 CREATE INDEX adapter_acts_by_version ON adapter_acts (version);
 """
 
+_LOG = """
+CREATE TABLE log_entries (
+  line_id TEXT NOT NULL, position INTEGER NOT NULL, version INTEGER NOT NULL UNIQUE, manifest_sha256 TEXT NOT NULL,
+  added_ms INTEGER NOT NULL, PRIMARY KEY (line_id, position)) WITHOUT ROWID;
+CREATE TABLE log_nodes (
+  line_id TEXT NOT NULL, level INTEGER NOT NULL, position INTEGER NOT NULL, hash BLOB NOT NULL,
+  PRIMARY KEY (line_id, level, position)) WITHOUT ROWID;
+CREATE TABLE log_heads (
+  line_id TEXT NOT NULL, size INTEGER NOT NULL, key_id TEXT NOT NULL, head BLOB NOT NULL,
+  PRIMARY KEY (line_id, size, key_id)) WITHOUT ROWID;
+"""
+"""nodes: the complete subtrees of merkle.py; heads: what was signed of each size, so that nothing else can be since"""
+
 
 def _tables(database: Database) -> None:
     _run(database, _FIRST)
@@ -240,6 +258,31 @@ def _adapter_acts(database: Database) -> None:
     _run(database, _ADAPTER_ACTS)
 
 
+def _log(database: Database) -> None:
+    """What was released before there was a log comes first, in the order of its versions."""
+    _run(database, _LOG)
+    found = database.execute(
+        "SELECT line_id, version, manifest, coalesce(released_ms, created_ms) FROM adapters"
+        " WHERE manifest IS NOT NULL ORDER BY version"
+    ).fetchall()
+    sizes: dict[str, int] = {}
+    for line_id, version, manifest, added_ms in found:
+        position = sizes.setdefault(line_id, 0)
+        digest = wire.decode(manifest, SignedManifest).sha256
+        database.execute(
+            "INSERT INTO log_entries VALUES (?, ?, ?, ?, ?)", [line_id, position, version, digest, added_ms]
+        )
+        for node in appended(position, entry_leaf(version, digest), partial(_log_node, database, line_id)):
+            database.execute("INSERT INTO log_nodes VALUES (?, ?, ?, ?)", [line_id, *node])
+        sizes[line_id] += 1
+
+
+def _log_node(database: Database, line_id: str, level: int, position: int) -> bytes:
+    sql = "SELECT hash FROM log_nodes WHERE line_id = ? AND level = ? AND position = ?"
+    found: bytes = database.execute(sql, [line_id, level, position]).fetchone()[0]
+    return found
+
+
 def _run(database: Database, statements: str) -> None:
     for statement in statements.split(";\n"):
         if statement.strip():
@@ -259,6 +302,7 @@ _MIGRATIONS = [
     _key_files,
     _turns,
     _adapter_acts,
+    _log,
 ]
 """in the order in which they came; one that was released never changes"""
 
